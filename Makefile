@@ -1,0 +1,44 @@
+# Every target sets the environment up first. `make help` lists them.
+PYTHON ?= python3.11
+BIN := .venv/bin
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# uv does not read pip's find-links; where pip has a local wheel folder, uv gets it too.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lock check test test-all demo clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.ready  ## the environment in .venv: exact versions from locks/, extra cpu or cuda by what the machine has
+
+.venv/.ready: locks/$(EXTRA).txt pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet uv==0.13.9
+	@# A local CPU torch wheel needs no further index; elsewhere uv knows the public one.
+	@$(BIN)/uv pip install --quiet --requirement locks/$(EXTRA).txt \
+	    $$(ls $(UV_FIND_LINKS)/torch-*+cpu-*.whl >/dev/null 2>&1 || echo --torch-backend=$$(test $(EXTRA) = cpu && echo cpu || echo auto))
+	@$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+lock: setup  ## solve pyproject.toml again into locks/
+	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --quiet --no-annotate --no-header --generate-hashes --output-file locks/cpu.txt
+	$(BIN)/uv pip compile pyproject.toml --extra cuda --extra dev --quiet --no-annotate --no-header --generate-hashes --output-file locks/cuda.txt
+
+check: setup  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup  ## everything that runs in minutes, with real vLLM on tiny random models
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup  ## make test, and what is slow
+	$(BIN)/python -m pytest
+
+demo: setup  ## fine-tune, hot-load, evaluate and load-test a small real model; ends with a report
+	@$(BIN)/python demo.py
+
+clean:  ## remove the environment and caches inside the clone (runs/ and store/ stay)
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

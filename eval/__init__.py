@@ -1,0 +1,1 @@
+"""Evaluate base and adapters on held-out questions, through the openai client or in offline batches."""

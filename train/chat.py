@@ -1,0 +1,34 @@
+"""How a question becomes messages, and messages a prompt: the conventions that training, serving and eval must share.
+
+Some chat templates have no system role: Gemma 2's raises on one. The stack gives the Gemma family its own template
+(`templates/gemma.jinja`), which folds the system text into the first user turn: one list of messages fits every base.
+"""
+
+from pathlib import Path
+
+SYSTEM_PROMPT = (
+    "You are a supportive conversation partner. Listen, reflect what the person feels, and offer gentle, practical "
+    "ideas in plain words. You are a research model, not a clinician: do not diagnose and do not advise on medication. "
+    "If someone may be in danger, encourage them to contact local emergency services or a crisis line now."
+)
+
+NOTICE = (
+    "Counsel Stack is a supportive-conversation research model. It is not a clinician and not for crisis management. "
+    "If you or someone else may be in danger, contact your local emergency number or a crisis line "
+    "(findahelpline.com lists them by country)."
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+Message = dict[str, str]
+
+
+def prompt_messages(question: str, system: str = SYSTEM_PROMPT) -> list[Message]:
+    """The messages that ask `question`: a system turn (left out when `system` is empty), then the user's."""
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": question}]
+
+
+def template_text(name: str) -> str:
+    """The Jinja source of a chat template shipped with the stack, by its stem (`gemma`)."""
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

@@ -1,0 +1,170 @@
+"""One frozen dataclass is the schema of a command: its flags, its YAML keys and its --help.
+
+Each folder's `__main__` declares its commands and calls `main`. The contract every command keeps:
+
+- precedence: dataclass defaults < YAML file (`--config`) < flags; an unknown key is refused with the nearest name;
+- stdout carries results and, as its last line, one JSON document; progress goes to stderr;
+- exit status 0 done, 1 expected failure (one `error:` line), 2 usage, or what `Result.exit_status` says.
+
+    @dataclass(frozen=True)
+    class Greeting:
+        name: str = argument("who to greet")
+        times: int = option(1, "how often")
+
+    main("greet", {"": Command(Greeting, greet, "say hello")})
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from train.errors import UserError
+
+Schema = TypeVar("Schema")
+
+_POSITIONAL = "positional"
+_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
+
+
+class Result(NamedTuple):
+    """What a command leaves: the JSON document for the last line of stdout, and the exit status."""
+
+    document: Mapping[str, Any]
+    exit_status: int = 0
+
+
+class Command(NamedTuple):
+    """A config dataclass, the function that takes it, and one line of help."""
+
+    config: type
+    run: Callable[[Any], Result]
+    help: str
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`)."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """Declare a dataclass field that is given by position; optional when it has a default."""
+    return dataclasses.field(default=default, metadata={"help": help, _POSITIONAL: True})
+
+
+def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names (the one under the key `""` when it names none); return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words and words[0] in commands else ""
+    parser = _parser(program, name, commands)
+    flags = vars(parser.parse_args(words))
+    try:
+        config: Any = load_config(commands[name].config, flags.pop("config", None), flags)
+        result = commands[name].run(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    print(json.dumps(result.document, allow_nan=False), flush=True)
+    return result.exit_status
+
+
+def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str, Any]) -> Schema:
+    """Build `schema` from its defaults, then a YAML file, then `flags` (text values; a None means not given).
+
+    Raises UserError for a missing or malformed file, an unknown key, or a value of the wrong type.
+    """
+    given = {**(_read_yaml(Path(yaml_path)) if yaml_path else {}), **{k: v for k, v in flags.items() if v is not None}}
+    known = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(schema)
+    values = {}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r} in {yaml_path}; {nearest(key, known)}")
+        values[key] = _convert(key, value, hints[key])
+    for key, field in known.items():
+        if key not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{key} is needed: {field.metadata['help']}")
+    return schema(**values)
+
+
+def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
+    """Say which allowed word `word` may have meant, or list them all."""
+    close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(allowed))}"
+
+
+def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    others = "\n".join(f"  {key:<14} {command.help}" for key, command in commands.items() if key)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program} {name}".strip(),
+        description=commands[name].help,
+        epilog=f"other commands (each has its own --help):\n{others}" if others and not name else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    fields = dataclasses.fields(commands[name].config)
+    if not any(field.name == "config" for field in fields):
+        parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    hints = typing.get_type_hints(commands[name].config)
+    for field in fields:
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default not in (dataclasses.MISSING, None, ""):
+            text += f" (default: {_shown(field.default)})"
+        if field.metadata.get(_POSITIONAL):
+            parser.add_argument(field.name, nargs="?", help=text)
+        elif hints[field.name] is bool:
+            flag = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="X", help=text)
+    return parser
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{str(path)!r} holds {type(document).__name__}, not `key: value` lines")
+    return document
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """Turn a flag's text or a YAML value into the type of its field."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None or value == "none":
+            return None
+        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+    try:
+        if typing.get_origin(hint) is tuple:
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(_convert(key, part, typing.get_args(hint)[0]) for part in parts)
+        if hint is bool:
+            word = str(value).lower()
+            if word not in _TRUE | _FALSE:
+                raise ValueError
+            return word in _TRUE
+        if hint is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError
+        return int(float(value)) if hint is int else hint(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+        raise UserError(f"{key} is {value!r}; it must be {wanted}") from error

@@ -1,0 +1,99 @@
+"""Files that are either whole or absent: written under a temporary name, then renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {str(path)!r}: {error.strerror}; free some space or choose another place"
+        ) from error
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `document` to `path`, whole or not at all. Not-a-number is refused: it is no JSON."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line to `path`, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raise UserError when it is absent or broken."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{str(path)!r} holds a JSON {type(document).__name__}; an object is needed")
+    return document
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line; raise UserError that names the first bad line."""
+    try:
+        # Not splitlines(): it also breaks at U+2028 and U+0085, which JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{str(path)!r} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{str(path)!r} line {number} is a JSON {type(row).__name__}; an object is needed")
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `path`; rename it to `path` when the block ends well, remove it when not.
+
+    Raises UserError when `path` exists by then or the disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}; remove it or choose another place") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
