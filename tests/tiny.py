@@ -1,0 +1,83 @@
+"""Tiny random models and adapters, made in about a second: enough for real vLLM, real PEFT and real training.
+
+Their text is noise. They prove that paths agree with each other, never that a model is good.
+"""
+
+import string
+from pathlib import Path
+
+from train.chat import template_text
+
+WORDS = (
+    "i feel lonely since we moved and work is hard what can help me sleep talk to a friend you are not alone "
+    "system user assistant model supportive listen breathe slowly thank you for sharing this with me"
+)
+
+
+def tiny_tokenizer():
+    """A byte-level BPE tokenizer of a few hundred tokens with Gemma's special tokens and this project's template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS, string.printable], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=1024
+    )
+    fast.chat_template = template_text("gemma")
+    return fast
+
+
+def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
+    """Save a random two-layer `gemma2` or `llama` model with `tiny_tokenizer` in `path`; return `path`."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+
+    tokenizer = tiny_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # Wide enough that greedy text differs between models, and logits are not near-ties.
+        "initializer_range": 0.3,
+    }
+    config = {"gemma2": Gemma2Config, "llama": LlamaConfig}[kind](**shape)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_adapter(base: Path, path: Path, seed: int, rank: int = 8, targets: tuple[str, ...] | None = None) -> Path:
+    """Save a random LoRA adapter for `base` in `path`, with B far from zero so that its text differs; return `path`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets) if targets else "all-linear")
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    peft_model.save_pretrained(path)
+    return path
