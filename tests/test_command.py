@@ -1,0 +1,88 @@
+"""The contract every command keeps: precedence, one-line errors, exit status, last JSON line."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from train.command import Command, Result, argument, load_config, main, option
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Greeting:
+    name: str = argument("who to greet")
+    times: int = option(1, "how often")
+    warmth: float = option(0.5, "0 to 1")
+    tags: tuple[str, ...] = option((), "labels")
+    limit: int | None = option(None, "a bound, or none")
+    loud: bool = option(False, "in capitals")
+
+
+def greet(config: Greeting) -> Result:
+    if config.name == "nobody":
+        raise UserError("name is 'nobody'; name a person")
+    print("hello " * config.times)
+    return Result({"greeted": config.name, "tags": list(config.tags)}, exit_status=3 if config.loud else 0)
+
+
+COMMANDS = {"": Command(Greeting, greet, "say hello"), "again": Command(Greeting, greet, "say it again")}
+
+
+def test_last_line_of_stdout_is_json(capsys):
+    """Results end in one JSON document, whatever was printed before."""
+    assert main("greet", COMMANDS, ["ada", "--times", "2", "--tags", "a,b"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"greeted": "ada", "tags": ["a", "b"]}
+
+
+def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
+    """Precedence is defaults, then YAML, then flags."""
+    file = tmp_path / "g.yaml"
+    file.write_text("name: ada\ntimes: 4\nwarmth: 1e-1\nlimit: null\ntags: [x, y]\n")
+
+    config = load_config(Greeting, str(file), {"times": "7", "loud": None})
+
+    assert config == Greeting("ada", times=7, warmth=0.1, tags=("x", "y"), limit=None, loud=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\ntime: 2", "unknown key 'time'"),
+        ("name: a\ntime: 2", "did you mean 'times'"),
+        ("name: a\ntimes: two", "times is 'two'; it must be a whole number"),
+        ("name: a\ntimes: 2.5", "it must be a whole number"),
+        ("name: a\nloud: perhaps", "true or false"),
+        ("times: 2", "name is needed: who to greet"),
+        ("- a\n- b", "holds list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml_is_one_clear_line(tmp_path, text, said):
+    """A bad config file is refused with what was wrong, in one line."""
+    file = tmp_path / "g.yaml"
+    file.write_text(text)
+
+    with pytest.raises(UserError, match=said.replace("[", r"\[")) as refusal:
+        load_config(Greeting, str(file), {})
+    assert "\n" not in str(refusal.value)
+
+
+def test_expected_failure_exits_1_with_one_line(capsys):
+    """A UserError is one `error:` line on stderr and exit status 1; stdout stays empty."""
+    assert main("greet", COMMANDS, ["nobody"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: name is 'nobody'; name a person\n"
+    assert captured.out == ""
+
+
+def test_result_sets_exit_status_and_subcommand_is_found(capsys):
+    """A command may end with its own exit status; the first word picks the sub-command."""
+    assert main("greet", COMMANDS, ["again", "ada", "--loud"]) == 3
+
+
+def test_unknown_flag_is_a_usage_error():
+    """argparse's own exit status 2 stands for usage."""
+    with pytest.raises(SystemExit) as stop:
+        main("greet", COMMANDS, ["ada", "--lod"])
+    assert stop.value.code == 2

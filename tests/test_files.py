@@ -1,0 +1,61 @@
+"""Files are whole or absent."""
+
+import hashlib
+
+import pytest
+
+from train.errors import UserError
+from train.files import new_directory, read_json, read_jsonl, sha256_of, write_json, write_jsonl
+
+
+def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
+    """A failure inside the block leaves neither the directory nor its temporary sibling."""
+    def half_written():
+        with new_directory(tmp_path / "run") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        half_written()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_directory_refuses_one_that_exists(tmp_path):
+    """An existing, filled directory is never replaced."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "kept").write_text("x")
+
+    with pytest.raises(UserError, match="cannot write"), new_directory(tmp_path / "run"):
+        pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "kept"]
+
+
+def test_jsonl_survives_unicode_line_separators(tmp_path):
+    """U+2028 inside a string is data, not the end of a line."""
+    rows = [{"text": "a\u2028b\u0085c"}, {"text": "d\ne"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"a": 1}\n{"b"', "line 2 is not JSON"), ("3\n", "an object is needed")])
+def test_bad_jsonl_names_the_line(tmp_path, text, said):
+    """A broken row is named by its line, not skipped."""
+    (tmp_path / "rows.jsonl").write_text(text)
+
+    with pytest.raises(UserError, match=said):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+def test_json_refuses_not_a_number(tmp_path):
+    """NaN is no JSON, so it is never written."""
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    with pytest.raises(UserError, match="cannot read"):
+        read_json(tmp_path / "a.json")
+
+
+def test_sha256_of_a_file(tmp_path):
+    """The digest is that of the bytes."""
+    (tmp_path / "f").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
