@@ -35,6 +35,7 @@ class ServeConfig:
     running: int | None = option(None, "requests decoded together (default: by the machine)")
     dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)}")
     kv_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
+    vllm_args: str = option("", "further vLLM flags, which win over the launch plan, such as '--block-size 64'")
     # Who may ask, and how much
     keys: str = option("", "file of hashed keys, made with `python -m serve keys`; reread when it changes")
     cors: tuple[str, ...] = option((), "origins that browsers may call from, comma-separated (default: none)")

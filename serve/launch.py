@@ -1,0 +1,185 @@
+"""From a config, a base and a machine to the command line and environment of the server, with a reason for each choice.
+
+Pure: it starts nothing and reads only the base's config.json. A choice can be overridden three ways: by the fields of
+`ServeConfig`, by any vLLM flag in its `vllm_args` (they come last and win), and, for environment variables, by setting
+the variable before the start.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from serve.config import ServeConfig
+from serve.machine import Machine
+from train.catalog import Base
+from train.files import read_json
+
+PLUGINS = ("counsel_platform", "counsel_adapters")
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONTEXT_CAP_TOKENS = 4096
+BLOCK_TOKENS = 32
+GIB = 1 << 30
+
+
+class Reason(NamedTuple):
+    """One choice as a user reads it, and why it was made."""
+
+    choice: str
+    why: str
+
+
+class Plan(NamedTuple):
+    """What to start: the whole argv, the variables to add to the environment, and a reason for each choice."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    reasons: tuple[Reason, ...]
+
+    def explain(self) -> str:
+        """One line for each reason."""
+        return "\n".join(f"  {reason.choice}: {reason.why}" for reason in self.reasons)
+
+
+def plan(
+    config: ServeConfig,
+    base: Base,
+    machine: Machine,
+    ranks: Sequence[int] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> Plan:
+    """How to serve `base` on `machine`. `ranks`: those of the adapters in the store."""
+    chosen = _Choices(environ)
+    chosen.flag("--model", str(base.path))
+    chosen.flag("--served-model-name", base.name)
+    chosen.flag("--host", config.host)
+    chosen.flag("--port", str(config.port))
+    # More than one API process would each keep their own list of adapters.
+    chosen.flag("--api-server-count", "1")
+    _lora(chosen, config, ranks)
+    _shape(chosen, config, base, machine)
+    chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
+    chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
+    if machine.device == "cpu":
+        _threads(chosen, machine)
+        _preload(chosen, machine)
+    if config.vllm_args:
+        chosen.argv += shlex.split(config.vllm_args)
+        chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
+    return Plan((sys.executable, "-m", "serve.entry", *chosen.argv), chosen.env, tuple(chosen.reasons))
+
+
+class _Choices:
+    """Collects flags, variables and reasons in the order they are made."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.argv: list[str] = []
+        self.env: dict[str, str] = {}
+        self.reasons: list[Reason] = []
+
+    def flag(self, name: str, *values: str, why: str = "") -> None:
+        self.argv += [name, *values]
+        if why:
+            self.reasons.append(Reason(" ".join((name, *values)), why))
+
+    def variable(self, name: str, value: str, why: str) -> None:
+        """Set `name`, unless the user did: then theirs stays."""
+        if name in self.environ:
+            self.reasons.append(Reason(f"{name}={self.environ[name]}", "set in your environment"))
+        else:
+            self.env[name] = value
+            self.reasons.append(Reason(f"{name}={value}", why))
+
+
+def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int]) -> None:
+    chosen.flag("--enable-lora")
+    chosen.flag("--max-loras", str(config.slots), why="adapters that one batch may mix (slots)")
+    chosen.flag("--max-cpu-loras", str(config.host_adapters), why="adapters in host memory (host_adapters)")
+    largest = max(ranks, default=0)
+    if largest > config.max_rank:
+        why = f"max_rank; the store holds rank {largest}, which will be refused: start with --max-rank {largest}"
+    else:
+        why = "max_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
+    chosen.flag("--max-lora-rank", str(config.max_rank), why=why)
+    chosen.flag(
+        "--lora-target-modules",
+        *TARGET_MODULES,
+        why="what adapters may change; leaving the vocabulary out saves a pass over it for every token",
+    )
+
+
+def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) -> None:
+    """Context, running requests, batched tokens, key-value memory."""
+    described = read_json(Path(base.path) / "config.json")
+    shape = described.get("text_config", described)
+    context = config.context_tokens or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
+    why = "context_tokens" if config.context_tokens else f"the model's, at most {CONTEXT_CAP_TOKENS}"
+    chosen.flag("--max-model-len", str(context), why=why)
+    chosen.flag("--dtype", config.dtype)
+    if machine.device != "cpu":
+        if config.running:
+            chosen.flag("--max-num-seqs", str(config.running), why="running")
+        if config.kv_gb:
+            chosen.flag("--kv-cache-memory-bytes", str(int(config.kv_gb * 1e9)), why="kv_gb")
+        return
+
+    cores = len(machine.cpus)
+    running = config.running or min(256, 32 * cores)
+    why = (
+        "running"
+        if config.running
+        else f"32 for each of {cores} cores: with more, each waits longer for no more in all"
+    )
+    chosen.flag("--max-num-seqs", str(running), why=why)
+    why = "a step of prompt tokens holds up every running answer; this many take about half a second"
+    chosen.flag("--max-num-batched-tokens", str(max(running, min(2048, 256 * cores))), why=why)
+    why = "prefixes are shared in whole blocks; vLLM's 128 would miss most system prompts"
+    chosen.flag("--block-size", str(BLOCK_TOKENS), why=why)
+    kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine)
+    why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of half a context each, at most a quarter of the memory"
+    chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
+
+
+def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine) -> int:
+    heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
+    head_size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    token_bytes = 2 * 2 * shape["num_hidden_layers"] * heads * head_size
+    # One request of full length must fit, whatever else.
+    wanted = token_bytes * context_tokens * max(2, running) // 2
+    return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
+
+
+def _threads(chosen: _Choices, machine: Machine) -> None:
+    if len(machine.cpus) <= 4:
+        chosen.variable(
+            "VLLM_CPU_OMP_THREADS_BIND",
+            ",".join(map(str, machine.cpus)),
+            f"all {len(machine.cpus)} cores compute; vLLM would keep one back, which is too dear on so few",
+        )
+    else:
+        chosen.variable("VLLM_CPU_OMP_THREADS_BIND", "auto", "vLLM binds one thread a core and keeps one core back")
+
+
+def _preload(chosen: _Choices, machine: Machine) -> None:
+    libraries, whys = [], []
+    if machine.openmp:
+        libraries.append(str(machine.openmp))
+        whys.append("Intel's OpenMP wakes its threads faster than GCC's")
+    if machine.tcmalloc:
+        libraries.append(str(machine.tcmalloc))
+        whys.append("tcmalloc keeps freed memory")
+    else:
+        chosen.variable(
+            "MALLOC_MMAP_THRESHOLD_",
+            str(32 << 20),
+            "no tcmalloc here (Debian: apt install libtcmalloc-minimal4): glibc told to keep freed memory instead",
+        )
+        chosen.variable("MALLOC_TRIM_THRESHOLD_", str(GIB), "as above")
+    if libraries:
+        # The user's own preloads stay, after ours.
+        mine = ":".join([*libraries, *filter(None, [chosen.environ.get("LD_PRELOAD")])])
+        chosen.env["LD_PRELOAD"] = mine
+        chosen.reasons.append(Reason(f"LD_PRELOAD={mine}", "; ".join(whys)))
