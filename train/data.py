@@ -1,0 +1,239 @@
+"""Conversations: load them from anywhere, clean, de-duplicate, split by question, and say what was done.
+
+A set has one row an answer, and a question usually has several. So rows are split by question: with a random split of
+rows, most test questions have been seen in training with another answer, and the scores are flattered.
+
+    splits, report = prepare(DataConfig(data="conversations.csv", question_column="question"))
+    print(report)
+    write(Path("runs/first"), splits, report)      # data/{train,val,test}.jsonl, then data/report.json
+"""
+
+import dataclasses
+import hashlib
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.cleaning import clean, fault, normalised, question_id
+from train.errors import UserError
+from train.files import write_json, write_jsonl
+from train.sources import load
+
+SPLITS = ("train", "val", "test")
+DEFAULT_TOPIC_COLUMN = "topic"
+
+Row = dict[str, str]
+Splits = dict[str, list[Row]]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where conversations come from and how they are split; a `Recipe` has the same fields.
+
+    data: a CSV, JSON, JSONL or Parquet file, a hub id (org/name), or `sample`, the shipped set.
+    revision: commit, tag or branch of a hub set; empty means its newest.
+    val_share, test_share: shares of the questions.
+    split: `question`; or `row`, which leaks and is there only to measure how much.
+    """
+
+    data: str = "sample"
+    revision: str = ""
+    question_column: str = "Context"
+    answer_column: str = "Response"
+    topic_column: str = DEFAULT_TOPIC_COLUMN
+    val_share: float = 0.1
+    test_share: float = 0.1
+    split: str = "question"
+    split_seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every row. Counts; lengths are in words.
+
+    dropped: rows by reason, each row counted once, under the first reason that applies.
+    leak: questions that are in more than one split; 0 unless `split` is `row`.
+    row_split_leak: the share of test questions that a random row split of the same rows puts in training too.
+    """
+
+    source: str
+    revision: str
+    source_sha256: str
+    split: str
+    split_seed: int
+    rows_in: int
+    rows_out: int
+    dropped: dict[str, int]
+    questions: dict[str, int]
+    rows: dict[str, int]
+    leak: int
+    row_split_leak: float
+    answers_per_question: dict[str, float]
+    question_words: dict[str, float]
+    answer_words: dict[str, float]
+
+    def __str__(self) -> str:
+        commit = f" at {self.revision[:12]}" if self.revision else ""
+        lines = [f"data         {self.source}{commit} (sha256 {self.source_sha256[:12]})"]
+        lines += [f"rows in      {self.rows_in:>7,}"]
+        lines += [f"  dropped    {n:>7,}  {reason}" for reason, n in self.dropped.items()]
+        lines += [f"rows out     {self.rows_out:>7,}  answers to {sum(self.questions.values()):,} questions"]
+        lines += [f"  {name:<10} {self.rows[name]:>7,}  {self.questions[name]:,} questions" for name in SPLITS]
+        for label, stats in (("questions", self.question_words), ("answers", self.answer_words)):
+            lines += [f"words        {label}: median {stats['median']:g}, p95 {stats['p95']:g}, max {stats['max']:g}"]
+        per = self.answers_per_question
+        lines += [f"answers      per question: mean {per['mean']:.1f}, max {per['max']:g}"]
+        lines += [f"leak         {self.leak:>7,}  questions in more than one split"]
+        would = "would put" if self.split == "question" else "put"
+        lines += [f"{'':>22}a random row split {would} {self.row_split_leak:.0%} of test questions in training too"]
+        return "\n".join(lines)
+
+
+def prepare(config: DataConfig) -> tuple[Splits, Report]:
+    """Load, clean, de-duplicate and split. Raises UserError when the source or the shares are no good."""
+    shares = (config.val_share, config.test_share)
+    if min(shares) < 0 or sum(shares) >= 1:
+        raise UserError(f"val_share and test_share are {shares}; each must be 0 or more, together under 1")
+    if config.split not in ("question", "row"):
+        raise UserError(f"split is {config.split!r}; it must be question or row")
+    source = load(config.data, config.revision)
+    rows, dropped = clean_rows(source.rows, config)
+    if not rows:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
+    splits = split_rows(rows, config)
+    for name, share in zip(SPLITS, (1.0, *shares), strict=True):
+        if share and not splits[name]:
+            count = len({row["question_id"] for row in rows})
+            raise UserError(f"the {name} split is empty with {count} questions; give more data or another split_seed")
+    leaked = leak(splits)
+    assert config.split == "row" or leaked == 0
+    by_row = split_rows(rows, dataclasses.replace(config, split="row"))
+    report = Report(
+        source=config.data,
+        revision=source.revision,
+        source_sha256=source.sha256,
+        split=config.split,
+        split_seed=config.split_seed,
+        rows_in=len(source.rows),
+        rows_out=len(rows),
+        dropped=dropped,
+        questions={name: len(_questions(splits[name])) for name in SPLITS},
+        rows={name: len(splits[name]) for name in SPLITS},
+        leak=leaked,
+        row_split_leak=leak_share(by_row),
+        answers_per_question=_statistics(list(Counter(row["question_id"] for row in rows).values())),
+        question_words=_statistics([len(text.split()) for text in {row["question"] for row in rows}]),
+        answer_words=_statistics([len(row["answer"].split()) for row in rows]),
+    )
+    return splits, report
+
+
+def write(run_path: Path, splits: Splits, report: Report) -> None:
+    """Write data/{train,val,test}.jsonl under `run_path`, and data/report.json last."""
+    for name in SPLITS:
+        write_jsonl(run_path / "data" / f"{name}.jsonl", splits[name])
+    write_json(run_path / "data" / "report.json", dataclasses.asdict(report))
+
+
+def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> tuple[list[Row], dict[str, int]]:
+    """The rows worth keeping, in order of first appearance, and how many were dropped, by reason.
+
+    Of several copies of one pair the longest is kept: the others have lost their paragraph breaks. One text of a
+    question stands for all its rows. An answer pasted under several questions stays only under the first.
+    """
+    _check_columns(raw, config)
+    dropped: Counter[str] = Counter()
+    pairs: dict[tuple[str, str], Row] = {}
+    exact: set[tuple[str, str]] = set()
+    owner: dict[str, str] = {}
+    question_text: dict[str, str] = {}
+    for number, fields in enumerate(raw, start=1):
+        question, answer, topic = (
+            clean(_text(fields.get(column), column, number))
+            for column in (config.question_column, config.answer_column, config.topic_column)
+        )
+        if reason := fault(question, answer):
+            dropped[reason] += 1
+            continue
+        key = (question_id(question), normalised(answer))
+        if owner.setdefault(key[1], key[0]) != key[0]:
+            dropped["answer given to another question"] += 1
+            continue
+        if key in pairs:
+            dropped["duplicate" if (question, answer) in exact else "duplicate but for spaces, case, punctuation"] += 1
+        exact.add((question, answer))
+        kept = pairs.setdefault(key, {"question_id": key[0], "question": "", "answer": "", "topic": topic})
+        kept["answer"] = max(kept["answer"], answer, key=len)
+        question_text[key[0]] = max(question_text.get(key[0], ""), question, key=len)
+    for row in pairs.values():
+        row["question"] = question_text[row["question_id"]]
+    return list(pairs.values()), dict(dropped.most_common())
+
+
+def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:
+    """Each row in `train`, `val` or `test`, by a hash of the seed and its question (of the row, for a `row` split).
+
+    A question's place depends on nothing else, so rows can be added without moving any question between splits.
+    """
+    splits: Splits = {name: [] for name in SPLITS}
+    for row in rows:
+        key = row["question_id"] if config.split == "question" else row["question_id"] + normalised(row["answer"])
+        digest = hashlib.sha256(f"{config.split_seed} {key}".encode()).digest()
+        place = int.from_bytes(digest[:8]) / 2**64
+        name = (
+            "test" if place < config.test_share else "val" if place < config.test_share + config.val_share else "train"
+        )
+        splits[name].append(row)
+    return splits
+
+
+def leak(splits: Splits) -> int:
+    """How many questions are in more than one split."""
+    places = Counter(question for name in SPLITS for question in _questions(splits[name]))
+    return sum(count > 1 for count in places.values())
+
+
+def leak_share(splits: Splits) -> float:
+    """The share of the test questions that are in training too; 0 when there are none."""
+    test = _questions(splits["test"])
+    return len(test & _questions(splits["train"])) / len(test) if test else 0.0
+
+
+def _questions(rows: Sequence[Row]) -> set[str]:
+    return {row["question_id"] for row in rows}
+
+
+def _statistics(values: list[int]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "mean": round(statistics.fmean(ordered), 2),
+        "median": statistics.median(ordered),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+    }
+
+
+def _check_columns(raw: Sequence[dict[str, Any]], config: DataConfig) -> None:
+    present = list(dict.fromkeys(column for row in raw for column in row))
+    wanted = {"question_column": config.question_column, "answer_column": config.answer_column}
+    if config.topic_column != DEFAULT_TOPIC_COLUMN:
+        wanted["topic_column"] = config.topic_column
+    for option_name, column in wanted.items():
+        if column not in present:
+            raise UserError(
+                f"{config.data!r} has no column {column!r}, only {', '.join(map(repr, present))}; "
+                f"say which one it is with --{option_name.replace('_', '-')}"
+            )
+
+
+def _text(value: Any, column: str, number: int) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"row {number}: {column} holds {type(value).__name__} {str(value)[:40]!r}; text is needed")
+    return value
