@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import openai
 
 API_KEY = "COUNSEL_API_KEY"
@@ -78,8 +77,8 @@ def _key(api_key: str) -> str:
     return api_key or os.environ.get(API_KEY) or "none"
 
 
-def _timeout(timeout_s: float) -> httpx.Timeout:
-    return httpx.Timeout(timeout_s, connect=10.0)
+def _timeout(timeout_s: float) -> openai.Timeout:
+    return openai.Timeout(timeout_s, connect=10.0)
 
 
 @dataclass
