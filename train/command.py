@@ -41,11 +41,15 @@ class Result(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A config dataclass, the function that takes it, and one line of help."""
+    """A config dataclass, the function that takes it, and one line of help.
+
+    Where `presets` is a folder, the YAML file is given by position: a path, or the stem of a file in that folder.
+    """
 
     config: type
     run: Callable[[Any], Result]
     help: str
+    presets: Path | None = None
 
 
 def option(default: Any, help: str) -> Any:
@@ -65,7 +69,8 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     parser = _parser(program, name, commands)
     flags = vars(parser.parse_args(words))
     try:
-        config: Any = load_config(commands[name].config, flags.pop("config", None), flags)
+        file = _yaml_file(flags.pop("config", None), commands[name].presets)
+        config: Any = load_config(commands[name].config, file, flags)
         result = commands[name].run(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -96,6 +101,16 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
     return schema(**values)
 
 
+def _yaml_file(given: str | None, presets: Path | None) -> str | None:
+    """The YAML file that a word on the command line names: a path, or a preset's stem."""
+    if given is None or presets is None or Path(given).suffix in (".yaml", ".yml"):
+        return given
+    shipped = {path.stem: str(path) for path in presets.glob("*.yaml")}
+    if given not in shipped:
+        raise UserError(f"no recipe {given!r}; {nearest(given, shipped)}, or give a .yaml file")
+    return shipped[given]
+
+
 def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
     """Say which allowed word `word` may have meant, or list them all."""
     close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
@@ -112,7 +127,11 @@ def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argpars
         allow_abbrev=False,
     )
     fields = dataclasses.fields(commands[name].config)
-    if not any(field.name == "config" for field in fields):
+    presets = commands[name].presets
+    if presets is not None:
+        shipped = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+        parser.add_argument("config", metavar="RECIPE", nargs="?", help=f"YAML file, or one of: {shipped}")
+    elif not any(field.name == "config" for field in fields):
         parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     hints = typing.get_type_hints(commands[name].config)
     for field in fields:

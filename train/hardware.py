@@ -1,0 +1,87 @@
+"""What this machine does with a recipe: precision, quantisation, optimizer, and every downgrade, said out loud."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from train.errors import UserError
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training can use here. memory_bytes: of the device, or of the machine for a CPU."""
+
+    device: str
+    name: str
+    bf16: bool
+    memory_bytes: int
+    processes: int = 1
+
+
+class Downgrade(NamedTuple):
+    """One thing the recipe asked for and did not get."""
+
+    asked: str
+    used: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"asked {self.asked}, used {self.used}, because {self.because}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the recipe runs here."""
+
+    device: str
+    dtype: str
+    load_4bit: bool
+    optimizer: str
+    downgrades: tuple[Downgrade, ...]
+
+
+def machine() -> Machine:
+    """This machine, as torch sees it."""
+    import os
+    import platform
+
+    import torch
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Machine("cuda", properties.name, torch.cuda.is_bf16_supported(), properties.total_memory, processes)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # Without these instructions a bf16 matrix product is emulated, and slower than fp32.
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Machine("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", bf16, memory, processes)
+
+
+def plan(recipe: Recipe, here: Machine) -> Plan:
+    """Fit `recipe` to `here`; with `strict`, refuse instead of falling back.
+
+    On a CPU a 4-bit base is only slower and less exact, so bf16 takes its place; force_4bit keeps it.
+    """
+    downgrades = []
+    dtype = "bfloat16" if here.bf16 else "float32"
+    if not here.bf16 and here.device == "cuda":
+        downgrades.append(Downgrade("bfloat16", "float32", f"{here.name} has no bfloat16"))
+    load_4bit, optimizer = recipe.load_4bit, recipe.optimizer
+    if here.device != "cuda":
+        if load_4bit and not recipe.force_4bit:
+            load_4bit = False
+            downgrades.append(
+                Downgrade("a 4-bit base", f"a {dtype} base", "without CUDA 4 bits are slower (force_4bit keeps them)")
+            )
+        if ("paged" in optimizer or "8bit" in optimizer) and not recipe.force_4bit:
+            optimizer = "adamw_torch_fused"
+            downgrades.append(
+                Downgrade(
+                    recipe.optimizer, optimizer, "paging and 8-bit states save CUDA memory, of which there is none"
+                )
+            )
+    if recipe.strict and downgrades:
+        raise UserError(
+            f"--strict: {'; '.join(map(str, downgrades))}; run on a CUDA machine, change the recipe, or drop --strict"
+        )
+    return Plan(here.device, dtype, load_4bit, optimizer, tuple(downgrades))

@@ -1,0 +1,47 @@
+"""Is the adapter that training left worth publishing? Every target trained, no pickle, and it changes the answers."""
+
+from pathlib import Path
+from typing import Any
+
+from train import adapter
+from train.catalog import Base
+from train.chat import prompt_messages
+from train.errors import UserError
+from train.recipe import Recipe
+
+PROBE = "I feel overwhelmed at work and I cannot sleep. What could help?"
+
+
+def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+    """Hold a freshly saved adapter against its rules and against the model in memory; UserError at the first breach.
+
+    Returns what was seen: rank, number of adapted modules, the largest change of a logit on a probe question.
+    """
+    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    if pickles:
+        raise UserError(f"the adapter folder holds a pickle, {pickles[0]}; nothing was published")
+    facts = adapter.check(folder, base.path)
+    saved = {key.rsplit(".lora_", 1)[0] for key in adapter.tensor_shapes(folder / adapter.WEIGHTS)}
+    trained = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if saved != trained:
+        missing = sorted(trained ^ saved)
+        raise UserError(f"{len(missing)} adapted modules are not in both model and file, first {missing[0]}")
+    change = logit_change(model, tokenizer, recipe.system)
+    if not change > 0:
+        raise UserError("the adapter answers exactly as the base; train longer or with a higher learning rate")
+    return {"rank": facts.rank, "modules": len(saved), "largest_logit_change": round(change, 4)}
+
+
+def logit_change(model: Any, tokenizer: Any, system: str) -> float:
+    """The largest absolute difference of a next-token logit with the adapter on and off, on `PROBE`."""
+    import torch
+
+    ids = tokenizer.apply_chat_template(
+        prompt_messages(PROBE, system), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(model.device)
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        tuned = model(**ids).logits[:, -1].float()
+        with model.disable_adapter():
+            plain = model(**ids).logits[:, -1].float()
+    return float((tuned - plain).abs().max())

@@ -1,0 +1,160 @@
+"""Watches a training run: metrics.jsonl, a line with ETA on stderr, sample answers.
+
+metrics.jsonl, one object a line:
+
+  step          optimizer steps done (0: before the first)
+  epoch         passes over the training rows, fractional
+  loss          training loss of this step: mean over its answer tokens, in nats; only on training rows
+  val_loss      mean over the validation answers' tokens, in nats; only on evaluation rows
+  lr            learning rate of this step; only on training rows
+  tokens        real tokens (prompt and answer, no padding) trained on so far
+  tokens_per_s  of this step, evaluation and checkpoints not counted; only on training rows
+
+samples.jsonl, one object a line: step, question, answer (greedy, cut at 64 tokens).
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from train.errors import UserError
+from train.files import write_jsonl
+from train.run import Run
+
+SAMPLE_TOKENS = 64
+LINE_EVERY_S = 10.0
+
+
+class Progress(TrainerCallback):
+    """Writes down what the trainer logs, and says where it stands.
+
+    prompts: {question: rendered prompt} to answer at each evaluation.
+    """
+
+    def __init__(self, run: Run, tokenizer: Any, prompts: dict[str, str]) -> None:
+        self.metrics_path = run.path / "metrics.jsonl"
+        self.samples_path = run.path / "samples.jsonl"
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.train_s = 0.0
+        self.session_tokens = 0
+        self._tokens_before = 0
+        self._first_step: int | None = None
+        self._started = self._said = time.monotonic()
+        self._step_started = self._step_s = 0.0
+        self._loss = self._val_loss = math.nan
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens trained on since the run began."""
+        return self._tokens_before + self.session_tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens a second over the steps of this process."""
+        return self.session_tokens / self.train_s if self.train_s else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step = state.global_step
+        if not state.is_world_process_zero:
+            return
+        # What a killed run logged after its last checkpoint is trained, and logged, again.
+        for path in (self.metrics_path, self.samples_path):
+            kept = [row for row in _whole_rows(path) if row["step"] <= state.global_step]
+            write_jsonl(path, kept if state.global_step else [])
+        self._tokens_before = max((row["tokens"] for row in _whole_rows(self.metrics_path)), default=0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_s = time.perf_counter() - self._step_started
+        self.train_s += self._step_s
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        if "eval_loss" in logs:
+            value = self._val_loss = logs["eval_loss"]
+            row |= {"val_loss": value, "tokens": self.tokens}
+        elif "loss" in logs:
+            value = self._loss = logs["loss"]
+            step_tokens = int(logs["num_tokens"]) - self.session_tokens
+            self.session_tokens += step_tokens
+            row |= {"loss": value, "lr": logs["learning_rate"], "tokens": self.tokens}
+            row["tokens_per_s"] = round(step_tokens / self._step_s, 1)
+        else:
+            return
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {state.global_step}; lower --learning-rate (now {args.learning_rate:g}) "
+                "and start again with --overwrite"
+            )
+        if state.is_world_process_zero:
+            _append(self.metrics_path, row)
+            self._say(state, evaluated="eval_loss" in logs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        # With several processes generation would need every one of them; samples are a single-process comfort.
+        if not self.prompts or args.world_size > 1:
+            return
+        answers = greedy_answers(model, self.tokenizer, list(self.prompts.values()), SAMPLE_TOKENS)
+        for question, answer in zip(self.prompts, answers, strict=True):
+            _append(self.samples_path, {"step": state.global_step, "question": question, "answer": answer})
+
+    def _say(self, state: Any, evaluated: bool) -> None:
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if not (evaluated or terminal or now - self._said >= LINE_EVERY_S):
+            return
+        self._said = now
+        gone, done = now - self._started, state.global_step - (self._first_step or 0)
+        left = f"{_clock(gone / done * (state.max_steps - state.global_step))} to go" if done else "timing"
+        line = f"step {state.global_step:>4}/{state.max_steps}  epoch {state.epoch or 0:.2f}"
+        line += "".join(
+            f"  {name} {value:.3f}"
+            for name, value in (("loss", self._loss), ("val", self._val_loss))
+            if not math.isnan(value)
+        )
+        line += f"  {self.tokens_per_s:.0f} tok/s  {_clock(gone)} gone, {left}"
+        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if evaluated or not terminal else "", file=sys.stderr)
+        sys.stderr.flush()
+
+
+def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """The model's greedy continuation of each rendered prompt, as text."""
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    inputs = inputs.to(model.device)
+    low_precision = model.dtype == torch.bfloat16
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    model.train(training)
+    return [
+        text.strip() for text in tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    ]
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log that a kill may have cut in its last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -1,0 +1,104 @@
+"""`Recipe`: the schema of a training run. Shipped recipes are the YAML files in train/recipes, named by their stem."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from train.chat import SYSTEM_PROMPT
+from train.command import option
+from train.data import DataConfig
+from train.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# What may differ between a run and its --resume: these say how to start, not what to train.
+START_FIELDS = ("resume", "overwrite", "strict", "seeds")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run, whole: the resolved copy is the run's config.json."""
+
+    name: str = option("gentle", "run directory under --runs, and adapter name in the store")
+    base: str = option("smollm2-135m", "base model: catalog name, hub id or local folder")
+    data: str = option("sample", "conversations: a CSV, JSON, JSONL or Parquet file, a hub id, or `sample`")
+    revision: str = option("", "commit, tag or branch of a hub set; pin one to repeat a run")
+    question_column: str = option("Context", "column that holds the question")
+    answer_column: str = option("Response", "column that holds the answer")
+    topic_column: str = option("topic", "column that holds the topic, where there is one")
+    val_share: float = option(0.1, "share of the questions held out to choose a checkpoint")
+    test_share: float = option(0.1, "share of the questions held out for eval and loadtest")
+    split: str = option("question", "unit of splitting: `question`; `row` leaks, and is there to measure how much")
+    split_seed: int = option(0, "another seed holds out other questions")
+    max_rows: int | None = option(None, "train on so many rows only, evenly spaced (smoke runs)")
+    max_val_rows: int = option(64, "validation rows scored at each evaluation")
+    system: str = option(SYSTEM_PROMPT, "system prompt, in training and when served")
+
+    rank: int = option(16, "LoRA rank r")
+    alpha: int = option(32, "LoRA alpha; the update is scaled by alpha / rank")
+    dropout: float = option(0.0, "LoRA dropout")
+    targets: tuple[str, ...] = option(("all-linear",), "modules that get an adapter: `all-linear`, or names")
+
+    epochs: float = option(1.0, "passes over the training rows")
+    max_steps: int = option(0, "stop after this many optimizer steps; 0: by epochs")
+    batch_size: int = option(4, "rows in a forward pass, per process")
+    accumulation: int = option(1, "forward passes per optimizer step")
+    learning_rate: float = option(2e-4, "peak learning rate")
+    schedule: str = option("cosine", "learning-rate schedule after warm-up: cosine, linear or constant_with_warmup")
+    warmup: float = option(0.05, "share of steps spent warming up")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_grad_norm: float = option(1.0, "gradient clipping")
+    optimizer: str = option("adamw_torch_fused", "a transformers optimizer name, such as paged_adamw_8bit")
+    max_length: int = option(1024, "tokens per row; longer rows are cut at the end")
+    group_by_length: bool = option(True, "batch rows of like length, which saves padding")
+
+    load_4bit: bool = option(False, "load the base in NF4 with double quantisation (QLoRA)")
+    force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slower, for checks")
+    attention: str = option("sdpa", "attention: sdpa or eager; Gemma 2 needs eager, sdpa drops its soft-capping")
+    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: slower, less memory")
+    fast_cpu: bool = option(True, "on a CPU, score answer tokens only (same loss; train/fast_loss.py)")
+
+    evaluations: int = option(4, "evenly spaced validation passes, each with a checkpoint; the best is kept")
+    patience: int = option(0, "stop after this many evaluations without improvement; 0: never")
+    samples: int = option(2, "validation questions answered at each evaluation, into samples.jsonl")
+    seed: int = option(42, "seed of the initial adapter, the order of rows and dropout")
+
+    runs: str = option("runs", "folder of run directories")
+    store: str = option("store", "adapter store to publish to; empty: do not publish")
+    resume: bool = option(False, "go on from the last checkpoint of the run")
+    overwrite: bool = option(False, "remove the existing run of that name first")
+    strict: bool = option(False, "refuse instead of falling back where the machine lacks something")
+    seeds: tuple[int, ...] = option((), "train once per seed, as <name>-s<seed>, and report mean and spread")
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other; give one")
+        if self.schedule not in ("cosine", "linear", "constant_with_warmup"):
+            raise UserError(f"schedule is {self.schedule!r}; allowed: cosine, linear, constant_with_warmup")
+        if self.attention not in ("sdpa", "eager"):
+            raise UserError(f"attention is {self.attention!r}; allowed: sdpa, eager")
+        for key in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_val_rows", "epochs",
+                    "learning_rate"):  # fmt: skip
+            if not getattr(self, key) > 0:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be above 0")
+        for key in ("dropout", "warmup"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
+        if self.max_length < 16:
+            raise UserError(f"max_length is {self.max_length}; it must be at least 16 tokens")
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.runs) / self.name
+
+    def document(self) -> dict[str, Any]:
+        """What config.json holds: every field that shapes the result."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in START_FIELDS}
+
+    def data_config(self) -> DataConfig:
+        """The part of the recipe that chooses and splits the rows."""
+        return DataConfig(**{f.name: getattr(self, f.name) for f in fields(DataConfig)})
+
+    def with_seed(self, seed: int) -> "Recipe":
+        """The same recipe under another seed and run name."""
+        return replace(self, seed=seed, name=f"{self.name}-s{seed}", seeds=())

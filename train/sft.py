@@ -1,0 +1,331 @@
+"""One training run, top to bottom: data, base, LoRA, SFTTrainer, checks, adapter, summary, store.
+
+Each step leaves its files in the run directory (train/run.py lists them); train.json is written last.
+"""
+
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from train import catalog, data, store
+from train.card import write_card
+from train.chat import prompt_messages
+from train.errors import UserError
+from train.files import new_directory, read_json, read_jsonl, write_json
+from train.hardware import Machine, Plan, machine, plan
+from train.recipe import Recipe
+from train.run import Run, provenance
+
+Item = TypeVar("Item")
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train one adapter, check it, publish it; return the summary that train.json holds."""
+    from accelerate import PartialState
+
+    started = time.monotonic()
+    store.check_name(recipe.name)
+    here = machine()
+    how = plan(recipe, here)
+    base = catalog.resolve(recipe.base)
+    processes = PartialState(cpu=how.device == "cpu")
+    with processes.main_process_first():
+        if processes.is_main_process:
+            run = open_run_directory(recipe)
+            write_json(run.path / "provenance.json", _provenance(recipe, here, how, base))
+            _say(how, here, base)
+        run = Run(recipe.run_path)
+    trainer, progress = build(recipe, how, base, run)
+    checkpoint = last_checkpoint(run) if recipe.resume else None
+    trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return {}
+    return finish(recipe, how, base, run, trainer, progress, time.monotonic() - started)
+
+
+def open_run_directory(recipe: Recipe) -> Run:
+    """The run's directory with config and data in place: new, emptied by --overwrite, or continued by --resume."""
+    run = Run(recipe.run_path)
+    config_path = run.path / "config.json"
+    if recipe.resume:
+        if run.complete:
+            raise UserError(f"run {recipe.name!r} is finished: nothing to resume; --overwrite trains it again")
+        if not config_path.is_file():
+            raise UserError(f"no run to resume at {str(run.path)!r}; leave --resume out to start it")
+        before, now = run.config(), _as_json(recipe.document())
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"{key} is {now.get(key)!r}, but run {recipe.name!r} was started with {before.get(key)!r}; "
+                "resume with the same settings, or start again with --overwrite"
+            )
+    elif run.path.exists():
+        if not recipe.overwrite:
+            raise UserError(
+                f"run {str(run.path)!r} exists; go on with --resume, replace it with --overwrite, "
+                "or choose another --name"
+            )
+        shutil.rmtree(run.path)
+    if not config_path.is_file():
+        # Before the directory is made: a bad data file then leaves nothing behind.
+        splits, report = data.prepare(recipe.data_config())
+        with new_directory(run.path) as folder:
+            write_json(folder / "config.json", recipe.document())
+            data.write(folder, splits, report)
+        print(report)
+    return run
+
+
+def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any, Any]:
+    """The trainer and the callback that watches it, ready to start."""
+    import transformers
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+    from peft import LoraConfig
+
+    from train.fast_loss import keep_freed_memory, why_not
+    from train.progress import Progress
+    from train.trainer import AnswerTrainer
+
+    disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(recipe.seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base.path)
+    model = load_base(recipe, how, base)
+    slow_because = why_not(model, how.device) if recipe.fast_cpu else "fast_cpu is off"
+    fast = slow_because is None
+    print(f"loss         {'answer tokens only' if fast else f'by TRL: {slow_because}'}", file=sys.stderr)
+    if fast:
+        keep_freed_memory()
+    train_rows = spread(run.split("train"), recipe.max_rows)
+    val_rows = spread(run.split("val"), recipe.max_val_rows)
+    questions = list(dict.fromkeys(row["question"] for row in val_rows))
+    prompts = {
+        question: tokenizer.apply_chat_template(
+            prompt_messages(question, recipe.system), tokenize=False, add_generation_prompt=True
+        )
+        for question in spread(questions, recipe.samples)
+    }
+    progress = Progress(run, tokenizer, prompts)
+    callbacks: list[Any] = [progress]
+    if recipe.patience and val_rows:
+        callbacks.append(transformers.EarlyStoppingCallback(recipe.patience))
+    trainer = AnswerTrainer(
+        model=model,
+        args=trainer_arguments(recipe, how, run, validate=bool(val_rows)),
+        train_dataset=Dataset.from_list(examples(train_rows, recipe.system)),
+        eval_dataset=Dataset.from_list(examples(val_rows, recipe.system)) if val_rows else None,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            lora_dropout=recipe.dropout,
+            target_modules=lora_targets(recipe),
+            task_type="CAUSAL_LM",
+        ),
+        callbacks=callbacks,
+        fast=fast,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    rows_per_step = recipe.batch_size * recipe.accumulation * trainer.args.world_size
+    steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
+    trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
+    return trainer, progress
+
+
+def load_base(recipe: Recipe, how: Plan, base: catalog.Base) -> Any:
+    """The base model in the precision of the plan."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if how.load_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, how.dtype),
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        base.path,
+        dtype=getattr(torch, how.dtype),
+        attn_implementation=recipe.attention,
+        quantization_config=quantization,
+    )
+
+
+def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> Any:
+    """The recipe in TRL's words."""
+    from trl import SFTConfig
+
+    every = "steps" if validate else "no"
+    return SFTConfig(
+        output_dir=str(run.path / "checkpoints"),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim=how.optimizer,
+        max_length=recipe.max_length,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        completion_only_loss=True,
+        bf16=how.dtype == "bfloat16",
+        use_cpu=how.device == "cpu",
+        gradient_checkpointing=recipe.checkpoint_activations,
+        eval_strategy=every,
+        eval_on_start=validate,
+        save_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=validate,
+        metric_for_best_model="eval_loss" if validate else None,
+        greater_is_better=False if validate else None,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=how.device == "cuda",
+    )
+
+
+def finish(
+    recipe: Recipe, how: Plan, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
+) -> dict[str, Any]:
+    """Save the adapter, check it, publish it, draw the curve, write the summary."""
+    from train.plot import loss_curve
+    from train.postflight import check_trained
+
+    rows = read_jsonl(run.path / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    val_losses = [row["val_loss"] for row in rows if "val_loss" in row]
+    state = trainer.state
+    summary: dict[str, Any] = {
+        "run": str(run.path),
+        "adapter": None,
+        "version": None,
+        "base": {"name": base.name, "hub_id": base.hub_id, "license": base.license},
+        "steps": state.global_step,
+        "epochs": round(state.epoch, 4),
+        "best_step": state.best_global_step,
+        "train_loss_first": losses[0],
+        "train_loss_last": losses[-1],
+        "val_loss_base": val_losses[0] if val_losses else None,
+        "val_loss": state.best_metric,
+        "tokens": progress.tokens,
+        "tokens_per_s": round(progress.tokens_per_s, 1),
+        "wall_s": round(wall_s, 1),
+        "peak_memory_bytes": peak_memory(how.device),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "fast_loss": trainer.fast,
+        "downgrades": [asdict_of(item) for item in how.downgrades],
+    }
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    with new_directory(run.adapter) as folder:
+        save_adapter(trainer.model, trainer.processing_class, base, folder)
+        summary["postflight"] = check_trained(folder, base, trainer.model, trainer.processing_class, recipe)
+        write_card(folder, recipe, base, summary)
+    loss_curve(rows, f"{recipe.name} on {base.name}", run.path / "loss.png")
+    if recipe.store:
+        manifest = store.publish(
+            Path(recipe.store), recipe.name, run.adapter, base, system=recipe.system, run=recipe.name
+        )
+        summary |= {"adapter": manifest.id, "version": manifest.version}
+    write_json(run.path / "train.json", summary)
+    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    return summary
+
+
+def save_adapter(model: Any, tokenizer: Any, base: catalog.Base, folder: Path) -> None:
+    """Save weights, config and tokenizer, with the base's public identity in place of a path of this machine."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base.hub_id
+    # Said explicitly: left to itself PEFT asks the hub whether the vocabulary has grown.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    tokenizer.save_pretrained(str(folder))
+
+
+def examples(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    """Rows in TRL's prompt/completion form, whose loss is on the completion only."""
+    return [
+        {
+            "prompt": prompt_messages(row["question"], system),
+            "completion": [{"role": "assistant", "content": row["answer"]}],
+        }
+        for row in rows
+    ]
+
+
+def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, evenly spaced: neighbours in a data set are alike."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+def lora_targets(recipe: Recipe) -> str | list[str]:
+    return "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
+
+
+def last_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint; those that a kill cut short are removed. trainer_state.json is written last."""
+    whole = []
+    for folder in (run.path / "checkpoints").glob("checkpoint-*"):
+        try:
+            whole.append((read_json(folder / "trainer_state.json")["global_step"], folder))
+        except UserError:
+            shutil.rmtree(folder)
+    return max(whole)[1] if whole else None
+
+
+def peak_memory(device: str) -> int:
+    """The most memory this process has held, in bytes: of the GPU, or resident on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def asdict_of(item: Any) -> dict[str, str]:
+    return dict(item._asdict())
+
+
+def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) -> dict[str, Any]:
+    report = read_json(recipe.run_path / "data" / "report.json")
+    return provenance() | {
+        "seed": recipe.seed,
+        "data_sha256": report["source_sha256"],
+        "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": catalog.fingerprint(base.path)},
+        "machine": asdict(here),
+        "dtype": how.dtype,
+        "downgrades": [asdict_of(item) for item in how.downgrades],
+    }
+
+
+def _as_json(document: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from config.json: tuples are lists there."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}
+
+
+def _say(how: Plan, here: Machine, base: catalog.Base) -> None:
+    print(f"base         {base.hub_id} ({base.license}), {how.dtype}, on {here.device} ({here.name})", file=sys.stderr)
+    for item in how.downgrades:
+        print(f"note         {item}", file=sys.stderr)
