@@ -1,0 +1,84 @@
+"""Compile cpu_lora.cpp once for this processor, keep the library in the cache, and hand out its functions.
+
+torch.compile needs the same compiler, so a machine that serves with vLLM on CPU usually has one. Where there is none,
+`library()` is None and the caller does the same sums with torch operators, correct but slower.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from train.catalog import cache_dir
+
+SOURCE = Path(__file__).with_name("cpu_lora.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+MAX_SLICES = 8
+LANES = 16
+
+logger = logging.getLogger("vllm.counsel")
+
+
+class Layer(ctypes.Structure):
+    """The shape of one linear layer; the same fields as in the source."""
+
+    _fields_ = [("n_in", ctypes.c_int64), ("n_slices", ctypes.c_int64), ("n_out", ctypes.c_int64 * MAX_SLICES)]
+
+
+class Adapter(ctypes.Structure):
+    """Where one adapter's weights for one layer lie; the same fields as in the source."""
+
+    _fields_ = [
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p * MAX_SLICES),
+        ("columns", ctypes.c_int64),
+        ("rank", ctypes.c_int64 * MAX_SLICES),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None (and one warning) where it cannot be had."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        logger.warning("no g++ here (Debian: apt install g++): LoRA runs on torch operators, correct but slower")
+        return None
+    target = cache_dir() / "kernels" / f"cpu_lora-{_identity(compiler)}.so"
+    if not target.is_file() and not _compile(compiler, target):
+        return None
+    loaded = ctypes.CDLL(str(target))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for name in ("lora_bfloat16", "lora_float32"):
+        function = getattr(loaded, name)
+        function.restype = None
+        function.argtypes = [pointer, pointer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer,
+                             ctypes.c_float]  # fmt: skip
+    return loaded
+
+
+def _compile(compiler: str, target: Path) -> bool:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
+    os.close(handle)
+    done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True)
+    if done.returncode != 0:
+        Path(temporary).unlink()
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        logger.warning("cannot compile %s (%s): LoRA runs on torch operators, correct but slower", SOURCE, reason)
+        return False
+    Path(temporary).replace(target)
+    return True
+
+
+def _identity(compiler: str) -> str:
+    """Changes with the source, the flags, the compiler and the processor: a home may be shared by machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    text = "\n".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, processor])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

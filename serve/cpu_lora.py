@@ -1,0 +1,221 @@
+"""Many adapters in one batch on a CPU, correct and near the speed of the base model.
+
+vLLM's own CPU path copies the adapter's weights once per token, pads every rank to the largest allowed, and takes a
+base-model token's index -1 for the last slot, so that base requests batched with an adapter are answered with it.
+Here rows are grouped by adapter once per step; each layer then makes one call into cpu_lora.cpp (or, without a
+compiler, a few torch operators per adapter) at the adapter's own rank, and rows with no adapter are left alone. vLLM
+finds this class through serve/platform.py.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from serve import cpu_kernel
+from serve.cpu_kernel import LANES, MAX_SLICES
+
+KERNELS = {torch.bfloat16: "lora_bfloat16", torch.float32: "lora_float32"}
+
+
+class Groups:
+    """Rows of a batch by adapter slot: those of slots[i] are rows[starts[i] : starts[i + 1]]. Base rows are in none."""
+
+    def __init__(self, indices: torch.Tensor) -> None:
+        """`indices`: the slot of each row, negative for the base model."""
+        order = torch.sort(indices, stable=True)
+        n_base = int((indices < 0).sum())
+        self.rows = order.indices[n_base:].to(torch.int32)
+        slots, counts = torch.unique_consecutive(order.values[n_base:], return_counts=True)
+        self.slots = slots.to(torch.int32)
+        self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+        self.present = frozenset(slots.tolist())
+
+    def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
+        bounds = self.starts.tolist()
+        for i, slot in enumerate(self.slots.tolist()):
+            yield slot, self.rows[bounds[i] : bounds[i + 1]].long()
+
+
+class Packed(NamedTuple):
+    """One adapter's weights for one layer at its own rank: A (n_in, columns), and B (rank, n_out) for each slice."""
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    ranks: tuple[int, ...]
+
+
+class Layer:
+    """The adapters of one linear layer, packed when first used and again whenever vLLM rewrites a slot."""
+
+    def __init__(
+        self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]
+    ) -> None:
+        """`a_stacked`: (slots, 1, max rank, n_in) a slice; `b_stacked`: (slots, 1, n_out, max rank) a slice."""
+        self.a_stacked, self.b_stacked, self.n_out = tuple(a_stacked), tuple(b_stacked), tuple(n_out)
+        self.version: tuple[int, ...] = ()
+        self.packed: dict[int, Packed] = {}
+        shape = cpu_kernel.Layer(a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out))
+        self.table = (cpu_kernel.Adapter * a_stacked[0].shape[0])()
+        self.shape = shape
+        self.shape_at, self.table_at = ctypes.addressof(shape), ctypes.addressof(self.table)
+
+    def ready(self, present: frozenset[int]) -> None:
+        """Pack the adapters in these slots unless they are packed and unchanged."""
+        # vLLM writes a slot with copy_(), which counts up the tensors' version.
+        version = tuple(tensor._version for tensor in (*self.a_stacked, *self.b_stacked))
+        if version != self.version:
+            self.packed.clear()
+            self.version = version
+        for slot in present - self.packed.keys():
+            self.packed[slot] = packed = self._pack(slot)
+            entry = self.table[slot]
+            entry.a, entry.columns = packed.a.data_ptr(), packed.a.shape[1]
+            entry.rank[: len(packed.ranks)] = packed.ranks
+            entry.b[: len(packed.b)] = [b.data_ptr() for b in packed.b]
+
+    def _pack(self, slot: int) -> Packed:
+        a_parts, b_parts = [], []
+        for a_all, b_all, n_out in zip(self.a_stacked, self.b_stacked, self.n_out, strict=True):
+            a, b = a_all[slot, 0], b_all[slot, 0]
+            used = (a != 0).any(dim=1).nonzero()
+            rank = int(used[-1]) + 1 if len(used) else 0
+            a_parts.append(a[:rank].t())
+            b_parts.append(torch.nn.functional.pad(b[:n_out, :rank].t(), (0, -n_out % LANES)).contiguous())
+        a_joined = torch.cat(a_parts, dim=1)
+        a_padded = torch.nn.functional.pad(a_joined, (0, -a_joined.shape[1] % LANES)).contiguous()
+        return Packed(a_padded, tuple(b_parts), tuple(part.shape[0] for part in b_parts))
+
+
+class GroupedPunicaWrapper(PunicaWrapperCPU):
+    """vLLM's interface to LoRA arithmetic, done group by group."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self.library = cpu_kernel.library()
+        self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
+        self.layers: dict[int, Layer] = {}
+
+    def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
+        """Group the rows of the coming step; vLLM calls this only when the mapping or a slot changed."""
+        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
+        self.tokens, self.samples = Groups(self.token_lora_indices), Groups(self.sampler_indices)
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        **kwargs: Any,
+    ) -> None:
+        """y[:, slice] += scale * x A B for every row with an adapter."""
+        if self.tokens.present:
+            self._linear(self.tokens, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+
+    def add_lora_logits(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: torch.Tensor,
+        lora_b_stacked: torch.Tensor,
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """The same for the vocabulary projection, whose rows are the sampled ones or a request's prompt rows."""
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        groups = self._logits_groups(x)
+        if groups.present:
+            n_out = min(y.shape[1], lora_b_stacked.shape[-2])
+            self._linear(groups, y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (n_out,))
+
+    def add_lora_embedding(
+        self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """y += x B, where x holds each token's row of A already."""
+        self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
+
+    def add_shrink(
+        self,
+        y: tuple[torch.Tensor, ...] | torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        **kwargs: Any,
+    ) -> None:
+        """y[i] = scale * x A[i]; rows with no adapter are left alone."""
+        x = x.view(-1, x.shape[-1])
+        for into, a_all in zip(y, lora_a_stacked, strict=True):
+            flat = into.view(-1, into.shape[-1])
+            for slot, rows in self.tokens:
+                a = a_all[slot, 0]
+                flat[rows, : a.shape[0]] = (scale * (x[rows].float() @ a.float().t())).to(flat.dtype)
+
+    def add_expand(
+        self,
+        y: torch.Tensor,
+        x: tuple[torch.Tensor, ...] | torch.Tensor,
+        lora_b_stacked: tuple[torch.Tensor, ...],
+        output_slices: tuple[int, ...],
+        offset_start: int = 0,
+        add_inputs: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """y[:, slice i] += x[i] B[i], or = where `add_inputs` is false; rows with no adapter are left alone."""
+        y = y.view(-1, y.shape[-1])
+        for slot, rows in self.tokens:
+            at = offset_start
+            for h, b_all, n_out in zip(x, lora_b_stacked, output_slices, strict=True):
+                h = h.view(-1, h.shape[-1])
+                delta = h[rows].float() @ b_all[slot, 0, :n_out].float().t()
+                old = y[rows, at : at + n_out].float() if add_inputs else 0.0
+                y[rows, at : at + n_out] = (old + delta).to(y.dtype)
+                at += n_out
+
+    def _logits_groups(self, x: torch.Tensor) -> Groups:
+        # For prompt log-probabilities vLLM passes, for one request at a time, a slice of the step's hidden states; what
+        # is sampled from it passes as a copy. Where the slice starts says whose rows they are.
+        if x.untyped_storage().nbytes() > x.nbytes or len(x) != len(self.sampler_indices):
+            first = x.storage_offset() // x.shape[-1]
+            return Groups(self.token_lora_indices[first : first + len(x)])
+        return self.samples
+
+    def _linear(
+        self,
+        groups: Groups,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a_stacked: tuple[torch.Tensor, ...],
+        b_stacked: tuple[torch.Tensor, ...],
+        scale: float,
+        n_out: tuple[int, ...],
+    ) -> None:
+        layer = self.layers.get(a_stacked[0].data_ptr())
+        if layer is None:
+            layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
+        layer.ready(groups.present)
+        if self.library is None or x.dtype not in KERNELS or not x.dtype == y.dtype == a_stacked[0].dtype:
+            return _with_torch(groups, layer, y, x, scale)
+        assert x.stride(-1) == y.stride(-1) == 1, "rows must be dense"
+        getattr(self.library, KERNELS[x.dtype])(
+            layer.shape_at, layer.table_at, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(groups.slots),
+            groups.slots.data_ptr(), groups.starts.data_ptr(), groups.rows.data_ptr(), scale,
+        )  # fmt: skip
+        return None
+
+
+def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """What the kernel does, with torch operators."""
+    for slot, rows in groups:
+        packed = layer.packed[slot]
+        h = scale * (x[rows].float() @ packed.a.float())
+        h_at = y_at = 0
+        for b, rank, n_out in zip(packed.b, packed.ranks, layer.n_out, strict=True):
+            if rank:
+                delta = h[:, h_at : h_at + rank] @ b[:, :n_out].float()
+                y[rows, y_at : y_at + n_out] = (y[rows, y_at : y_at + n_out].float() + delta).to(y.dtype)
+            h_at, y_at = h_at + rank, y_at + n_out

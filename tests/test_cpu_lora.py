@@ -1,0 +1,147 @@
+"""The CPU LoRA arithmetic against plain float32, for any mix of ranks, adapters, base rows and slices."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from vllm.lora.layers import LoRAMapping  # noqa: E402
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
+
+from serve.cpu_lora import GroupedPunicaWrapper  # noqa: E402
+
+MAX_RANK = 64
+# Of the values' own size: bfloat16 has 8 bits of mantissa, and the sum is rounded to it once.
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
+
+
+class Adapters:
+    """Random adapters in vLLM's stacked layout, some slots empty, each with its own rank."""
+
+    def __init__(self, ranks, n_in, n_out, dtype, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.n_out = tuple(n_out)
+        self.a = tuple(torch.zeros(len(ranks), 1, MAX_RANK, n_in, dtype=dtype) for _ in n_out)
+        self.b = tuple(torch.zeros(len(ranks), 1, n, MAX_RANK, dtype=dtype) for n in n_out)
+        for slot, rank in enumerate(ranks):
+            for a, b in zip(self.a, self.b, strict=True):
+                a[slot, 0, :rank] = torch.randn(rank, n_in, generator=generator) / n_in**0.5
+                b[slot, 0, :, :rank] = torch.randn(b.shape[2], rank, generator=generator) / max(rank, 1) ** 0.5
+
+    def reference(self, y, x, slots):
+        """y + x A B in float32, row by row; a slot below 0 is the base model."""
+        out = y.float().clone()
+        for row, slot in enumerate(slots):
+            at = 0
+            for a, b, n in zip(self.a, self.b, self.n_out, strict=True):
+                if slot >= 0:
+                    out[row, at : at + n] += b[slot, 0].float() @ (a[slot, 0].float() @ x[row].float())
+                at += n
+        return out
+
+
+def wrapper_for(slots, n_slots, samples=None, cls=GroupedPunicaWrapper):
+    """A wrapper told that row i belongs to slot slots[i]; adapter ids are slot + 1, 0 is the base model."""
+    wrapper = cls(4096, 256, torch.device("cpu"))
+    ids = tuple(slot + 1 if slot >= 0 else 0 for slot in slots)
+    sampled = ids if samples is None else tuple(slot + 1 if slot >= 0 else 0 for slot in samples)
+    wrapper.update_metadata(LoRAMapping(ids, sampled, is_prefill=True), list(range(1, n_slots + 1)), n_slots, 1000)
+    return wrapper
+
+
+def assert_near(found, expected, dtype):
+    scale = expected.abs().amax(dim=-1, keepdim=True).clamp(min=1)
+    assert ((found.float() - expected) / scale).abs().max() <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["compiled", "torch"])
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.lists(st.sampled_from([0, 1, 5, 8, 16, 17, 64]), min_size=1, max_size=8),
+    picks=st.lists(st.integers(-1, 7), min_size=1, max_size=40),
+    n_in=st.sampled_from([1, 7, 64, 576]),
+    n_out=st.lists(st.sampled_from([1, 15, 16, 40, 192]), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 3),
+)
+def test_any_mix_equals_float32_row_by_row(kernel, ranks, picks, n_in, n_out, dtype, seed):
+    """For any ranks, adapters, base rows and slices the result is the float32 one within one rounding."""
+    slots = [pick if pick < len(ranks) else -1 for pick in picks]
+    adapters = Adapters(ranks, n_in, n_out, dtype, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(slots), n_in, generator=generator).to(dtype)
+    y = torch.randn(len(slots), sum(n_out), generator=generator).to(dtype)
+    expected = adapters.reference(y, x, slots)
+    wrapper = wrapper_for(slots, len(ranks))
+    if not kernel:
+        wrapper.library = None
+    base = y.clone()
+    wrapper.add_lora_linear(y, x, adapters.a, adapters.b, 1.0, tuple(n_out))
+    assert_near(y, expected, dtype)
+    base_rows = torch.tensor(slots) < 0
+    assert torch.equal(y[base_rows], base[base_rows])
+
+
+def test_stock_answers_base_rows_with_the_last_slot():
+    """vLLM's own CPU path gives base rows the last slot's adapter. When this fails, upstream has mended it."""
+    slots = [-1, 0, -1]
+    adapters = Adapters([8, 8], 32, (16,), torch.float32)
+    x = torch.randn(3, 32)
+    stock, ours = torch.zeros(3, 16), torch.zeros(3, 16)
+    wrapper_for(slots, 2, cls=PunicaWrapperCPU).add_lora_linear(stock, x, adapters.a, adapters.b, 1.0, (16,))
+    wrapper_for(slots, 2).add_lora_linear(ours, x, adapters.a, adapters.b, 1.0, (16,))
+    torch.testing.assert_close(stock, adapters.reference(torch.zeros(3, 16), x, [1, 0, 1]))
+    torch.testing.assert_close(ours, adapters.reference(torch.zeros(3, 16), x, slots))
+
+
+def test_a_rewritten_slot_is_served_at_once():
+    """New weights in a slot, of another rank, count from the next step on."""
+    adapters = Adapters([8], 32, (16,), torch.float32)
+    wrapper, x = wrapper_for([0], 1), torch.randn(1, 32)
+    wrapper.add_lora_linear(torch.zeros(1, 16), x, adapters.a, adapters.b, 1.0, (16,))
+    newer = Adapters([20], 32, (16,), torch.float32, seed=9)
+    adapters.a[0][0].copy_(newer.a[0][0])
+    adapters.b[0][0].copy_(newer.b[0][0])
+    y = torch.zeros(1, 16)
+    wrapper.add_lora_linear(y, x, adapters.a, adapters.b, 1.0, (16,))
+    torch.testing.assert_close(y, newer.reference(torch.zeros(1, 16), x, [0]))
+
+
+def test_logits_of_sampled_rows_and_of_prompt_rows_take_their_own_adapters():
+    """Sampled rows follow the sampler's order; a slice of the step's hidden states follows the tokens it came from."""
+    tokens, samples = [-1, -1, 1, 1, 1, 0, 0], [-1, 1, 0]
+    adapters = Adapters([4, 8], 32, (50,), torch.float32)
+    wrapper = wrapper_for(tokens, 2, samples)
+    hidden = torch.randn(7, 32)
+    rows_and_slots = [(hidden[torch.tensor([1, 4, 6])], samples), (hidden[2:5], [1, 1, 1]), (hidden[4:6], [1, 0])]
+    for x, slots in rows_and_slots:
+        y = torch.zeros(len(slots), 50)
+        wrapper.add_lora_logits(y, x, adapters.a[0], adapters.b[0], 1.0)
+        torch.testing.assert_close(y, adapters.reference(torch.zeros(len(slots), 50), x, slots))
+
+
+def test_stock_fails_on_prompt_rows_of_several_requests():
+    """vLLM's own path takes one index per request for one row per prompt token. When this fails, it was mended."""
+    adapters = Adapters([4], 32, (50,), torch.float32)
+    wrapper = wrapper_for([0, 0, 0, 0, 0, 0], 1, [0, 0, 0], cls=PunicaWrapperCPU)
+    with pytest.raises(RuntimeError, match="broadcast"):
+        wrapper.add_lora_logits(torch.zeros(4, 50), torch.randn(6, 32)[:4], adapters.a[0], adapters.b[0], 1.0)
+
+
+def test_embedding_and_sharded_paths_leave_base_rows_alone():
+    """add_lora_embedding, add_shrink and add_expand skip rows with no adapter too."""
+    slots = [1, -1, 0, -1]
+    adapters = Adapters([4, 8], 32, (50,), torch.float32)
+    x = torch.randn(4, 32)
+    wrapper = wrapper_for(slots, 2)
+    h = torch.zeros(4, MAX_RANK)
+    wrapper.add_shrink((h,), x, adapters.a, 1.0)
+    y = torch.zeros(4, 50)
+    wrapper.add_expand(y, (h,), adapters.b, (50,))
+    expected = adapters.reference(torch.zeros(4, 50), x, slots)
+    torch.testing.assert_close(y, expected)
+    y = torch.zeros(4, 50)
+    wrapper.add_lora_embedding(y, h, adapters.b[0], add_input=True)
+    torch.testing.assert_close(y, expected)
