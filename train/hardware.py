@@ -75,11 +75,7 @@ def plan(recipe: Recipe, here: Machine) -> Plan:
             )
         if ("paged" in optimizer or "8bit" in optimizer) and not recipe.force_4bit:
             optimizer = "adamw_torch_fused"
-            downgrades.append(
-                Downgrade(
-                    recipe.optimizer, optimizer, "paging and 8-bit states save CUDA memory, of which there is none"
-                )
-            )
+            downgrades.append(Downgrade(recipe.optimizer, optimizer, "paging and 8-bit states save CUDA memory only"))
     if recipe.strict and downgrades:
         raise UserError(
             f"--strict: {'; '.join(map(str, downgrades))}; run on a CUDA machine, change the recipe, or drop --strict"

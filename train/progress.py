@@ -115,14 +115,15 @@ class Progress(TrainerCallback):
             return
         self._said = now
         gone, done = now - self._started, state.global_step - (self._first_step or 0)
-        left = f"{_clock(gone / done * (state.max_steps - state.global_step))} to go" if done else "timing"
+        left = f"{_clock(gone / done * (state.max_steps - state.global_step))} to go" if done else "no estimate yet"
         line = f"step {state.global_step:>4}/{state.max_steps}  epoch {state.epoch or 0:.2f}"
         line += "".join(
             f"  {name} {value:.3f}"
             for name, value in (("loss", self._loss), ("val", self._val_loss))
             if not math.isnan(value)
         )
-        line += f"  {self.tokens_per_s:.0f} tok/s  {_clock(gone)} gone, {left}"
+        line += f"  {self.tokens_per_s:.0f} tok/s" if done else ""
+        line += f"  {_clock(gone)} gone, {left}"
         print(f"\r{line}\x1b[K" if terminal else line, end="\n" if evaluated or not terminal else "", file=sys.stderr)
         sys.stderr.flush()
 
@@ -137,9 +138,8 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_t
     with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=low_precision):
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     model.train(training)
-    return [
-        text.strip() for text in tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    ]
+    new = out[:, inputs.input_ids.shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Each step leaves its files in the run directory (train/run.py lists them); train.json is written last.
 """
 
+import logging
 import math
 import resource
 import shutil
@@ -97,6 +98,8 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     from train.trainer import AnswerTrainer
 
     disable_progress_bar()
+    # It says that a kernel from the hub is missing; none is wanted.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(recipe.seed)
