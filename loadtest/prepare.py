@@ -1,0 +1,142 @@
+"""Everything a run needs before it starts, in its results directory: config, models, prompts, plan."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loadtest.arrivals import due_times, rate_knots, trace_times
+from loadtest.mix import choose, shares, with_cold
+from loadtest.scenario import Scenario
+from loadtest.stream import make_client
+from loadtest.work import Arrival, Prompts, Work, make_plan
+from train.command import nearest
+from train.errors import UserError
+from train.files import read_jsonl, write_json, write_jsonl
+from train.run import open_run, provenance
+
+# A closed loop has no schedule; its clients go round a plan of this many requests.
+_CLOSED_PLAN = 4096
+
+
+class Models(NamedTuple):
+    """What a server serves: names in its order, and which of them is the base (None: it lists none)."""
+
+    names: tuple[str, ...]
+    base: str | None
+
+
+def prepare(scenario: Scenario) -> Path:
+    """Make the results directory with config.json, server.json, prompts.jsonl and plan.jsonl; return its path.
+
+    Raises UserError for an unreachable server, an unknown model, a missing run or a plan without requests.
+    """
+    questions = read_questions(scenario)
+    models = ask_models(scenario)
+    plan, prompts = plan_of(scenario, models, questions)
+    directory = results_directory(scenario)
+    if directory.exists():
+        raise UserError(f"{str(directory)!r} exists; choose another --out")
+    write_json(directory / "config.json", scenario.to_json())
+    write_json(directory / "server.json", {"models": models.names, "base": models.base, **provenance()})
+    write_jsonl(directory / "prompts.jsonl", ({"question": text} for text in prompts))
+    write_jsonl(directory / "plan.jsonl", (arrival.to_row() for arrival in plan))
+    return directory
+
+
+def results_directory(scenario: Scenario) -> Path:
+    """Where the results go: `out`, or a time-stamped folder in the run, or one here."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    if scenario.out:
+        return Path(scenario.out)
+    return open_run(scenario.run).path / "loadtest" / stamp if scenario.run else Path(f"loadtest-{stamp}")
+
+
+def read_questions(scenario: Scenario) -> list[str]:
+    """The distinct questions to ask, in file order."""
+    if scenario.run:
+        source, rows = f"the test split of run {scenario.run!r}", open_run(scenario.run).split("test")
+    elif scenario.prompts:
+        source, rows = repr(scenario.prompts), read_jsonl(Path(scenario.prompts))
+    else:
+        raise UserError("nothing to ask: give --run NAME for its held-out questions, or --prompts FILE.jsonl")
+    questions = list(dict.fromkeys(str(row.get("question", "")).strip() for row in rows))
+    questions = [question for question in questions if question]
+    if not questions:
+        raise UserError(f"{source} holds no questions; each line needs a text under the key 'question'")
+    return questions
+
+
+def ask_models(scenario: Scenario) -> Models:
+    """The models to load, as the server lists them or as the scenario picks from its list."""
+    import openai
+
+    client = make_client(scenario.url, max_connections=1)
+    try:
+        cards = client.with_options(timeout=10).models.list().data
+    except openai.APIStatusError as error:
+        raise UserError(f"{scenario.url} answered {error.status_code} to GET /models: {error.message}") from error
+    except openai.APIConnectionError as error:
+        raise UserError(
+            f"no server answers at {scenario.url}; start one with python -m serve, or give --url"
+        ) from error
+    finally:
+        client.close()
+    # vLLM's cards name the base an adapter belongs to as its parent; a base has none.
+    bases = [card.id for card in cards if not (card.model_extra or {}).get("parent")]
+    listed = [card.id for card in cards]
+    for name in scenario.models:
+        if name not in listed:
+            raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, listed)}")
+    names = scenario.models or tuple(listed)
+    return Models(names, next((base for base in bases if base in names), None))
+
+
+def plan_of(scenario: Scenario, models: Models, questions: Sequence[str]) -> tuple[list[Arrival], list[str]]:
+    """The plan and the texts of its prompts; the same scenario, models and questions give the same plan."""
+    due_s, known = _due(scenario)
+    if scenario.requests:
+        due_s = due_s[: scenario.requests]
+    if not due_s:
+        raise UserError(f"rate {scenario.rate} for {scenario.duration_s:g} s gives no request; raise one of them")
+    shares_by_model = shares(scenario.mix, models.names, models.base, scenario.base_share)
+    chosen = choose(shares_by_model, len(due_s), scenario.seed)
+    adapters = [name for name in models.names if name != models.base]
+    prompts = Prompts(questions, scenario.unique, scenario.seed)
+    work = Work(
+        output_tokens=scenario.output_tokens, prompt_words=scenario.prompt_words, turns=scenario.turns,
+        think_s=scenario.think_s, long_share=scenario.long_share, long_words=scenario.long_words,
+        cancel_share=scenario.cancel_share, cancel_after_s=scenario.cancel_after_s,
+    )  # fmt: skip
+    plan = make_plan(
+        due_s, with_cold(chosen, adapters, scenario.cold_share, scenario.seed), prompts, work, scenario.seed
+    )
+    for index, fields in enumerate(known[: len(plan)]):
+        plan[index] = plan[index]._replace(**fields)
+    unknown = {arrival.model for arrival in plan} - set(models.names)
+    if unknown:
+        raise UserError(f"{scenario.trace} names {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], models.names)}")
+    return plan, prompts.texts
+
+
+def _due(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:
+    """Due times, and for a trace what its lines say of each arrival."""
+    if scenario.closed:
+        return [0.0] * (scenario.requests or _CLOSED_PLAN), []
+    if scenario.arrivals != "trace":
+        knots = rate_knots(scenario.rate, scenario.duration_s)
+        return due_times(scenario.arrivals, knots, scenario.burstiness, scenario.seed), []
+    rows = read_jsonl(Path(scenario.trace))
+    try:
+        rows.sort(key=lambda row: float(row["timestamp"]))
+        stamps = [float(row["timestamp"]) for row in rows]
+        known = [
+            {key: kind(row[key]) for key, kind in (("model", str), ("max_tokens", int)) if key in row} for row in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{scenario.trace}: every line needs `timestamp` in seconds; bad or missing: {error}"
+        ) from error
+    if not rows:
+        raise UserError(f"{scenario.trace} is empty; it needs one JSON object a line with the key timestamp")
+    return trace_times(stamps, scenario.duration_s, scenario.trace_speed), known

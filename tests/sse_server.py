@@ -1,0 +1,188 @@
+"""A loopback stand-in that streams OpenAI chat chunks: known content, counts and times, and faults on request.
+
+    python tests/sse_server.py --models base,gentle,base.first-200.half       prints its port, serves until killed
+
+It is no model: a reply is `max_tokens` times the word "w ", so a test knows what must come back. The first model is
+the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
+It is plain asyncio with bytes made beforehand, because it must outrun the client it measures.
+GET /seen counts what came: {"requests": {model: n}, "hung_up": n}.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass
+class Behaviour:
+    """How a model's replies go.
+
+    `first-200`: the first chunk after 200 ms. `gap-10`: 10 ms between chunks. `burst`: all chunks in one write.
+    `status-503`: answers that status with a JSON error. Half-way through the reply, `half` closes the connection,
+    `eof` ends the body as if whole, `hang` goes silent, `garbage` sends a line that is no JSON, `midway` an error
+    object, `die` ends the process. `drop` closes before any answer; `nousage` leaves the usage out; `mute` sends a
+    whole reply without text.
+    """
+
+    first_s: float = 0.0
+    gap_s: float = 0.0
+    status: int = 200
+    fault: str = ""
+
+    @classmethod
+    def of(cls, model: str) -> "Behaviour":
+        found = cls()
+        for word in model.split(".")[1:]:
+            name, _, value = word.partition("-")
+            if name == "first":
+                found.first_s = int(value) / 1000
+            elif name == "gap":
+                found.gap_s = int(value) / 1000
+            elif name == "status":
+                found.status = int(value)
+            else:
+                found.fault = name
+        return found
+
+
+def event(document: dict) -> bytes:
+    """One server-sent event, as one chunk of an HTTP body."""
+    return http_chunk(b"data: " + json.dumps(document).encode() + b"\n\n")
+
+
+def http_chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def delta(model: str, content: dict, finish: str | None = None) -> dict:
+    """A chat completion chunk of one choice."""
+    return {
+        "id": "chatcmpl-standin", "object": "chat.completion.chunk", "created": 1, "model": model,
+        "choices": [{"index": 0, "delta": content, "logprobs": None, "finish_reason": finish}],
+    }  # fmt: skip
+
+
+class Standin(asyncio.Protocol):
+    """One connection: requests one after the other, each answered by a task that a hang-up cancels."""
+
+    models: tuple[str, ...]
+    requests: Counter
+    hung_up = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+        self.buffer = b""
+        self.reply: asyncio.Task | None = None
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if self.reply and not self.reply.done():
+            Standin.hung_up += 1
+            self.reply.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, end, rest = self.buffer.partition(b"\r\n\r\n")
+        if not end:
+            return
+        line, *headers = head.decode("latin-1").split("\r\n")
+        length = next((int(h.split(":")[1]) for h in headers if h.lower().startswith("content-length")), 0)
+        if len(rest) < length:
+            return
+        self.buffer = rest[length:]
+        method, path, _ = line.split(" ")
+        if method == "GET":
+            self.answer(*self.get(path))
+            return
+        body = json.loads(rest[:length])
+        Standin.requests[body["model"]] += 1
+        self.reply = asyncio.ensure_future(self.stream(body))
+
+    def get(self, path: str) -> tuple[int, dict | str]:
+        if path == "/v1/models":
+            base, *adapters = self.models
+            cards = [{"id": base, "object": "model", "created": 1, "owned_by": "tests", "parent": None}]
+            cards += [{**cards[0], "id": name, "parent": base} for name in adapters]
+            return 200, {"object": "list", "data": cards}
+        if path == "/seen":
+            return 200, {"requests": dict(self.requests), "hung_up": self.hung_up}
+        if path == "/metrics":
+            return 200, (
+                'vllm:num_requests_running{engine="0",model_name="base"} 3.0\n'
+                'vllm:num_requests_waiting{engine="0",model_name="base"} 1.0\n'
+                'vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25\n'
+                f'vllm:num_preemptions_total{{engine="0",model_name="base"}} {float(self.requests.total())}\n'
+            )
+        return 404, {"error": {"message": f"no {path}"}}
+
+    def answer(self, status: int, document: dict | str) -> None:
+        text = document if isinstance(document, str) else json.dumps(document)
+        kind = "text/plain" if isinstance(document, str) else "application/json"
+        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(text.encode())}\r\n\r\n"
+        self.transport.write(head.encode() + text.encode())
+
+    async def stream(self, body: dict) -> None:
+        model, n = body["model"], body["max_tokens"]
+        how = Behaviour.of(model)
+        write = self.transport.write
+        if how.fault == "drop":
+            self.transport.close()
+            return
+        if how.status != 200:
+            self.answer(how.status, {"error": {"message": "as asked", "type": "standin", "code": how.status}})
+            return
+        if how.first_s:
+            await asyncio.sleep(how.first_s)
+        write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        write(event(delta(model, {"role": "assistant", "content": ""})))
+        word = event(delta(model, {"content": "" if how.fault == "mute" else "w "}))
+        if how.fault == "burst":
+            write(word * n)
+        else:
+            for index in range(n):
+                if index == n // 2 and how.fault in ("half", "eof", "hang", "garbage", "midway", "die"):
+                    await self.fail(how.fault)
+                    return
+                if index and how.gap_s:
+                    await asyncio.sleep(how.gap_s)
+                write(word)
+        write(event(delta(model, {}, "stop")))
+        if how.fault != "nousage":
+            usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": n + 7}
+            write(event({**delta(model, {}), "choices": [], "usage": usage}))
+        write(http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    async def fail(self, fault: str) -> None:
+        if fault == "half":
+            self.transport.close()
+        elif fault == "eof":
+            self.transport.write(b"0\r\n\r\n")
+        elif fault == "hang":
+            await asyncio.sleep(3600)
+        elif fault == "garbage":
+            self.transport.write(http_chunk(b"data: {not json\n\n") + b"0\r\n\r\n")
+        elif fault == "midway":
+            self.transport.write(event({"error": {"message": "engine died", "code": 500}}) + b"0\r\n\r\n")
+        else:
+            os._exit(1)
+
+
+async def serve(port: int) -> None:
+    """Listen on loopback and print the port."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Standin, "127.0.0.1", port, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--models", default="base,gentle,brief")
+    options = parser.parse_args()
+    Standin.models, Standin.requests = tuple(options.models.split(",")), Counter()
+    import uvloop
+
+    uvloop.run(serve(options.port))
