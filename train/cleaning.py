@@ -22,15 +22,17 @@ _HIDDEN = frozenset({"script", "style", "xml", "head", "title"})
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
+_NOT_WORDS = re.compile(r"[\W_]+")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # Forum exports lose the break between paragraphs: "a big influence.Otherwise you can".
 _GLUED = re.compile(r"(?<=[a-z]{2}[.?!])(?=[A-Z][a-z’'-]*[\s,])")
 
-_EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.\w+")
+# Repeats are bounded: a page of pasted base64 must not take minutes.
+_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+\.\w+")
 _LINK = re.compile(r"https?:|www\.|\w\.(?:com|org|net|edu|gov|ca|io|co\.uk)(?![a-z])", re.IGNORECASE)
 _PHONE = re.compile(
     r"(?<![\w/.=-])(?:"
-    r"\+\d{1,3}[\s.-]?(?:\(?\d+\)?[\s.-]?){2,6}\d"  # +44 20 7946 0000
+    r"\+\d{1,3}[\s.-]?(?:\(?\d{1,4}\)?[\s.-]?){2,6}\d"  # +44 20 7946 0000
     r"|(?:1[\s.-]?)?\(?\d{3}\)?[\s.-]?\d{3}[\s.-]\d{4}"  # 1-202-555-0100, (202) 555 0100
     r")(?!\d)"
 )
@@ -109,8 +111,7 @@ def normalised(text: str) -> str:
     >>> normalised("I can't sleep!") == normalised("i  cant\\nSLEEP")
     True
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(char for char in folded if unicodedata.category(char)[0] in "LMN")
+    return _NOT_WORDS.sub("", unicodedata.normalize("NFKC", text).casefold())
 
 
 def question_id(question: str) -> str:

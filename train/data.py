@@ -169,6 +169,7 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> tuple[list[
         exact.add((question, answer))
         kept = pairs.setdefault(key, {"question_id": key[0], "question": "", "answer": "", "topic": topic})
         kept["answer"] = max(kept["answer"], answer, key=len)
+        kept["topic"] = kept["topic"] or topic
         question_text[key[0]] = max(question_text.get(key[0], ""), question, key=len)
     for row in pairs.values():
         row["question"] = question_text[row["question_id"]]
