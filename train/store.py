@@ -2,6 +2,7 @@
 
     store/<name>/<version>/   adapter_model.safetensors adapter_config.json README.md manifest.json
     store/<name>/current      the version that model="<name>" means; replaced by rename
+    store/<name>/pinned       present when a server should always keep the current version in memory
 
 A version is named by its content, written under a temporary name and renamed whole: readers need no lock, and a path
 never changes its meaning. The manifest's keys are those of `Manifest`; docs/architecture.md explains them.
@@ -27,7 +28,7 @@ from train.errors import UserError
 from train.files import new_directory, read_json, sha256_of, write_json, write_text
 
 FORMAT = 1
-MANIFEST, CURRENT = "manifest.json", "current"
+MANIFEST, CURRENT, PINNED = "manifest.json", "current", "pinned"
 STALE_S = 3600.0
 MAX_SYSTEM_CHARS = 8000
 
@@ -63,11 +64,12 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Shelf:
-    """All versions of one name, oldest first, and which is current (None while the first is being published)."""
+    """All versions of one name, oldest first; the current one is None while the first is being published."""
 
     name: str
     current: str | None
     versions: dict[str, Manifest]
+    pinned: bool
 
 
 def publish(
@@ -142,7 +144,7 @@ def read_shelf(store: Path, name: str) -> Shelf:
         current = (folder / CURRENT).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         current = ""
-    return Shelf(name, current if current in versions else None, versions)
+    return Shelf(name, current if current in versions else None, versions, (folder / PINNED).exists())
 
 
 def read_manifest(store: Path, name: str, version: str) -> Manifest:
@@ -188,6 +190,16 @@ def rollback(store: Path, name: str, version: str = "") -> Manifest:
         version = older[place - 1]
     manifest = find(store, f"{name}@{version}")
     write_text(store / name / CURRENT, manifest.version + "\n")
+    return manifest
+
+
+def pin(store: Path, name: str, pinned: bool) -> Manifest:
+    """Say whether a server should always keep the current version of `name` in memory."""
+    manifest = find(store, name)
+    if pinned:
+        (store / name / PINNED).touch()
+    else:
+        (store / name / PINNED).unlink(missing_ok=True)
     return manifest
 
 

@@ -1,0 +1,228 @@
+"""vLLM endpoint plugin: gives the plane an engine, and answers the routes about models and adapters.
+
+vLLM's runtime LoRA updating stays off, and with it `/adapters`, the resolvers and any path a caller might name. Its
+`/v1/load_lora_adapter` and `/v1/unload_lora_adapter` are answered here in its own request and response shapes, but
+reach only what the store holds. The gateway lets admins alone through to them.
+"""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from serve import config as configs
+from serve.gateway import Service
+from serve.journal import Journal
+from serve.keys import KeyRing
+from serve.limits import Limits
+from serve.meters import Meters
+from serve.openai_errors import Refusal
+from serve.plane import Plane
+from train import store as shelves
+from train.catalog import fingerprint
+from train.store import Manifest
+
+log = logging.getLogger("vllm.counsel")
+
+
+class AdaptersPlugin:
+    """What `vllm.endpoint_plugins` names as `counsel_adapters`."""
+
+    name = "counsel_adapters"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Put our routes over vLLM's of the same path."""
+        from fastapi import Request
+        from fastapi.responses import JSONResponse, PlainTextResponse
+
+        @app.get("/v1/models")
+        async def list_models(request: Request) -> JSONResponse:
+            return JSONResponse({"object": "list", "data": _cards(request.app.state)})
+
+        @app.get("/v1/models/{model:path}")
+        async def show_model(model: str, request: Request) -> JSONResponse:
+            service: Service = request.app.state.counsel
+            wanted = model if model == service.plane.base_name else (await service.plane.resolve(model)).id
+            cards = {card["id"]: card for card in _cards(request.app.state)}
+            return JSONResponse(cards.get(model) or cards[wanted])
+
+        @app.get("/v1/adapters")
+        async def list_adapters(request: Request) -> JSONResponse:
+            return JSONResponse({"object": "list", "data": _states(request.app.state.counsel.plane)})
+
+        @app.post("/v1/load_lora_adapter")
+        async def load(request: Request) -> PlainTextResponse:
+            body = _object(await request.json())
+            name, path = _text(body, "lora_name"), _text(body, "lora_path")
+            plane: Plane = request.app.state.counsel.plane
+            await _load(plane, name, path, bool(body.get("load_inplace")))
+            return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+        @app.post("/v1/unload_lora_adapter")
+        async def unload(request: Request) -> PlainTextResponse:
+            name = _text(_object(await request.json()), "lora_name")
+            plane: Plane = request.app.state.counsel.plane
+            await _unload(plane, name)
+            return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Load the store's adapters, then follow the store; the server opens its port only after this."""
+        config = configs.from_environment()
+        meters = Meters()
+        # The model's weight files do not change while it is served: one reading, off the event loop.
+        base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
+        plane = Plane(
+            engine=VllmEngine(engine_client, state.openai_serving_models),
+            store=Path(config.store),
+            base_name=state.openai_serving_models.base_model_paths[0].name,
+            base_fingerprint=base_fingerprint,
+            capacity=config.host_adapters,
+            max_rank=config.max_rank,
+            on_event=meters.adapter_event,
+        )
+        keys = KeyRing(Path(config.keys) if config.keys else None)
+        state.counsel = Service(
+            config=config,
+            plane=plane,
+            keys=keys,
+            limits=Limits(per_key=config.key_running, total=config.queued),
+            meters=meters,
+            journal=Journal(config.log_dir),
+        )
+        await plane.start()
+        # Kept on the state: the event loop itself holds tasks only weakly.
+        state.counsel_watch = asyncio.create_task(plane.watch())
+        log.info("serving %s and %d adapters", plane.base_name, len(plane.residents))
+
+
+class VllmEngine:
+    """The plane's Engine, on vLLM's engine client and its table of served adapters."""
+
+    def __init__(self, client: Any, serving_models: Any) -> None:
+        self.client = client
+        self.requests = serving_models.lora_requests
+        self.base_name = serving_models.base_model_paths[0].name
+        self._last_number = 0
+
+    async def load(self, manifest: Manifest, path: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        await asyncio.to_thread(_verify, manifest, path)
+        self._last_number += 1
+        request = LoRARequest(manifest.id, self._last_number, str(path.resolve()), base_model_name=self.base_name)
+        try:
+            await self.client.add_lora(request)
+        except Exception as error:  # vLLM reports whatever went wrong in the engine as a bare Exception
+            raise Refusal(500, f"the engine refused {manifest.id}: {error}") from error
+        self.requests[manifest.id] = request
+
+    async def unload(self, manifest: Manifest) -> None:
+        request = self.requests.pop(manifest.id)
+        await self.client.remove_lora(request.lora_int_id)
+
+
+def _verify(manifest: Manifest, path: Path) -> None:
+    """Refuse files that are not those that were checked when the version was published."""
+    for name, file in manifest.files.items():
+        try:
+            found = shelves.sha256_of(path / name)
+        except OSError as error:
+            raise Refusal(500, f"{manifest.id} is not whole: {name}: {error.strerror}; publish it again") from error
+        if found != file["sha256"]:
+            raise Refusal(500, f"{manifest.id}: {name} changed after it was published; publish it again")
+
+
+def _cards(state: Any) -> list[dict[str, Any]]:
+    """The base, then each servable adapter under its name, then each version under its exact name."""
+    plane: Plane = state.counsel.plane
+    base = {
+        "id": plane.base_name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "counsel-stack",
+        "root": plane.base_name,
+        "parent": None,
+        "max_model_len": state.openai_serving_models.model_config.max_model_len,
+    }
+    versions = plane.servable()
+    current = [m for m in versions if plane.meaning(m.name) == m]
+    cards = [_card(base, manifest, manifest.name, plane) for manifest in current]
+    return [base, *cards, *(_card(base, manifest, manifest.id, plane) for manifest in versions)]
+
+
+def _card(base: dict[str, Any], manifest: Manifest, served_name: str, plane: Plane) -> dict[str, Any]:
+    return {
+        **base,
+        "id": served_name,
+        "root": manifest.id,
+        "parent": base["id"],
+        "version": manifest.version,
+        "state": plane.state(manifest),
+    }
+
+
+def _states(plane: Plane) -> list[dict[str, Any]]:
+    """Every version in the store as an admin sees it, those that cannot be served included, with the reason."""
+    return [
+        {
+            "id": manifest.id,
+            "current": shelf.current == manifest.version,
+            "meant_by_name": plane.meaning(shelf.name) == manifest,
+            "pinned": shelf.pinned,
+            "state": plane.state(manifest),
+            "in_flight": plane.in_flight(manifest),
+            "reason": plane.why_not(manifest),
+            "rank": manifest.rank,
+            "bytes": manifest.n_bytes,
+            "created_utc": manifest.created_utc,
+            "run": manifest.run,
+        }
+        for shelf in plane.shelves.values()
+        for manifest in shelf.versions.values()
+    ]
+
+
+async def _load(plane: Plane, name: str, path: str, load_inplace: bool) -> None:
+    """vLLM's load, from the store only: `path` is a version's folder there, or its exact name."""
+    manifest = await _published(plane, path)
+    if name not in (manifest.name, manifest.id):
+        raise Refusal(400, f"lora_name is {name!r}, but {path!r} holds {manifest.id}", param="lora_name")
+    plane.withdrawn.discard(manifest.id)
+    plane.failed.pop(manifest.id, None)
+    if manifest.id in plane.residents and not load_inplace:
+        raise Refusal(400, f"the lora adapter {name!r} has already been loaded", param="lora_name")
+    reason = plane.why_not(manifest)
+    if reason is not None:
+        raise Refusal(400, f"{manifest.id} cannot be served: {reason}", param="lora_path")
+    plane.release(await plane.acquire(manifest))
+
+
+async def _published(plane: Plane, path: str) -> Manifest:
+    await plane.refresh()
+    for shelf in plane.shelves.values():
+        for manifest in shelf.versions.values():
+            if path == manifest.id or Path(path).resolve() == shelves.version_dir(plane.store, manifest).resolve():
+                return manifest
+    raise Refusal(404, f"{path!r} is not in the store; publish the adapter first", param="lora_path")
+
+
+async def _unload(plane: Plane, name: str) -> None:
+    """vLLM's unload, and truly: running requests end, then the engine frees it. It stays published."""
+    manifest = await plane.resolve(name)
+    plane.withdrawn.add(manifest.id)
+    await plane.retire(manifest.id)
+
+
+def _object(body: Any) -> dict[str, Any]:
+    if not isinstance(body, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    return body
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise Refusal(400, f"{name} is {value!r}; it must be a text that is not empty", param=name)
+    return value

@@ -1,0 +1,37 @@
+"""What the child process runs: vLLM's own OpenAI server, told by `serve.launch` how to start.
+
+`python -m serve` starts it. Its standard input is a pipe from the parent: when the parent is gone, however it went, the
+pipe ends and the server stops, so no engine is ever left behind.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+
+def main() -> None:
+    """Parse vLLM's flags from the command line and serve until told to stop."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    uvloop.run(run_server(args))
+
+
+def _stop_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

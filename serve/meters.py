@@ -1,0 +1,56 @@
+"""Figures per adapter in Prometheus form, on the registry that vLLM's own `/metrics` shows."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from train.store import Manifest
+
+_FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Meters:
+    """All of ours; `adapter` is the exact served name, or the base's."""
+
+    def __init__(self) -> None:
+        self.requests = Counter("counsel_requests", "requests answered", ["adapter", "status"])
+        self.refusals = Counter("counsel_refusals", "requests turned away at the gate", ["status", "code"])
+        self.prompt_tokens = Counter("counsel_prompt_tokens", "tokens read", ["adapter"])
+        self.completion_tokens = Counter("counsel_completion_tokens", "tokens written", ["adapter"])
+        self.ttft_s = Histogram("counsel_ttft_seconds", "time to the first body byte", ["adapter"], buckets=_FIRST_S)
+        self.token_s = Histogram(
+            "counsel_time_per_output_token_seconds", "after the first, of streams", ["adapter"], buckets=_TOKEN_S
+        )
+        self.in_flight = Gauge("counsel_sequences_in_flight", "sequences admitted and not finished")
+        self.resident = Gauge("counsel_adapter_resident", "1 while an adapter is in the engine", ["adapter"])
+        self.events = Counter("counsel_adapter_events", "load, unload, evict, fail", ["adapter", "event"])
+        self.load_s = Histogram("counsel_adapter_load_seconds", "from asked for to servable", buckets=_FIRST_S)
+
+    def adapter_event(self, event: str, manifest: Manifest, seconds: float) -> None:
+        """Count what the plane did with an adapter."""
+        self.events.labels(manifest.id, event).inc()
+        if event == "load":
+            self.load_s.observe(seconds)
+            self.resident.labels(manifest.id).set(1)
+        elif event in ("unload", "evict"):
+            self.resident.remove(manifest.id)
+
+    def answered(
+        self,
+        adapter: str,
+        status: int,
+        prompt_tokens: int,
+        completion_tokens: int,
+        ttft_s: float | None,
+        duration_s: float,
+        streamed: bool,
+    ) -> None:
+        """Count one answered request; `ttft_s` is None when no byte was sent."""
+        self.requests.labels(adapter, str(status)).inc()
+        if status != 200 or ttft_s is None:
+            return
+        self.prompt_tokens.labels(adapter).inc(prompt_tokens)
+        self.completion_tokens.labels(adapter).inc(completion_tokens)
+        if streamed:
+            self.ttft_s.labels(adapter).observe(ttft_s)
+            if completion_tokens > 1:
+                self.token_s.labels(adapter).observe((duration_s - ttft_s) / (completion_tokens - 1))

@@ -1,0 +1,228 @@
+"""One server as its parent sees it: started, waited for with visible progress, watched, stopped.
+
+    with Server(ServeConfig(model="smollm2-135m", store="store", port=0)) as server:
+        client = make_client(server.base_url)
+
+The child's output goes to `<logs>/<port>/server.log`; when it dies, the reason is looked for there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from serve import config as configs
+from serve import launch, machine
+from serve.config import ServeConfig
+from serve.keys import KeyRing
+from train import store as shelves
+from train.catalog import Base, resolve
+from train.errors import UserError
+
+POLL_S = 0.2
+SAY_EVERY_S = 5.0
+STOP_S = 15.0
+
+# What vLLM logs on its way up -> what we say; the last one seen holds.
+_PHASES = (
+    ("Initializing a V1 LLM engine", "starting the engine"),
+    ("Starting to load model", "loading weights"),
+    ("Loading weights took", "preparing the engine"),
+    ("KV cache size", "warming up"),
+    ("Starting vLLM server", "opening the port"),
+)
+_REASON = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)|error): (\S.*)")
+# Lines that only say that another process has the reason.
+_ECHOES = ("Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
+
+
+class Server:
+    """A running `serve.entry` child. Entering starts it and waits until it answers; leaving stops it."""
+
+    def __init__(self, config: ServeConfig, *, quiet: bool = False) -> None:
+        """Raises UserError for what can be seen beforehand: no such base, port in use, no keys on an open address."""
+        self.base: Base = resolve(config.model)
+        _refuse_open_door(config)
+        self.config = dataclasses.replace(config, port=_free_port(config), logs=str(Path(config.logs).absolute()))
+        self.quiet = quiet
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready_s = 0.0
+
+    @property
+    def base_url(self) -> str:
+        """What an openai client takes: with `/v1`."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.config.port}/v1"
+
+    @property
+    def log(self) -> Path:
+        return self.config.log_dir / "server.log"
+
+    @property
+    def pid(self) -> int | None:
+        """The API process's id, None before it was started."""
+        return self.process.pid if self.process else None
+
+    def plan(self) -> launch.Plan:
+        """What will be started, and why so."""
+        ranks = [
+            manifest.rank
+            for name in shelves.names(Path(self.config.store))
+            for manifest in shelves.read_shelf(Path(self.config.store), name).versions.values()
+        ]
+        return launch.plan(self.config, self.base, machine.look(), ranks)
+
+    def start(self) -> None:
+        """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
+        plan = self.plan()
+        self.config.log_dir.mkdir(parents=True, exist_ok=True)
+        self._say(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
+        started_s = time.monotonic()
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                (*plan.argv, *gate_flags(self.config)),
+                env={**os.environ, **plan.env, configs.ENVIRONMENT: self.config.to_json()},
+                # It ends with us: serve.entry stops when this pipe closes.
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for us; we then tell the child.
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(started_s)
+        except BaseException:
+            self.kill()
+            raise
+        self.ready_s = time.monotonic() - started_s
+        self._say(f"ready after {self.ready_s:.0f} s: {self.base_url}")
+
+    def stop(self) -> None:
+        """Let running requests end within `drain_s`, then end the child; kill what is left after that."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(self.config.drain_s + STOP_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the child and every process it started, now."""
+        if self.process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        _close(self.process.stdin)
+
+    def wait(self) -> None:
+        """Wait until the child ends."""
+        if self.process is not None:
+            self.process.wait()
+
+    def died(self) -> str | None:
+        """Why the child is gone, in one line; None while it runs."""
+        if self.process is None or self.process.poll() is None:
+            return None
+        return reason_in(self.log) or f"it ended with status {self.process.returncode}"
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _wait_until_ready(self, started_s: float) -> None:
+        said_s = time.monotonic()
+        while not _healthy(self.base_url):
+            reason = self.died()
+            if reason is not None:
+                raise UserError(f"the server did not start: {reason} (log: {self.log})")
+            if time.monotonic() - started_s > self.config.start_s:
+                raise UserError(f"the server is not ready after {self.config.start_s:.0f} s (start_s); see {self.log}")
+            if time.monotonic() - said_s >= SAY_EVERY_S:
+                said_s = time.monotonic()
+                self._say(f"  {said_s - started_s:3.0f} s  {_phase(self.log)}")
+            time.sleep(POLL_S)
+
+    def _say(self, line: str) -> None:
+        if not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+
+def gate_flags(config: ServeConfig) -> tuple[str, ...]:
+    """vLLM's flags that put our gate in front of it and close what it would leave open."""
+    return (
+        *("--middleware", "serve.gateway.Gateway"),
+        *("--allowed-origins", json.dumps(config.cors)),
+        *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
+        *("--shutdown-timeout", str(round(config.drain_s))),
+        "--disable-fastapi-docs",
+        "--disable-uvicorn-access-log",
+    )
+
+
+def reason_in(log: Path) -> str | None:
+    """The line of a dead server's log that says most about why: the last error that is not an echo of another's."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+    for line in reversed(lines):
+        found = _REASON.search(line)
+        if found and not any(echo in line for echo in _ECHOES):
+            return found[0]
+    return None
+
+
+def _refuse_open_door(config: ServeConfig) -> None:
+    keys = KeyRing(Path(config.keys) if config.keys else None)
+    if keys.open and not config.loopback:
+        raise UserError(
+            f"host {config.host} can be reached by others, and no keys are set; make one with "
+            "`python -m serve key --keys keys.txt --name NAME` and start with --keys keys.txt, or use --host 127.0.0.1"
+        )
+
+
+def _free_port(config: ServeConfig) -> int:
+    """The port to use; binding it now tells at once when it is taken."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {config.host} port {config.port}: {error.strerror}; "
+                "stop what listens there, or take another with --port (0: any free one)"
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+def _healthy(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(base_url.removesuffix("/v1") + "/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _phase(log: Path) -> str:
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return next((phase for sign, phase in reversed(_PHASES) if sign in text), "importing vLLM")
+
+
+def _close(pipe: IO[bytes] | None) -> None:
+    if pipe is not None:
+        pipe.close()
