@@ -64,6 +64,9 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
     config = {"gemma2": Gemma2Config, "llama": LlamaConfig}[kind](**shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    if kind == "gemma2":
+        # Gemma scales and ties its embeddings: at full width every token's best successor would be itself.
+        model.get_input_embeddings().weight.data.mul_(0.2)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
