@@ -2,34 +2,37 @@
 
 import signal
 import sys
+import threading
 from types import FrameType
 
+from serve import shelf
 from serve.config import ServeConfig
 from serve.server import Server
+from serve.supervise import supervise
 from train.command import Command, Result, main
 
 
 def serve(config: ServeConfig) -> Result:
-    """Serve until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM; start again what dies."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     server = Server(config)
-    for line in server.plan().explain().splitlines():
-        print(line, file=sys.stderr)
-    server.start()
+    print(server.plan().explain(), file=sys.stderr)
+    n_restarts = 0
     try:
-        server.wait()
+        server.start()
+        n_restarts = supervise(server, threading.Event())
     except KeyboardInterrupt:
-        print("stopping", file=sys.stderr)
+        print("stopping: running requests may end first", file=sys.stderr)
     finally:
         server.stop()
-    return Result({"base_url": server.base_url, "log": str(server.log)})
+    return Result({"base_url": server.base_url, "log": str(server.log), "restarts": n_restarts})
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-COMMANDS = {"": Command(ServeConfig, serve, "serve a base model and the adapters of a store")}
+COMMANDS = {"": Command(ServeConfig, serve, "serve a base model and the adapters of a store"), **shelf.COMMANDS}
 
 if __name__ == "__main__":
     sys.exit(main("serve", COMMANDS))

@@ -7,6 +7,8 @@ reach only what the store holds. The gateway lets admins alone through to them.
 
 import asyncio
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,21 @@ class AdaptersPlugin:
         await plane.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.counsel_watch = asyncio.create_task(plane.watch())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _start_draining, state)
         log.info("serving %s and %d adapters", plane.base_name, len(plane.residents))
+
+
+def _start_draining(state: Any) -> None:
+    state.counsel.draining = True
+    state.counsel_drain = asyncio.create_task(_drain(state.counsel))
+
+
+async def _drain(service: Service) -> None:
+    """Wait for what runs, within the bound, and then let vLLM stop as it would."""
+    give_up_s = time.monotonic() + service.config.drain_s
+    while service.limits.in_flight and time.monotonic() < give_up_s:
+        await asyncio.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class VllmEngine:

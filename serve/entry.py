@@ -6,7 +6,6 @@ pipe ends and the server stops, so no engine is ever left behind.
 
 import os
 import signal
-import sys
 import threading
 
 
@@ -29,7 +28,9 @@ def main() -> None:
 
 
 def _stop_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock, held by this waiting thread, would abort the interpreter's own exit.
+    while os.read(0, 1):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -101,6 +101,10 @@ class Gateway:
         try:
             role = _role(service, visit)
             visit.key = _key(service, role, headers)
+            if role == ADMIN and visit.key.role != ADMIN:
+                raise Refusal(403, "this needs an admin key")
+            if service.draining:
+                raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
             if visit.path in GENERATING:
                 await self._generate(service, visit, scope, receive, send)
             else:
@@ -113,8 +117,6 @@ class Gateway:
             _write_down(service, visit)
 
     async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
-        if service.draining:
-            raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
         body = _parse(await _read(receive, service.config.max_body_kb << 10))
         plane, limits = service.plane, service.limits
         model = body.get("model")
@@ -130,7 +132,7 @@ class Gateway:
         try:
             resident = await plane.acquire(manifest) if manifest else None
             try:
-                scope, receive = _with_body(scope, receive, json.dumps(ready).encode())
+                scope, receive = _with_body(scope, receive, json.dumps(ready).encode(), visit.request_id)
                 watched = _watched(send, visit, hide_usage=visit.streamed and not wants_usage(visit.path, body))
                 await self.app(scope, receive, watched)
             finally:
@@ -175,8 +177,6 @@ def _key(service: Service, role: str, headers: dict[bytes, bytes]) -> Key:
         raise Refusal(
             401, "an API key is needed: Authorization: Bearer <key>" if not token else "the API key is unknown"
         )
-    if role == ADMIN and key.role != ADMIN:
-        raise Refusal(403, "this needs an admin key")
     return key
 
 
@@ -205,17 +205,17 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
+def _with_body(scope: Scope, receive: Receive, body: bytes, request_id: str) -> tuple[Scope, Receive]:
     """The same request with another body; after it, what the caller does next (hang up) comes through."""
-    headers = [
-        (name, value) for name, value in scope["headers"] if name not in (b"content-length", b"transfer-encoding")
-    ]
+    ours = (b"content-length", b"transfer-encoding", b"x-request-id")
+    headers = [(name, value) for name, value in scope["headers"] if name not in ours]
+    headers += [(b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
         return pending.pop() if pending else await receive()
 
-    return {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}, replay
+    return {**scope, "headers": headers}, replay
 
 
 def _stamped(send: Send, visit: Visit) -> Send:

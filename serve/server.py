@@ -86,9 +86,13 @@ class Server:
     def start(self) -> None:
         """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
         plan = self.plan()
+        self.ready_s = 0.0
         self.config.log_dir.mkdir(parents=True, exist_ok=True)
         self._say(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
         started_s = time.monotonic()
+        # One file for one start, so that a reason found there is of this one; the one before is kept.
+        if self.log.exists():
+            self.log.replace(self.log.with_suffix(".previous.log"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 (*plan.argv, *gate_flags(self.config)),
@@ -112,7 +116,8 @@ class Server:
         """Let running requests end within `drain_s`, then end the child; kill what is left after that."""
         if self.process is None or self.process.poll() is not None:
             return
-        self.process.send_signal(signal.SIGTERM)
+        # The gate turns new requests away and, once the running ones have ended, sends itself SIGTERM.
+        self.process.send_signal(signal.SIGUSR1 if self.ready_s else signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(self.config.drain_s + STOP_S)
         self.kill()
@@ -125,11 +130,6 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         _close(self.process.stdin)
-
-    def wait(self) -> None:
-        """Wait until the child ends."""
-        if self.process is not None:
-            self.process.wait()
 
     def died(self) -> str | None:
         """Why the child is gone, in one line; None while it runs."""
@@ -170,7 +170,6 @@ def gate_flags(config: ServeConfig) -> tuple[str, ...]:
         *("--middleware", "serve.gateway.Gateway"),
         *("--allowed-origins", json.dumps(config.cors)),
         *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
-        *("--shutdown-timeout", str(round(config.drain_s))),
         "--disable-fastapi-docs",
         "--disable-uvicorn-access-log",
     )

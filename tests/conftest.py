@@ -1,0 +1,88 @@
+"""One real server for the whole session: vLLM on a tiny random Gemma-2, with two adapters published."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+from serve.client import make_client
+from serve.config import ServeConfig
+from serve.keys import ADMIN, USER, add_key
+from serve.server import Server
+from tests.tiny import tiny_adapter, tiny_base
+from train import store as shelves
+from train.catalog import Base, resolve
+
+SYSTEM = "you are supportive"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and what a test needs to know of it. `adapters`: served name -> the adapter's source folder.
+
+    `gentle` carries SYSTEM as its system prompt, `calm` none.
+    """
+
+    server: Server
+    base: Base
+    store: Path
+    adapters: dict[str, Path]
+    user_key: str
+    admin_key: str
+
+    @property
+    def base_url(self) -> str:
+        return self.server.base_url
+
+    @property
+    def logs(self) -> Path:
+        return self.server.config.log_dir
+
+    def client(self) -> openai.OpenAI:
+        return make_client(self.base_url, self.user_key)
+
+    def publish(self, name: str, folder: Path, system: str = "") -> shelves.Manifest:
+        return shelves.publish(self.store, name, folder, self.base, system=system)
+
+
+def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
+    """A server small enough to start beside others: float32, so that its greedy text is PEFT's."""
+    small: dict[str, object] = {
+        "model": str(base),
+        "store": str(folder / "store"),
+        "logs": str(folder / "logs"),
+        "port": 0,
+        "dtype": "float32",
+        "context_tokens": 512,
+        "running": 16,
+        "kv_gb": 0.1,
+        "slots": 2,
+        "host_adapters": 4,
+        "max_rank": 16,
+        "drain_s": 5.0,
+    }
+    return ServeConfig(**{**small, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """The tiny random Gemma-2 that the session's server serves."""
+    return resolve(str(tiny_base(tmp_path_factory.mktemp("models") / "tiny")))
+
+
+@pytest.fixture(scope="session")
+def server(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The session's server; starting it takes about 35 s."""
+    folder = tmp_path_factory.mktemp("serve")
+    keys = folder / "keys.txt"
+    user_key, admin_key = add_key(keys, USER, "tests"), add_key(keys, ADMIN, "root")
+    adapters = {
+        name: tiny_adapter(tiny_model.path, folder / name, seed=seed) for name, seed in (("gentle", 1), ("calm", 2))
+    }
+    config = tiny_config(folder, tiny_model.path, keys=str(keys), max_body_kb=64, max_completion_tokens=256)
+    for name, source in adapters.items():
+        shelves.publish(Path(config.store), name, source, tiny_model, system=SYSTEM if name == "gentle" else "")
+    with Server(config, quiet=True) as running:
+        yield Served(running, tiny_model, Path(config.store), adapters, user_key, admin_key)

@@ -1,0 +1,32 @@
+"""What transformers and PEFT answer, for tests to hold the server against."""
+
+from pathlib import Path
+from typing import Any
+
+
+def greedy_ids(base: Path, adapter: Path | None, messages: list[dict[str, str]], n_tokens: int) -> list[int]:
+    """The base's (or PEFT adapter's) greedy answer in float32: `n_tokens` argmax steps, end-of-sequence ignored.
+
+    Token ids, since the tiny models write half characters that every detokenizer treats in its own way.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = _model(base, adapter)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    n_prompt = ids.shape[1]
+    with torch.inference_mode():
+        for _ in range(n_tokens):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, n_prompt:].tolist()
+
+
+def _model(base: Path, adapter: Path | None) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()

@@ -1,0 +1,165 @@
+"""One real server, many adapters: who answers, what is loaded when, and what a client sees of it."""
+
+import concurrent.futures
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from serve.client import make_client, timed_reply
+from tests.conftest import SYSTEM, Served
+from tests.greedy import greedy_ids
+from tests.tiny import tiny_adapter
+from train import store as shelves
+
+ASK = [{"role": "user", "content": "i feel lonely since we moved"}]
+ASK_GENTLY = [{"role": "system", "content": SYSTEM}, *ASK]
+N_TOKENS = 24
+EXACT = {"ignore_eos": True, "return_token_ids": True}
+GREEDY = {"temperature": 0, "max_completion_tokens": N_TOKENS, "extra_body": EXACT}
+
+
+def ask(served: Served, model: str, messages: list[dict[str, str]] = ASK) -> list[int]:
+    """The token ids of the greedy answer."""
+    reply = served.client().chat.completions.create(model=model, messages=messages, **GREEDY)
+    return reply.choices[0].token_ids
+
+
+def model_ids(served: Served) -> list[str]:
+    return [card.id for card in served.client().models.list()]
+
+
+def wait_until(promise, within_s: float) -> None:
+    """Fail unless `promise()` comes true in time."""
+    deadline_s = time.monotonic() + within_s
+    while not promise():
+        assert time.monotonic() < deadline_s, f"not true within {within_s} s"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def expected(server: Served) -> dict[str, list[int]]:
+    """What PEFT says to ASK: the base, `calm`, and `gentle`, which is asked with its manifest's system text."""
+    return {
+        server.base.name: greedy_ids(server.base.path, None, ASK, N_TOKENS),
+        "calm": greedy_ids(server.base.path, server.adapters["calm"], ASK, N_TOKENS),
+        "gentle": greedy_ids(server.base.path, server.adapters["gentle"], ASK_GENTLY, N_TOKENS),
+    }
+
+
+def test_each_adapter_answers_differently_and_as_peft_says(server, expected):
+    """Base and adapters give PEFT's greedy answer, token for token, and no two are alike."""
+    assert {model: ask(server, model) for model in expected} == expected
+    assert len({tuple(ids) for ids in expected.values()}) == 3
+
+
+def test_rows_of_one_batch_keep_their_own_adapter(server, expected):
+    """Base and adapter requests that run together are answered each by its own model."""
+    models = list(expected) * 4
+    with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
+        texts = list(pool.map(lambda model: ask(server, model), models))
+    assert texts == [expected[model] for model in models]
+
+
+def test_a_system_text_of_the_request_wins_over_the_manifests(server):
+    """The manifest's system text is for requests that bring none."""
+    asked = [{"role": "system", "content": "work is hard"}, *ASK]
+    assert ask(server, "gentle", asked) == greedy_ids(server.base.path, server.adapters["gentle"], asked, N_TOKENS)
+
+
+def test_what_is_published_while_it_runs_is_served_replaced_rolled_back_and_removed(server, tmp_path):
+    """An adapter lives its whole life in a running server, each step seen within 2 s, each answer PEFT's."""
+    sources = [tiny_adapter(server.base.path, tmp_path / str(seed), seed=seed) for seed in (11, 12)]
+    texts = [greedy_ids(server.base.path, source, ASK, N_TOKENS) for source in sources]
+
+    first = server.publish("fresh", sources[0])
+    wait_until(lambda: "fresh" in model_ids(server), within_s=2)
+    assert ask(server, "fresh") == texts[0]
+
+    second = server.publish("fresh", sources[1])
+    wait_until(lambda: ask(server, "fresh") == texts[1], within_s=2)
+    assert ask(server, first.id) == texts[0]
+    assert ask(server, second.id) == texts[1]
+
+    shelves.rollback(server.store, "fresh")
+    wait_until(lambda: ask(server, "fresh") == texts[0], within_s=2)
+
+    shelves.remove(server.store, "fresh")
+    wait_until(lambda: "fresh" not in model_ids(server), within_s=2)
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "fresh")
+
+
+def test_more_adapters_than_the_engine_holds_take_turns(server, tmp_path):
+    """Six adapters through two slots and a host cache of four: each is loaded when asked for, and answers as itself."""
+    names = [f"turn{seed}" for seed in range(6)]
+    sources = [tiny_adapter(server.base.path, tmp_path / name, seed=20 + n) for n, name in enumerate(names)]
+    for name, source in zip(names, sources, strict=True):
+        server.publish(name, source)
+    texts = [greedy_ids(server.base.path, source, ASK, N_TOKENS) for source in sources]
+    for _ in range(2):
+        assert [ask(server, name) for name in names] == texts
+    for name in names:
+        shelves.remove(server.store, name)
+
+
+def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_never_served(server, tmp_path):
+    """A manifest of another base is refused by name, not answered as this base."""
+    from tests.tiny import tiny_base
+    from train.catalog import resolve
+
+    other = resolve(str(tiny_base(tmp_path / "other", seed=5)))
+    manifest = shelves.publish(server.store, "stranger", tiny_adapter(other.path, tmp_path / "a", seed=1), other)
+    with pytest.raises(openai.NotFoundError, match="made for base other"):
+        ask(server, "stranger")
+    assert "stranger" not in model_ids(server)
+    rows = make_client(server.base_url, server.admin_key).get("/adapters", cast_to=dict)["data"]
+    assert [row["state"] for row in rows if row["id"] == manifest.id] == ["refused"]
+    shelves.remove(server.store, "stranger")
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names(server):
+    """A typo gives the SDK's NotFoundError, which says what was meant."""
+    with pytest.raises(openai.NotFoundError, match="did you mean 'gentle'") as error:
+        ask(server, "gentel")
+    assert error.value.code == "model_not_found"
+
+
+def test_the_models_route_says_parent_version_and_state(server):
+    """/v1/models lists the base, each name and each exact version."""
+    cards = {card.id: card.model_dump() for card in server.client().models.list()}
+    version = shelves.find(server.store, "calm").version
+    assert cards[server.base.name]["parent"] is None
+    assert cards["calm"]["parent"] == server.base.name
+    assert cards["calm"]["version"] == version
+    assert cards[f"calm@{version}"]["state"] in ("loaded", "published")
+    assert server.client().models.retrieve("calm").model_dump()["root"] == f"calm@{version}"
+
+
+def test_a_timed_reply_counts_what_the_server_counts(server):
+    """The shared client's reply has the whole text, the exact version, the server's token counts and ordered times."""
+    reply = timed_reply(server.client(), "calm", ASK, N_TOKENS, temperature=0, extra_body={"ignore_eos": True})
+    whole = server.client().chat.completions.create(model="calm", messages=ASK, **GREEDY)
+    assert reply.text == whole.choices[0].message.content
+    assert reply.model == shelves.find(server.store, "calm").id
+    assert (reply.completion_tokens, reply.finish_reason) == (N_TOKENS, "length")
+    assert 0 < reply.ttft_s == reply.chunk_s[0] <= reply.chunk_s[-1] <= reply.duration_s
+
+
+def test_admins_load_and_unload_in_vllms_own_words(server):
+    """/v1/unload_lora_adapter withdraws and frees; /v1/load_lora_adapter brings back, from the store alone."""
+    admin = make_client(server.base_url, server.admin_key)
+    manifest = shelves.find(server.store, "calm")
+    folder = str(shelves.version_dir(server.store, manifest))
+
+    said = admin.post("/unload_lora_adapter", body={"lora_name": "calm"}, cast_to=str)
+    assert said == "Success: LoRA adapter 'calm' removed successfully."
+    with pytest.raises(openai.NotFoundError, match="unloaded by an admin"):
+        ask(server, "calm")
+    said = admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": folder}, cast_to=str)
+    assert said == "Success: LoRA adapter 'calm' added successfully."
+    ask(server, "calm")
+    for path in ("/etc", str(Path(folder) / ".." / ".." / ".."), "someone/some-repo"):
+        with pytest.raises(openai.NotFoundError, match="not in the store"):
+            admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": path}, cast_to=str)

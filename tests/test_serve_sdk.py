@@ -1,0 +1,177 @@
+"""The official SDK, sync and async, against base and adapter alike: what it offers, this server answers."""
+
+import json
+import time
+
+import openai
+import pytest
+
+from serve.client import make_async_client, make_client
+from tests.conftest import Served
+
+ASK = [{"role": "user", "content": "talk to a friend"}]
+MODELS = ["base", "calm"]
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, server: Served) -> str:
+    return server.base.name if request.param == "base" else request.param
+
+
+@pytest.fixture
+def client(server: Served) -> openai.OpenAI:
+    return server.client()
+
+
+def test_chat_streams_the_same_text_it_returns_whole(client, model):
+    """Greedy text is one, streamed or not; the stream ends with a reason and, if asked for, with usage."""
+    ask = {"model": model, "messages": ASK, "max_completion_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+    assert chunks[-1].usage == whole.usage
+    assert whole.model.split("@")[0] == model
+
+
+async def _async_text(server: Served, model: str) -> tuple[str, str]:
+    async with make_async_client(server.base_url, server.user_key) as client:
+        ask = {"model": model, "messages": ASK, "max_completion_tokens": 12, "temperature": 0}
+        whole = await client.chat.completions.create(**ask)
+        stream = await client.chat.completions.create(**ask, stream=True)
+        parts = [choice.delta.content or "" async for chunk in stream for choice in chunk.choices]
+        return whole.choices[0].message.content, "".join(parts)
+
+
+def test_the_async_client_gets_what_the_sync_one_gets(server, client, model):
+    """Asyncio changes nothing."""
+    import asyncio
+
+    sync = client.chat.completions.create(model=model, messages=ASK, max_completion_tokens=12, temperature=0)
+    assert asyncio.run(_async_text(server, model)) == (sync.choices[0].message.content,) * 2
+
+
+def test_completions_echo_the_prompt_with_its_log_probabilities(client, model):
+    """Echo with logprobs gives each prompt token but the first a log-probability: what perplexity is made of."""
+    prompt = "what can help me sleep"
+    reply = client.completions.create(model=model, prompt=prompt, max_tokens=1, echo=True, logprobs=1, temperature=0)
+    logprobs = reply.choices[0].logprobs
+    assert reply.choices[0].text.startswith(prompt)
+    assert logprobs.token_logprobs[0] is None
+    assert all(value <= 0 for value in logprobs.token_logprobs[1:])
+    assert len(logprobs.token_logprobs) == reply.usage.prompt_tokens + 1
+
+
+def test_many_echoes_at_once_leave_the_engine_alive(client, server, model):
+    """Prompt log-probabilities for several running requests, of one adapter and the base, all come back."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def echo(n: int) -> int:
+        name = model if n % 2 else server.base.name
+        reply = client.completions.create(model=name, prompt="sleep " * (n + 2), max_tokens=1, echo=True, logprobs=1)
+        return len(reply.choices[0].logprobs.tokens) - reply.usage.prompt_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(echo, range(8))) == [1] * 8
+
+
+def test_the_responses_api_answers_whole_and_streamed(client, model):
+    """/v1/responses gives text and usage, and its stream ends with `response.completed`."""
+    ask = {"model": model, "input": "talk to a friend", "max_output_tokens": 8, "temperature": 0}
+    whole = client.responses.create(**ask)
+    events = list(client.responses.create(**ask, stream=True))
+    assert whole.usage.output_tokens == 8
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    assert events[-1].response.output_text == whole.output_text
+
+
+def test_n_answers_and_seed(client, model):
+    """`n` gives as many answers; one seed gives the same ones again, another seed others."""
+
+    def texts(seed: int) -> list[str]:
+        reply = client.chat.completions.create(
+            model=model, messages=ASK, n=3, seed=seed, temperature=1.0, max_completion_tokens=16
+        )
+        return [choice.message.content for choice in sorted(reply.choices, key=lambda choice: choice.index)]
+
+    first = texts(1)
+    assert len(first) == 3
+    assert texts(1) == first
+    assert texts(2) != first
+
+
+def test_stop_ends_the_text_before_the_stop_word(client, model):
+    """The stop text is found across tokens, ends the answer and is left out of it."""
+    ask = {"model": model, "messages": ASK, "max_completion_tokens": 24, "temperature": 0}
+    text = client.chat.completions.create(**ask).choices[0].message.content
+    stop = text[4:6]
+    choice = client.chat.completions.create(**ask, stop=[stop]).choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.message.content == text[: text.index(stop)]
+
+
+def test_logit_bias_forces_a_token(client, model):
+    """A bias of 100 on one token id makes the answer that token, over and over."""
+    reply = client.chat.completions.create(
+        model=model, messages=ASK, max_completion_tokens=4, temperature=0, logit_bias={"40": 100}, logprobs=True
+    )
+    assert len({entry.token for entry in reply.choices[0].logprobs.content}) == 1
+
+
+def test_structured_output_keeps_its_schema(client, model):
+    """Even a model of noise writes JSON that fits the schema."""
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"type": "string", "enum": ["low", "fine"]}},
+        "required": ["mood"],
+        "additionalProperties": False,
+    }
+    reply = client.chat.completions.create(
+        model=model,
+        messages=ASK,
+        max_completion_tokens=64,
+        temperature=0,
+        response_format={"type": "json_schema", "json_schema": {"name": "mood", "schema": schema, "strict": True}},
+    )
+    assert json.loads(reply.choices[0].message.content)["mood"] in ("low", "fine")
+
+
+def test_a_client_that_gives_up_is_told_so_and_the_engine_stops_working_for_it(server, model):
+    """A timeout raises APITimeoutError; soon after nothing of it is in flight."""
+    impatient = make_client(server.base_url, server.user_key, timeout_s=0.2)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.chat.completions.create(
+            model=model, messages=ASK, max_completion_tokens=256, n=16, extra_body={"ignore_eos": True}
+        )
+    _wait_until_idle(server)
+
+
+def test_hanging_up_mid_stream_frees_what_it_held(server, client, model):
+    """Closing a stream after three chunks ends the request in the engine and gives its place back."""
+    stream = client.chat.completions.create(
+        model=model, messages=ASK, max_completion_tokens=256, stream=True, extra_body={"ignore_eos": True}
+    )
+    for _, _chunk in zip(range(3), stream, strict=False):
+        pass
+    stream.close()
+    _wait_until_idle(server)
+
+
+def _wait_until_idle(server: Served) -> None:
+    import httpx
+
+    deadline_s = time.monotonic() + 10
+    while True:
+        text = httpx.get(
+            server.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {server.admin_key}"}
+        ).text
+        values = {
+            line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1])
+            for line in text.splitlines()
+            if line.startswith(("vllm:num_requests_running", "counsel_sequences_in_flight"))
+        }
+        if set(values.values()) == {0.0}:
+            return
+        assert time.monotonic() < deadline_s, values
+        time.sleep(0.1)
