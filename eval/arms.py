@@ -1,0 +1,94 @@
+"""Arms: who answers, and how they are asked. `gentle` and `smollm2-135m/few-shot` are arms.
+
+An arm's name is the served name, plus `/native` or `/few-shot` where the prompt is not the one adapters are trained on.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from train.chat import Message, prompt_messages
+from train.errors import UserError
+
+TUNED, NATIVE, FEW_SHOT = "tuned", "native", "few-shot"
+EXAMPLES = 2
+# Worked examples must leave room for the question; training answers run to a thousand words.
+_EXAMPLE_CHARS = 900
+
+
+class Arm(NamedTuple):
+    """`model` is asked under `prompt`: tuned (the system prompt of training), native (none), or few-shot."""
+
+    model: str
+    prompt: str = TUNED
+
+    @property
+    def name(self) -> str:
+        return self.model if self.prompt == TUNED else f"{self.model}/{self.prompt}"
+
+
+class Served(NamedTuple):
+    """What a server offers: its base, its adapters, how many tokens a request may hold, and each card's `root`."""
+
+    base: str
+    adapters: tuple[str, ...]
+    max_model_len: int
+    roots: dict[str, str]
+
+
+def served(cards: Sequence[dict[str, Any]]) -> Served:
+    """Read `GET /v1/models`: an adapter's card names its base as `parent`; a base's card has none."""
+    bases = [card for card in cards if not card.get("parent")]
+    if not bases:
+        raise UserError(f"the server lists no base model, only {[card['id'] for card in cards]}")
+    adapters = tuple(sorted(card["id"] for card in cards if card.get("parent")))
+    roots = {card["id"]: str(card.get("root")) for card in cards}
+    return Served(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
+
+
+def choose(offer: Served, models: Sequence[str], baselines: bool) -> list[Arm]:
+    """The arms to run: the base first, then its baselines, then the adapters, `models` choosing among what is offered.
+
+    When `models` is empty: all but pinned versions (`name@version`), which would repeat `name`.
+    """
+    known = {"base": offer.base, offer.base: offer.base} | {name: name for name in offer.adapters}
+    for model in models:
+        if model not in known:
+            raise UserError(f"the server has no model {model!r}; it has {', '.join(['base', *offer.adapters])}")
+    wanted = [known[model] for model in models] or [offer.base, *(name for name in offer.adapters if "@" not in name)]
+    arms = [Arm(model) for model in dict.fromkeys(wanted)]
+    if baselines and offer.base in wanted:
+        at = arms.index(Arm(offer.base)) + 1
+        arms[at:at] = [Arm(offer.base, NATIVE), Arm(offer.base, FEW_SHOT)]
+    return arms
+
+
+def messages(arm: Arm, question: str, system: str, examples: Sequence[dict[str, Any]]) -> list[Message]:
+    """The conversation that asks `arm` the question.
+
+    `system` is the run's system prompt, which native arms go without; `examples` are training rows for few-shot arms.
+    """
+    if arm.prompt == NATIVE:
+        return prompt_messages(question, system="")
+    *opening, last = prompt_messages(question, system)
+    if arm.prompt == TUNED:
+        return [*opening, last]
+    shown = [
+        turn
+        for row in examples
+        for turn in ({"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]})
+    ]
+    return [*opening, *shown, last]
+
+
+def few_shot_examples(train_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two short training rows on different topics, chosen by hash of the question and so by nothing else."""
+    short = [row for row in train_rows if len(row["question"]) + len(row["answer"]) <= _EXAMPLE_CHARS]
+    chosen: list[dict[str, Any]] = []
+    for row in sorted(short, key=lambda row: (row["question_id"], row["answer"])):
+        if row["question_id"] not in {c["question_id"] for c in chosen} and (
+            not row["topic"] or row["topic"] not in {c["topic"] for c in chosen}
+        ):
+            chosen.append(row)
+        if len(chosen) == EXAMPLES:
+            break
+    return chosen

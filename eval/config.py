@@ -1,0 +1,44 @@
+"""`EvalConfig`: the schema of an evaluation's flags and YAML, checked before anything starts."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from train.command import argument, option
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What one evaluation asks, of whom, and how."""
+
+    run: str = option(dataclasses.MISSING, "the run whose held-out questions are asked: a name or a folder")
+    url: str = option("http://127.0.0.1:8000/v1", "the OpenAI-compatible server")
+    models: tuple[str, ...] = option((), "served names, comma-separated; `base` means the base model; all when empty")
+    questions: int = option(60, "how many held-out questions; a smaller number is always a subset of a larger one")
+    samples: int = option(1, "answers per question and model")
+    references: int = option(3, "reference answers per question that the likelihood is measured on, at most")
+    max_tokens: int = option(128, "longest answer, in tokens")
+    temperature: float = option(0.7, "sampling temperature")
+    top_p: float = option(0.95, "nucleus sampling")
+    seed: int = option(0, "of sampling and of the bootstrap")
+    concurrency: int = option(16, "requests in flight")
+    timeout_s: float = option(120.0, "longest wait for one request")
+    baselines: bool = option(True, "also ask the base without the system prompt and with two worked examples")
+
+    def __post_init__(self) -> None:
+        for name, least in {"questions": 2, "samples": 1, "references": 1, "max_tokens": 1, "concurrency": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.temperature <= 2:
+            raise UserError(f"temperature is {self.temperature}; it must be between 0 and 2")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.timeout_s <= 0:
+            raise UserError(f"timeout_s is {self.timeout_s}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which evaluation to score and report again."""
+
+    folder: str = argument("an evaluation's folder: runs/<name>/eval/<stamp>")

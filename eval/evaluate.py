@@ -1,0 +1,158 @@
+"""One evaluation, top to bottom: read the held-out questions, ask every arm, score, compare, report.
+
+runs/<name>/eval/<stamp>/
+  config.json       the resolved config and what it ran against   (written first)
+  samples.jsonl     likelihood.jsonl                              (appended as answers come; see eval/samples.py)
+  scores.jsonl      every answer with its scores                  (see eval/scoring.py)
+  report.md         report.html
+  summary.json      (written last: its presence means complete; see eval/summary.py)
+
+The same command given again continues an evaluation that has no summary.json, if nothing that matters has changed.
+"""
+
+import asyncio
+import dataclasses
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from eval.arms import choose, few_shot_examples, served
+from eval.config import EvalConfig, ReportConfig
+from eval.likelihood import Renderer
+from eval.online import Exam, Progress, Question, ask_arm
+from eval.report import markdown, terminal
+from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
+from eval.summary import alarms, paired, per_question, summarize_arms
+from serve.client import make_async_client
+from train.catalog import resolve
+from train.command import Result
+from train.errors import UserError
+from train.files import read_json, sha256_of, write_json, write_jsonl, write_text
+from train.run import Run, open_run, provenance
+
+# What may differ between the first part of an evaluation and its continuation, without changing a row.
+_INCIDENTAL = ("url", "concurrency", "timeout_s")
+
+
+def evaluate(config: EvalConfig) -> Result:
+    """Run or continue an evaluation and print its table."""
+    started = time.monotonic()
+    run = open_run(config.run)
+    recipe = run.config()
+    exam = Exam(choose_questions(run, config.questions), recipe["system"], few_shot_examples(run.split("train")))
+    folder = asyncio.run(_ask(config, run, exam, Renderer(resolve(recipe["base"]).path)))
+    asked_s = time.monotonic() - started
+    result = report(ReportConfig(str(folder)))
+    print(f"asked in {asked_s:.0f} s, scored in {time.monotonic() - started - asked_s:.0f} s", file=sys.stderr)
+    return result
+
+
+def report(config: ReportConfig) -> Result:
+    """Score the rows of an evaluation's folder again, print its table; the document is summary.json less `plan`."""
+    folder = Path(config.folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{config.folder!r} is no evaluation: it has no config.json; look under runs/<name>/eval/")
+    summary = _finish(folder)
+    print(terminal(summary))
+    print(f"\nreport: {folder / 'report.md'}")
+    return Result({"folder": str(folder), **{key: value for key, value in summary.items() if key != "plan"}})
+
+
+def choose_questions(run: Run, n: int) -> list[Question]:
+    """The first n held-out questions by hash, so that fewer are always a subset of more; all when n is larger."""
+    by_id: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in run.split("test"):
+        by_id[row["question_id"]].append(row)
+    if len(by_id) < 2:
+        raise UserError(f"run {run.name!r} holds out {len(by_id)} questions; at least 2 are needed for an interval")
+    return [
+        Question(key, rows[0]["question"], rows[0]["topic"], tuple(row["answer"] for row in rows))
+        for key, rows in sorted(by_id.items())[:n]
+    ]
+
+
+async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> Path:
+    async with make_async_client(config.url, timeout_s=config.timeout_s) as client:
+        try:
+            cards = [card.model_dump() for card in (await client.models.list()).data]
+        except openai.APIError as error:
+            raise UserError(f"no answer from {config.url}: {error}; start a server with python -m serve") from error
+        offer = served(cards)
+        arms = choose(offer, config.models, config.baselines)
+        plan = {
+            "config": dataclasses.asdict(config),
+            "base": offer.base,
+            "arms": [arm.name for arm in arms],
+            "served": {arm.model: offer.roots[arm.model] for arm in arms},
+            "max_model_len": offer.max_model_len,
+            "system_prompt": exam.system,
+            "test_sha256": sha256_of(run.path / "data" / "test.jsonl"),
+            "train_sha256": sha256_of(run.path / "data" / "train.jsonl"),
+            "provenance": provenance(),
+        }
+        folder = folder_for(run, plan)
+        with (
+            RowLog(folder / "samples.jsonl", SAMPLE_KEY) as samples,
+            RowLog(folder / "likelihood.jsonl", LIKELIHOOD_KEY) as likelihoods,
+        ):
+            per_arm = sum(config.samples + min(len(q.answers), config.references) for q in exam.questions)
+            progress = Progress(len(arms) * per_arm, len(samples.done) + len(likelihoods.done))
+            for arm in arms:
+                await ask_arm(client, arm, exam, renderer, offer.max_model_len, config, samples, likelihoods, progress)
+    return folder
+
+
+def folder_for(run: Run, plan: dict[str, Any]) -> Path:
+    """The folder of an unfinished evaluation with the same plan, else a new one that holds the plan."""
+    for folder in sorted((run.path / "eval").glob("*"), reverse=True):
+        unfinished = (folder / "config.json").is_file() and not (folder / "summary.json").exists()
+        if unfinished and _essence(read_json(folder / "config.json")) == _essence(plan):
+            print(f"continuing {folder}", file=sys.stderr)
+            return folder
+    folder = run.path / "eval" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    if folder.exists():
+        raise UserError(f"{str(folder)!r} exists: another evaluation started this second; try again")
+    write_json(folder / "config.json", plan)
+    return folder
+
+
+def _essence(plan: dict[str, Any]) -> dict[str, Any]:
+    config = {key: value for key, value in plan["config"].items() if key not in _INCIDENTAL}
+    config["models"] = list(config["models"])
+    return {key: value for key, value in plan.items() if key != "provenance"} | {"config": config}
+
+
+def _finish(folder: Path) -> dict[str, Any]:
+    """Score the rows in `folder` and write scores.jsonl, the reports and, last, summary.json; return the summary."""
+    from eval.scoring import score_rows
+    from eval.similarity import Encoder
+
+    plan = read_json(folder / "config.json")
+    run = open_run(str(folder.parent.parent))
+    questions, arms = choose_questions(run, plan["config"]["questions"]), plan["arms"]
+    base, seed = plan["base"], plan["config"]["seed"]
+    samples, likelihoods = read_rows(folder / "samples.jsonl"), read_rows(folder / "likelihood.jsonl")
+    scores = score_rows(
+        samples, questions, run.split("train"), Encoder(), progress=lambda line: print(line, file=sys.stderr)
+    )
+    found = summarize_arms(arms, base, samples, scores, likelihoods, seed)
+    summary: dict[str, Any] = {
+        "format": 1,
+        "run": run.name,
+        "stamp": folder.name,
+        "questions": len(questions),
+        "samples_per_question": plan["config"]["samples"],
+        "references": sum(len(question.answers) for question in questions),
+        "arms": found,
+        "differences": paired(per_question(scores, likelihoods), [(arm, base) for arm in arms if arm != base], seed),
+        "alarms": alarms(found, samples, likelihoods, base),
+        "plan": plan,
+    }
+    write_jsonl(folder / "scores.jsonl", scores)
+    write_text(folder / "report.md", markdown(summary))
+    write_json(folder / "summary.json", summary)
+    return summary

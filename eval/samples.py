@@ -1,0 +1,99 @@
+"""The rows an evaluation leaves as it goes, one JSON object a line, in runs/<name>/eval/<stamp>/.
+
+samples.jsonl: one generated answer a line
+| key | meaning |
+|---|---|
+| `arm` | who answered, and how it was asked: a served name, or `<served name>/native`, `<served name>/few-shot` |
+| `question_id` | of the held-out question (see train.data) |
+| `sample` | 0, 1, ...: which of several answers to the same question |
+| `text` | the answer; `""` when it is empty or failed |
+| `finish_reason` | `stop` or `length` as the server says; null when failed |
+| `prompt_tokens`, `completion_tokens` | as the server counts them; null when failed |
+| `latency_s` | seconds from sending the last attempt to its end |
+| `attempts` | requests sent: 1 + retries |
+| `error` | null, or what failed; such a row is counted and never scored |
+
+likelihood.jsonl: how well a model predicts one human answer, one a line
+| key | meaning |
+|---|---|
+| `arm`, `question_id` | as above |
+| `answer` | 0, 1, ...: which of the question's reference answers |
+| `nll_nats` | minus the sum of ln p over the answer's tokens; null when failed or too long |
+| `tokens`, `bytes` | of the answer: tokens scored, UTF-8 bytes |
+| `attempts`, `error` | as above; any error but those in `FINAL_ERRORS` is tried again on continuing |
+"""
+
+import fcntl
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from train.errors import UserError
+from train.files import write_jsonl
+
+Row = dict[str, Any]
+Key = tuple[Any, ...]
+
+SAMPLE_KEY = ("arm", "question_id", "sample")
+LIKELIHOOD_KEY = ("arm", "question_id", "answer")
+TOO_LONG = "too long"
+STRADDLES = "a token straddles prompt and answer"
+# Trying these again would end the same way.
+FINAL_ERRORS = (TOO_LONG, STRADDLES)
+
+
+class RowLog:
+    """An append-only JSONL file with one row per key, that survives being killed at any moment.
+
+    Opening it drops a torn last line and the rows that failed, so that exactly these are done again; `done` holds the
+    rest by key. A second process that opens the same file is refused.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str]) -> None:
+        self.path, self.key = path, key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.with_name(f".{path.name}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UserError(f"{str(path)!r} is being written by another process; wait for it to end") from error
+        rows = read_rows(path)
+        kept = [row for row in rows if row["error"] in (None, *FINAL_ERRORS)]
+        self.done: dict[Key, Row] = {self._key_of(row): row for row in kept}
+        if len(self.done) != len(kept):
+            raise UserError(f"{str(path)!r} holds a key twice: it was edited; remove {str(path.parent)!r}, start again")
+        if path.exists():
+            write_jsonl(path, kept)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Add a row. It is in the file, whole, when this returns: a killed process loses none."""
+        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        self.done[self._key_of(row)] = row
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._lock.close()
+
+    def _key_of(self, row: Row) -> Key:
+        return tuple(row[name] for name in self.key)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a log, without a last line that was torn by a kill; [] when there is no file."""
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} has a broken line that is not its last: {error}") from error

@@ -1,0 +1,122 @@
+"""From rows to scores: every answer of every arm, and the rows that tell what a score is worth, in scores.jsonl.
+
+scores.jsonl: one answer a line
+| key | meaning |
+|---|---|
+| `arm`, `question_id`, `sample`, `text`, `finish_reason`, `error` | as in samples.jsonl |
+| `scores` | metric name to number; null when the row failed, is empty, or the metric is undefined for it |
+
+The arms in `YARDSTICKS` are no models. They answer the same questions, so their scores say where a metric's floor and
+ceiling are: `human` (each reference against the others, averaged over them, so it has one reference fewer),
+`retrieval` (the answer to the nearest training question), `shuffled` (a human answer to another held-out question),
+`echo` (the question itself) and `canned` (one reply for everything).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from eval.online import Question
+from eval.overlap import bleu, chrf, meteor, rouge
+from eval.samples import Row
+from eval.similarity import Encoder, to_references
+from eval.wording import Copying, distinct, reading_grade, words
+
+YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
+
+CANNED = (
+    "Thank you for sharing this with me. I am sorry that you are going through such a hard time. Your feelings are "
+    "valid, and you are not alone. It may help to talk to someone you trust, to take care of yourself, and to take "
+    "things one step at a time."
+)
+
+Scores = dict[str, float | None]
+
+
+def score_rows(
+    samples: Sequence[Row],
+    questions: Sequence[Question],
+    train_rows: Sequence[Mapping[str, str]],
+    encoder: Encoder,
+    progress: Callable[[str], None],
+) -> list[Row]:
+    """One scores.jsonl row for each sample, then for each yardstick and question."""
+    by_id = {question.question_id: question for question in questions}
+    copying = Copying(row["answer"] for row in train_rows)
+    rows: list[Row] = [
+        {key: sample[key] for key in ("arm", "question_id", "sample", "text", "finish_reason", "error")}
+        for sample in samples
+    ]
+    rows += yardstick_rows(questions, train_rows, encoder)
+    progress(f"encoding {len(rows)} answers")
+    encoder.encode([text for row in rows if (text := row["text"])])
+    progress(f"scoring {len(rows)} answers")
+    for row in rows:
+        question = by_id[row["question_id"]]
+        if row["error"] is not None or not row["text"]:
+            row["scores"] = None
+        elif row["arm"] == "human":
+            row["scores"] = human_scores(question, encoder)
+        else:
+            row["scores"] = answer_scores(row["text"], question.question, question.answers, encoder) | {
+                "copied": copying.share(row["text"])
+            }
+    return rows
+
+
+def answer_scores(answer: str, question: str, references: Sequence[str], encoder: Encoder) -> Scores:
+    """Every metric of one answer but copying; `references` must not be empty."""
+    vectors = encoder.encode([answer, question, *references])
+    best, mean = to_references(vectors[0], vectors[2:])
+    tokens = words(answer)
+    return {
+        "similarity_max": best,
+        "similarity_mean": mean,
+        **rouge(answer, references),
+        "bleu": bleu(answer, references),
+        "chrf": chrf(answer, references),
+        "meteor": meteor(answer, references),
+        "question_similarity": float(vectors[0] @ vectors[1]),
+        "distinct_2": distinct(tokens, 2),
+        "words": float(len(tokens)),
+        "reading_grade": reading_grade(answer),
+    }
+
+
+def human_scores(question: Question, encoder: Encoder) -> Scores:
+    """The mean over references of each one's scores against the others; needs two references."""
+    each = [
+        answer_scores(answer, question.question, [*question.answers[:i], *question.answers[i + 1 :]], encoder)
+        for i, answer in enumerate(question.answers)
+    ]
+    columns = {name: [value for scores in each if (value := scores[name]) is not None] for name in each[0]}
+    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
+
+
+def yardstick_rows(
+    questions: Sequence[Question], train_rows: Sequence[Mapping[str, str]], encoder: Encoder
+) -> list[Row]:
+    """The answers of the arms that are no models, in the order of `YARDSTICKS`."""
+    vectors = encoder.encode([question.question for question in questions])
+    # One answer for each training question, so that a question with many answers is not encoded many times.
+    training = {row["question"]: row["answer"] for row in reversed(train_rows)}
+    nearest = (encoder.encode(list(training)) @ vectors.T).argmax(axis=0) if training else []
+    retrieved = list(training.values())
+    texts = {
+        "human": [question.answers[0] if len(question.answers) > 1 else "" for question in questions],
+        "retrieval": [retrieved[at] for at in nearest],
+        "shuffled": [questions[i - 1].answers[0] for i in range(len(questions))],
+        "echo": [question.question for question in questions],
+        "canned": [CANNED] * len(questions),
+    }
+    return [
+        {
+            "arm": arm,
+            "question_id": question.question_id,
+            "sample": 0,
+            "text": text,
+            "finish_reason": None,
+            "error": None,
+        }
+        for arm, arm_texts in texts.items()
+        for question, text in zip(questions, arm_texts, strict=False)
+        if text
+    ]

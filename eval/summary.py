@@ -1,0 +1,145 @@
+"""From scores to findings: `summarize` turns rows into the document that is summary.json. Pure, seeded, repeatable.
+
+summary.json
+| key | meaning |
+|---|---|
+| `run`, `stamp`, `questions`, `samples_per_question`, `references` | what was asked |
+| `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and what was counted: `rows`, `errors`,
+  `empty`, `cut` (ended by length), `retries`, `tokens`} |
+| `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`}: n questions, 95 % interval |
+| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `p_holm`} |
+| `alarms` | what a reader must know before believing a number |
+| `plan` | how it was made: config.json |
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from eval.likelihood import bits_per_byte
+from eval.metrics import METRICS, PRIMARY
+from eval.samples import Row
+from eval.scoring import YARDSTICKS
+from eval.stats import Ratio, difference, holm, interval, ratio
+
+PARROT_MARGIN = 0.05
+
+# metric -> question_id -> (numerator, denominator)
+PerQuestion = dict[str, dict[str, tuple[float, float]]]
+
+
+def per_question(scores: Iterable[Row], likelihoods: Iterable[Row]) -> dict[str, PerQuestion]:
+    """Each arm's metrics by question: the mean over its samples, or for likelihoods nats and bytes (or tokens) summed.
+
+    A row that failed or is empty is left out, so a question with no other row is missing, not 0.
+    """
+    table: dict[str, PerQuestion] = {}
+    for row in scores:
+        for metric, value in (row["scores"] or {}).items():
+            if value is not None:
+                cells = table.setdefault(row["arm"], {}).setdefault(metric, {})
+                total, count = cells.get(row["question_id"], (0.0, 0.0))
+                cells[row["question_id"]] = (total + value, count + 1)
+    for arm in table.values():
+        for cells in arm.values():
+            cells.update({key: (total / count, 1.0) for key, (total, count) in cells.items()})
+    for row in likelihoods:
+        if row["nll_nats"] is None:
+            continue
+        bits = bits_per_byte(row["nll_nats"], row["bytes"]) * row["bytes"]
+        for metric, num, den in (
+            ("bits_per_byte", bits, row["bytes"]),
+            ("nll_per_token", row["nll_nats"], row["tokens"]),
+        ):
+            cells = table.setdefault(row["arm"], {}).setdefault(metric, {})
+            before = cells.get(row["question_id"], (0.0, 0.0))
+            cells[row["question_id"]] = (before[0] + num, before[1] + den)
+    return table
+
+
+def as_ratio(cells: Mapping[str, tuple[float, float]], keys: Sequence[str]) -> Ratio:
+    """The metric over these questions, in this order."""
+    return ratio([cells[key][0] for key in keys], [cells[key][1] for key in keys])
+
+
+def paired(table: Mapping[str, PerQuestion], pairs: Sequence[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
+    """Every metric's difference for each (arm, against) pair on the questions both have; Holm over the primary ones."""
+    found: list[dict[str, Any]] = []
+    for arm, against in pairs:
+        for metric in METRICS:
+            ours, theirs = table.get(arm, {}).get(metric, {}), table.get(against, {}).get(metric, {})
+            keys = [key for key in ours if key in theirs]
+            if keys:
+                result = difference(as_ratio(ours, keys), as_ratio(theirs, keys), seed)
+                found.append({"arm": arm, "against": against, "metric": metric, **result._asdict(), "p_holm": None})
+    family = {str(i): row["p"] for i, row in enumerate(found) if row["metric"] in PRIMARY and row["p"] is not None}
+    for index, p in holm(family).items():
+        found[int(index)]["p_holm"] = p
+    return found
+
+
+def summarize_arms(
+    arms: Sequence[str], base: str, samples: Sequence[Row], scores: Sequence[Row], likelihoods: Sequence[Row], seed: int
+) -> dict[str, Any]:
+    """Counts and intervals of every arm, models first, then yardsticks."""
+    table = per_question(scores, likelihoods)
+    found: dict[str, Any] = {}
+    for name in [*arms, *(name for name in YARDSTICKS if name in table)]:
+        asked = [row for row in samples if row["arm"] == name]
+        scored = [row for row in likelihoods if row["arm"] == name]
+        metrics = {
+            metric: interval(as_ratio(cells, list(cells)), seed)._asdict()
+            for metric in METRICS
+            if (cells := table.get(name, {}).get(metric))
+        }
+        if "nll_per_token" in metrics:
+            metrics["perplexity"] = {
+                key: math.exp(value) if key != "n" and value is not None else value
+                for key, value in metrics["nll_per_token"].items()
+            }
+        found[name] = {
+            "kind": "yardstick" if name in YARDSTICKS else "base" if name == base else
+                    "baseline" if name.startswith(f"{base}/") else "adapter",
+            "rows": len(asked),
+            "errors": sum(row["error"] is not None for row in [*asked, *scored]),
+            "empty": sum(row["error"] is None and not row["text"] for row in asked),
+            "cut": sum(row["finish_reason"] == "length" for row in asked),
+            "retries": sum(max(0, row["attempts"] - 1) for row in [*asked, *scored]),
+            "tokens": sum(row["completion_tokens"] or 0 for row in asked),
+            "metrics": metrics,
+        }  # fmt: skip
+    return found
+
+
+def alarms(arms: Mapping[str, Any], samples: Sequence[Row], likelihoods: Sequence[Row], base: str) -> list[str]:
+    """What makes a number here less than it seems."""
+    found = []
+    human = arms.get("human", {}).get("metrics", {}).get("question_similarity")
+    for name, arm in arms.items():
+        if arm["kind"] == "yardstick":
+            continue
+        echo = arm["metrics"].get("question_similarity")
+        if human and echo and echo["low"] is not None and echo["low"] > human["value"] + PARROT_MARGIN:
+            found.append(
+                f"{name} may be parroting: its answers are closer to the question ({echo['value']:.3f}) than "
+                f"counsellors' are ({human['value']:.3f}), which raises every similarity"
+            )
+        if arm["errors"] or arm["empty"]:
+            found.append(f"{name}: {arm['errors']} rows failed, {arm['empty']} answers are empty; none is scored")
+        if arm["rows"] and arm["cut"] > arm["rows"] / 2:
+            found.append(f"{name}: {arm['cut']} of {arm['rows']} answers were cut at the longest length allowed")
+        if arm["kind"] == "adapter" and _same_likelihoods(likelihoods, name, base):
+            found.append(f"{name} predicts every answer exactly as {base} does: its weights have no effect")
+    too_long = sum(row["error"] == "too long" for row in likelihoods)
+    if too_long:
+        found.append(f"{too_long} reference answers did not fit the server's context: no likelihood for them")
+    return found
+
+
+def _same_likelihoods(likelihoods: Sequence[Row], one: str, other: str) -> bool:
+    def values(arm: str) -> dict[tuple[str, int], float]:
+        return {(r["question_id"], r["answer"]): r["nll_nats"] for r in likelihoods if r["arm"] == arm}
+
+    ours, theirs = values(one), values(other)
+    common = [key for key in ours if key in theirs]
+    return bool(common) and all(ours[key] == theirs[key] for key in common)
