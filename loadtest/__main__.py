@@ -1,33 +1,36 @@
-"""`python -m loadtest`: load a running server and say what it did.
+"""`python -m loadtest`: load a running server, measure every request, and judge.
 
-python -m loadtest --run NAME --rate 4 --duration-s 60
-python -m loadtest --config loadtest/scenarios/skewed.yaml --run NAME
+    python -m loadtest --run NAME --rate 4 --duration-s 60 --slo 'ttft_p90_s <= 2'
+    python -m loadtest --config loadtest/scenarios/skewed.yaml --run NAME
+
+Exit status: 0 the objectives were held (or there were none), 1 one was missed, 2 the run is invalid: the client, not
+the server, was measured.
 """
 
 import sys
 
-from loadtest.figures import rounded, summarise
 from loadtest.launch import run_locust
 from loadtest.prepare import prepare
-from loadtest.rows import read_rows
 from loadtest.scenario import Scenario
-from loadtest.table import table
+from loadtest.table import table, verdict_text
+from loadtest.verdict import EXIT_STATUS, conclude
 from train.command import Command, Result, main
 from train.files import write_json
 
 
 def run(scenario: Scenario) -> Result:
-    """Prepare, play, summarise, print."""
+    """Prepare, play, conclude, print."""
     directory = prepare(scenario)
     print(f"results in {directory}", file=sys.stderr)
     run_locust(scenario, directory)
-    summary = rounded({"dir": str(directory), **summarise(read_rows(directory / "requests.jsonl"), scenario.warmup_s)})
+    summary = conclude(directory)
     write_json(directory / "summary.json", summary)
     print(table(summary))
-    return Result(summary)
+    print(verdict_text(summary))
+    return Result(summary, EXIT_STATUS[summary["verdict"]])
 
 
-COMMANDS = {"": Command(Scenario, run, "load a running server with a mix of models and measure every request")}
+COMMANDS = {"": Command(Scenario, run, "load a running server with a mix of models, measure every request, and judge")}
 
 if __name__ == "__main__":
     sys.exit(main("loadtest", COMMANDS))

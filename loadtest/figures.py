@@ -11,7 +11,7 @@ from typing import Any
 
 from loadtest.rows import FAILED, Row
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 LATENCIES: dict[str, Callable[[Row], float | None]] = {
     "ttft_s": lambda row: row.ttft_s,
     "ttft_due_s": lambda row: row.ttft_due_s,
@@ -41,11 +41,14 @@ def measured(rows: Iterable[Row], warmup_s: float) -> list[Row]:
     return [row for row in rows if row.due_s >= warmup_s]
 
 
-def figures(rows: Sequence[Row], window_s: float) -> dict[str, Any]:
-    """All figures of some rows; `window_s` is the time they took together (see `window`)."""
+def figures(rows: Sequence[Row], window_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
+    """All figures of some rows; `window_s` is the time they took together (see `window`), `good` what counts
+    as goodput; clients that hung up are left out of its share."""
     ok = [row for row in rows if row.ok]
     outcomes = Counter(row.outcome for row in rows)
     failed = sum(outcomes[outcome] for outcome in FAILED)
+    good_n = sum(good(row) for row in rows)
+    stayed = len(rows) - outcomes["cancelled"]
     tokens = sum(row.completion_tokens or 0 for row in ok)
     found: dict[str, Any] = {
         "n": len(rows),
@@ -53,6 +56,8 @@ def figures(rows: Sequence[Row], window_s: float) -> dict[str, Any]:
         "errors": failed,
         "error_rate": failed / len(rows) if rows else None,
         "outcomes": dict(outcomes),
+        "goodput_share": good_n / stayed if stayed else None,
+        "goodput_per_s": good_n / window_s if window_s > 0 else None,
         "requests_per_s": len(ok) / window_s if window_s > 0 else None,
         "tokens_per_s": tokens / window_s if window_s > 0 else None,
         "prompt_tokens": sum(row.prompt_tokens or 0 for row in ok),
@@ -78,15 +83,15 @@ def window(rows: Sequence[Row]) -> float:
     return max(ends) - min(sent) if sent and ends else 0.0
 
 
-def summarise(rows: Sequence[Row], warmup_s: float) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], warmup_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
     """Figures of all measured rows together and of each model, models in order of their name."""
     counted = measured(rows, warmup_s)
     window_s = window(counted)
     models = sorted({row.model for row in counted})
     return {
         "window_s": window_s,
-        "all": figures(counted, window_s),
-        "models": {model: figures([row for row in counted if row.model == model], window_s) for model in models},
+        "all": figures(counted, window_s, good),
+        "models": {model: figures([row for row in counted if row.model == model], window_s, good) for model in models},
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from loadtest.arrivals import due_times, rate_knots, trace_times
 from loadtest.mix import choose, shares, with_cold
 from loadtest.scenario import Scenario
+from loadtest.slo import parse_objective
 from loadtest.stream import make_client
 from loadtest.work import Arrival, Prompts, Work, make_plan
 from train.command import nearest
@@ -89,6 +90,9 @@ def ask_models(scenario: Scenario) -> Models:
         if name not in listed:
             raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, listed)}")
     names = scenario.models or tuple(listed)
+    for scope in (parse_objective(text).scope for text in scenario.slo):
+        if scope not in ("", "*", *names):
+            raise UserError(f"slo names the model {scope!r}, which this run does not ask; {nearest(scope, names)}")
     return Models(names, next((base for base in bases if base in names), None))
 
 

@@ -16,6 +16,7 @@ after the start of the run by one monotonic clock, so a step of the wall clock c
   prompt_tokens, completion_tokens, cached_tokens    from the server's `usage`; null: the server did not say
   finish          the server's finish_reason
   outcome         see OUTCOMES
+  served          the model the server says answered: for an adapter its exact version
   status          HTTP status; null: none came
   error           one line
   tags            from the plan
@@ -66,6 +67,7 @@ class Row:
     cached_tokens: int | None = None
     finish: str | None = None
     outcome: str = "unfinished"
+    served: str | None = None
     status: int | None = None
     error: str | None = None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from loadtest.arrivals import PROCESSES, RATES, rate_knots
 from loadtest.mix import MIXES
+from loadtest.slo import parse_limit, parse_objective
 from loadtest.work import LENGTHS
 from train.command import load_config, nearest, option
 from train.errors import UserError
@@ -19,7 +20,7 @@ _LENGTH = " | ".join(LENGTHS.values())
 class Scenario:
     """A load test, whole: where to, when, what, and what counts as good."""
 
-    url: str = option("http://127.0.0.1:8000/v1", "the server's OpenAI base URL; the key comes from OPENAI_API_KEY")
+    url: str = option("http://127.0.0.1:8000/v1", "the server's OpenAI base URL; the key comes from COUNSEL_API_KEY")
     run: str = option("", "run whose held-out questions are asked, and which keeps the results")
     prompts: str = option("", "JSONL file of questions instead (key `question`)")
     out: str = option("", "results directory (default: runs/<run>/loadtest/<time>, without a run loadtest-<time>)")
@@ -57,6 +58,9 @@ class Scenario:
     cancel_share: float = option(0.0, "share of requests whose client hangs up")
     cancel_after_s: str = option("uniform(0.5, 3)", f"when it hangs up: {_LENGTH}")
     temperature: float = option(0.0, "sampling temperature")
+    # What counts as good
+    slo: tuple[str, ...] = option((), "objectives, such as 'ttft_p90_s <= 2' or 'gentle: error_rate <= 0.01'")
+    good: tuple[str, ...] = option((), "limits a request must keep to count as goodput, such as 'ttft_s <= 1'")
     # With what
     workers: int = option(1, "Locust processes on this machine")
 
@@ -82,7 +86,13 @@ class Scenario:
             raise UserError(f"requests is {self.requests}; it must be at least 1")
         if self.run and self.prompts:
             raise UserError("run and prompts are both given; give one")
+        if self.closed and self.concurrency < self.workers:
+            raise UserError(f"concurrency is {self.concurrency}; each of the {self.workers} workers needs a client")
         rate_knots(self.rate, self.duration_s)
+        for text in self.slo:
+            parse_objective(text)
+        for text in self.good:
+            parse_limit(text)
 
     @property
     def closed(self) -> bool:

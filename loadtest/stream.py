@@ -17,6 +17,7 @@ import openai
 
 from loadtest.rows import Row
 from loadtest.scenario import Scenario
+from serve.client import API_KEY
 
 # A server may close an idle connection at any moment (vLLM does after 5 s); a request sent just then fails. Dropping
 # idle connections earlier than any common server does keeps that race out of the error counts.
@@ -29,7 +30,7 @@ def make_client(url: str, max_connections: int) -> openai.OpenAI:
     limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=None, keepalive_expiry=_IDLE_S)
     # Proxies of the environment are for the internet; a load test names its server.
     http = httpx2.Client(limits=limits, trust_env=False)
-    key = os.environ.get("OPENAI_API_KEY") or "none"
+    key = os.environ.get(API_KEY) or "none"
     return openai.OpenAI(base_url=url, api_key=key, max_retries=0, http_client=http)
 
 
@@ -144,6 +145,8 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float, st
             raise _ReplyError("server_error", f"not JSON: {data[:80]!r}") from None
         if "error" in chunk:
             raise _ReplyError("server_error", str(chunk["error"]))
+        if row.served is None:
+            row.served = chunk.get("model")
         usage = chunk.get("usage")
         if usage:
             _count(usage, row)

@@ -17,6 +17,23 @@ def table(summary: Mapping[str, Any]) -> str:
     return f"{aligned(lines)}\ntimes in ms, from sending; n counts every request due after the warm-up"
 
 
+def verdict_text(summary: Mapping[str, Any]) -> str:
+    """The objectives one by one, then the verdict and, when the run is invalid, why."""
+    lines = []
+    if summary["slo"]:
+        cells = [("objective", "over", "n", "value", "")]
+        cells += [
+            (
+                f"{item['metric']} {item['sign']} {item['bound']:g}", item["scope"], str(item["n"]),
+                "-" if item["value"] is None else f"{item['value']:.4g}", "held" if item["held"] else "MISSED",
+            )
+            for item in summary["slo"]
+        ]  # fmt: skip
+        lines.append(aligned(cells))
+    lines += [f"not to be believed: {reason}" for reason in summary["invalid"]]
+    return "\n".join([*lines, f"verdict: {summary['verdict']}"])
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Cells in columns, the first to the left, the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -10,9 +10,13 @@ GET /seen counts what came: {"requests": {model: n}, "hung_up": n}.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -167,6 +171,17 @@ class Standin(asyncio.Protocol):
             self.transport.write(event({"error": {"message": "engine died", "code": 500}}) + b"0\r\n\r\n")
         else:
             os._exit(1)
+
+
+@contextlib.contextmanager
+def standin(*models: str) -> Iterator[str]:
+    """Run a stand-in for `models` in a process of its own; yield its base URL."""
+    with subprocess.Popen([sys.executable, __file__, "--models", ",".join(models)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        finally:
+            process.kill()
 
 
 async def serve(port: int) -> None:

@@ -1,0 +1,114 @@
+"""Objectives and whether a run held them: `ttft_p90_s <= 2`, `gentle: error_rate <= 0.01`, `*: tpot_p50_s <= 0.05`.
+
+    METRIC <= NUMBER            over all requests (or >=)
+    MODEL: METRIC <= NUMBER     over one model's
+    *: METRIC <= NUMBER         over each model's on its own
+
+METRIC is a latency percentile (`ttft_p90_s`; latencies in loadtest/figures.py), `error_rate`, `goodput_share`,
+`goodput_per_s`, `tokens_per_s` or `requests_per_s`. Goodput counts the requests that came back whole within every
+limit of `good`: `ttft_s <= 1`, `tpot_s <= 0.05`, `e2e_s <= 10`.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loadtest.figures import LATENCIES, PERCENTILES
+from loadtest.rows import Row
+from train.command import nearest
+from train.errors import UserError
+
+_OBJECTIVE = re.compile(r"(?:\s*(?P<scope>\S+)\s*:)?\s*(?P<metric>[a-z0-9_]+)\s*(?P<sign><=|>=)\s*(?P<bound>\S+)\s*")
+_PERCENTILE = re.compile(r"(?P<latency>[a-z0-9_]+)_p(?P<percent>\d+)_s")
+RATES = ("error_rate", "goodput_share", "goodput_per_s", "tokens_per_s", "requests_per_s")
+METRICS = (*(f"{name[:-2]}_p{percent}_s" for name in (*LATENCIES, "itl_s") for percent in PERCENTILES), *RATES)
+
+
+class Objective(NamedTuple):
+    """One line of the service-level objectives; scope "" is all requests, "*" each model."""
+
+    scope: str
+    metric: str
+    sign: str
+    bound: float
+
+
+class Judged(NamedTuple):
+    """An objective held against a run: over `scope`, with `n` rows behind the value (None: nothing to judge)."""
+
+    scope: str
+    metric: str
+    sign: str
+    bound: float
+    value: float | None
+    n: int
+    held: bool
+
+
+def parse_objective(text: str) -> Objective:
+    """Read one objective; raises UserError with the nearest metric."""
+    match = _OBJECTIVE.fullmatch(text)
+    if match is None:
+        raise UserError(f"slo {text!r} cannot be read; the form is [MODEL:] METRIC <= NUMBER")
+    if match["metric"] not in METRICS:
+        raise UserError(f"slo {text!r}: no metric {match['metric']!r}; {nearest(match['metric'], METRICS)}")
+    return Objective(match["scope"] or "", match["metric"], match["sign"], _bound(text, match["bound"]))
+
+
+def parse_limit(text: str) -> Objective:
+    """Read one limit of what counts as a good request: a latency of LATENCIES and its most."""
+    match = _OBJECTIVE.fullmatch(text)
+    if match is None or match["scope"] or match["sign"] != "<=" or match["metric"] not in LATENCIES:
+        raise UserError(
+            f"good {text!r} cannot be read; the form is LATENCY <= SECONDS, LATENCY of {', '.join(LATENCIES)}"
+        )
+    return Objective("", match["metric"], "<=", _bound(text, match["bound"]))
+
+
+def is_good(row: Row, limits: Sequence[Objective]) -> bool:
+    """Whether a request came back whole and within every limit; a latency it does not have (one token) is held."""
+    if not row.ok:
+        return False
+    values = ((LATENCIES[limit.metric](row), limit.bound) for limit in limits)
+    return all(value is None or value <= bound for value, bound in values)
+
+
+def judge(objectives: Sequence[Objective], summary: Mapping[str, Any]) -> list[Judged]:
+    """Hold each objective against the figures of a run (see loadtest.figures.summarise)."""
+    judged = []
+    for objective in objectives:
+        scopes = list(summary["models"]) if objective.scope == "*" else [objective.scope]
+        for scope in scopes:
+            found = summary["all"] if scope == "" else summary["models"].get(scope)
+            value, n = value_of(objective.metric, found) if found else (None, 0)
+            held = value is not None and (
+                value <= objective.bound if objective.sign == "<=" else value >= objective.bound
+            )
+            judged.append(Judged(scope or "all", *objective[1:], value, n, held))
+    return judged
+
+
+def value_of(metric: str, found: Mapping[str, Any]) -> tuple[float | None, int]:
+    """The value of a metric in the figures of a group of rows, and how many rows it rests on."""
+    match = _PERCENTILE.fullmatch(metric)
+    if match:
+        spread = found[f"{match['latency']}_s"]
+        return spread[f"p{match['percent']}"], spread["n"]
+    return found[metric], found["n"]
+
+
+def rows_needed(metric: str) -> int:
+    """The fewest rows that carry a metric: a percentile needs two beyond it; a rate needs 20."""
+    match = _PERCENTILE.fullmatch(metric)
+    return math.ceil(200 / (100 - int(match["percent"]))) if match else 20
+
+
+def _bound(text: str, number: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{text!r}: {number!r} is not a number")
+    return value

@@ -1,0 +1,86 @@
+"""Whether a run may be believed: what the client saw of itself, against bounds. A run that fails here never passes.
+
+A load test measures the server only as far as the client keeps its own promises: to send on time, to read at once, to
+have a processor to do so. When it does not, the figures describe the client. The bounds on delay are relative to what
+is measured, because 20 ms of lag spoil a TTFT of 50 ms and mean nothing to one of 2 s.
+
+  sent_share        arrivals sent within a second of the end of the schedule, of those planned: at least 0.98
+  schedule_lag_s    95th percentile of sending after being due (open loop): at most 25 ms, or 10 % of the median TTFT
+  hub_lag_s         95th percentile over seconds of the latest wake-up: at most 50 ms, or 10 % of the median TTFT
+  client_cpu        95th percentile over seconds of the busiest process: at most 0.9 of a core
+  workers           processes that watched themselves to the end: all
+  rows              requests judged: at least 20, and enough for each percentile that has an objective
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from loadtest.figures import measured, percentile
+from loadtest.rows import Row
+from loadtest.scenario import Scenario
+from loadtest.slo import Judged, rows_needed
+
+_ROWS = 20
+
+
+class Check(NamedTuple):
+    """One property of the client: its value, the bound (most, or least) it must keep, and whether it does."""
+
+    name: str
+    value: float
+    sign: str
+    bound: float
+    held: bool
+
+
+def check_client(
+    scenario: Scenario,
+    planned: int,
+    rows: Sequence[Row],
+    seconds: Sequence[Mapping[str, Any]],
+    ttft_p50_s: float | None,
+) -> list[Check]:
+    """Hold the client's rows and its seconds (client.jsonl) against the bounds above.
+
+    `planned`: arrivals in the plan. `ttft_p50_s`: what the run measured, None when nothing came back.
+    """
+    counted = measured(rows, scenario.warmup_s)
+    watched = [second for second in seconds if second["t_s"] >= scenario.warmup_s]
+    tenth_s = 0.1 * (ttft_p50_s or 0.0)
+    checks = [_least("rows", len(counted), _ROWS)]
+    if not scenario.closed:
+        latest_s = scenario.duration_s + 1
+        in_time = [row for row in rows if row.turn == 0 and row.sent_s is not None and row.sent_s <= latest_s]
+        lags = [lag for row in counted if (lag := row.lag_s) is not None]
+        checks.append(_least("sent_share", len(in_time) / planned, 0.98))
+        checks.append(_most("schedule_lag_s", percentile(lags, 95) or 0.0, max(0.025, tenth_s)))
+    hub_lag_s = percentile([second["hub_lag_s"] for second in watched], 95)
+    cpu = percentile([second["cpu"] for second in watched], 95)
+    checks.append(_most("hub_lag_s", hub_lag_s or 0.0, max(0.05, tenth_s)))
+    checks.append(_most("client_cpu", cpu or 0.0, 0.9))
+    checks.append(_least("workers", len(_steadfast(rows, seconds)), scenario.workers))
+    return checks
+
+
+def check_rows(judged: Sequence[Judged]) -> list[Check]:
+    """For each objective that was judged: whether it rests on enough rows. No row at all is too few."""
+    return [
+        _least(f"rows of {item.scope} for {item.metric}", item.n, rows_needed(item.metric))
+        for item in judged
+        if item.n < rows_needed(item.metric)
+    ]
+
+
+def _steadfast(rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Processes that were there near the end: by their seconds, or in runs too short for those by their rows."""
+    last_s = max((row.due_s for row in rows), default=0.0)
+    alive = {second["worker"] for second in seconds if second["t_s"] >= last_s - 3}
+    return alive | {row.worker for row in rows if (row.end_s or 0.0) >= last_s - 3}
+
+
+def _most(name: str, value: float, bound: float) -> Check:
+    return Check(name, value, "<=", bound, value <= bound)
+
+
+def _least(name: str, value: float, bound: float) -> Check:
+    return Check(name, value, ">=", bound, value >= bound)

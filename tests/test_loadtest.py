@@ -1,0 +1,131 @@
+"""`python -m loadtest` as a user runs it, Locust and all, against the stand-in."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from loadtest.rows import read_rows
+from tests.sse_server import standin
+
+QUESTIONS = ["I feel lonely since we moved.", "Work is hard and I cannot sleep.", "My friend is angry with me."]
+
+
+def loadtest(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run the command with the questions above, in `tmp_path`."""
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    command = [sys.executable, "-m", "loadtest", "--prompts", "q.jsonl", "--out", "out", *words]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+
+def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
+    """Every planned arrival is one row of the model it names; the table, the last line and the files agree."""
+    with standin("base", "gentle.first-30.gap-2") as url:
+        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--output-tokens", "8")
+
+    *text, last = done.stdout.strip().split("\n")
+    summary = json.loads(last)
+    plan = [json.loads(line) for line in (tmp_path / "out/plan.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    assert done.returncode in (0, 2), done.stderr  # a crowded machine may make the client late: then it says so
+    assert summary == json.loads((tmp_path / "out/summary.json").read_text())
+    assert sorted((row.id, row.model) for row in rows) == [(arrival["id"], arrival["model"]) for arrival in plan]
+    assert {row.outcome for row in rows} == {"ok"}
+    assert {name: found["n"] for name, found in summary["models"].items()} == Counter(row.model for row in rows)
+    assert summary["all"]["completion_tokens"] == 8 * len(plan)
+    assert summary["models"]["gentle.first-30.gap-2"]["ttft_s"]["p50"] >= 0.03
+    assert any(line.startswith("gentle.first-30.gap-2") for line in text)
+
+
+def test_rows_arrive_from_two_workers(tmp_path):
+    """Two Locust processes share the plan: every arrival once, some from each."""
+    with standin("base") as url:
+        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--workers", "2")
+
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
+    assert done.returncode in (0, 2), done.stderr
+    assert sorted(row.id for row in rows) == list(range(n_planned))
+    assert {row.worker for row in rows} == {0, 1}
+    assert {row.id % 2 == row.worker % 2 for row in rows} != {True, False}
+
+
+def test_open_arrivals_do_not_wait_for_replies(tmp_path):
+    """Ten requests a second for 3 s to a server that takes 2 s each: all are sent within the 3 s."""
+    with standin("slow.first-2000") as url:
+        loadtest(tmp_path, "--url", url, "--arrivals", "constant", "--rate", "10", "--duration-s", "3")
+
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    assert len(rows) == 30
+    assert max(row.sent_s for row in rows) < min(row.end_s for row in rows) + 2
+    assert sum(row.sent_s < min(other.end_s for other in rows) for row in rows) >= 15
+
+
+def test_arrivals_beyond_the_cap_are_dropped_and_counted(tmp_path):
+    """At most three in flight: the rest are rows with outcome dropped, and the run is invalid."""
+    with standin("slow.first-2000") as url:
+        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "3", "--max-in-flight", "3")
+
+    summary = json.loads(done.stdout.strip().split("\n")[-1])
+    assert summary["all"]["outcomes"]["dropped"] > 20
+    assert done.returncode == 2
+    assert summary["verdict"] == "invalid"
+
+
+def test_a_closed_loop_keeps_its_clients_busy(tmp_path):
+    """Three clients and 24 conversations of two turns: 48 rows, never more than three at once."""
+    with standin("base.first-20") as url:
+        loadtest(
+            tmp_path, "--url", url, "--arrivals", "closed", "--concurrency", "3", "--requests", "24", "--turns", "2"
+        )
+
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    assert sorted((row.id, row.turn) for row in rows) == [(i, turn) for i in range(24) for turn in (0, 1)]
+    assert max(sum(other.sent_s <= row.sent_s < other.end_s for other in rows) for row in rows) <= 3
+
+
+def test_a_missed_objective_is_exit_status_1_and_an_unbelievable_run_2(tmp_path):
+    """A server of 300 ms misses a TTFT of 100 ms; the same run with two rows is not judged at all."""
+    with standin("base.first-300") as url:
+        slo = ("--url", url, "--slo", "ttft_p50_s <= 0.1")
+        missed = loadtest(tmp_path, *slo, "--rate", "15", "--duration-s", "3")
+        (tmp_path / "out").rename(tmp_path / "first")
+        few = loadtest(tmp_path, *slo, "--requests", "2")
+
+    assert "MISSED" in missed.stdout
+    assert missed.returncode == 1 or "not to be believed" in missed.stdout
+    assert few.returncode == 2
+    assert json.loads(few.stdout.strip().split("\n")[-1])["verdict"] == "invalid"
+
+
+def test_a_server_that_dies_leaves_counted_failures(tmp_path):
+    """The first request ends the server: the run goes on, and every arrival has an outcome that is no success."""
+    with standin("base.die") as url:
+        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "3")
+
+    outcomes = json.loads(done.stdout.strip().split("\n")[-1])["all"]["outcomes"]
+    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
+    assert sum(outcomes.values()) == n_planned
+    assert set(outcomes) <= {"broken_stream", "connect_error"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--url", "http://127.0.0.1:9/v1"), "no server answers at http://127.0.0.1:9/v1"),
+        (("--prompts", "absent.jsonl"), "cannot read 'absent.jsonl'"),
+        (("--rate", "many"), "rate is 'many'"),
+        (("--duration", "5"), ""),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, words, says):
+    """Exit 1 with `error:` (or 2 for a flag that does not exist), and no results directory."""
+    done = loadtest(tmp_path, *words)
+
+    assert done.returncode == (1 if says else 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""From rows to figures, objectives and validity. Expected values are worked by hand."""
+
+import pytest
+
+from loadtest.figures import percentile, summarise, window
+from loadtest.rows import Row, append_rows, read_rows
+from loadtest.scenario import Scenario
+from loadtest.slo import is_good, judge, parse_limit, parse_objective
+from loadtest.validity import check_client
+
+
+def reply(
+    number: int,
+    due_s: float,
+    model: str = "base",
+    ttft_s: float = 0.5,
+    tokens: int = 11,
+    tpot_s: float = 0.1,
+    lag_s: float = 0.0,
+) -> Row:
+    """A whole reply: due, sent `lag_s` later, first token after `ttft_s`, then one every `tpot_s`."""
+    first_s = due_s + lag_s + ttft_s
+    last_s = first_s + tpot_s * (tokens - 1)
+    return Row(
+        id=number, turn=0, model=model, worker=0, due_s=due_s, sent_s=due_s + lag_s, first_s=first_s, content_s=first_s,
+        last_s=last_s, end_s=last_s, gaps_s=[tpot_s] * (tokens - 1), prompt_tokens=7, completion_tokens=tokens,
+        finish="stop", outcome="ok", status=200,
+    )  # fmt: skip
+
+
+def failure(number: int, due_s: float, model: str = "base") -> Row:
+    return Row(number, 0, model, 0, due_s, sent_s=due_s, end_s=due_s + 0.01, outcome="http_error", status=503)
+
+
+def anything(_: Row) -> bool:
+    return True
+
+
+def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1) -> list[dict]:
+    return [{"worker": 0, "t_s": float(t), "hub_lag_s": hub_lag_s, "cpu": cpu} for t in range(n)]
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2.5), (90, 3.7), (100, 4)])
+def test_percentiles_interpolate_between_ranks(percent, value):
+    """Of 4, 1, 3, 2 the median is 2.5 and the 90th percentile 3.7; of nothing there is none."""
+    assert percentile([4, 1, 3, 2], percent) == pytest.approx(value)
+    assert percentile([], percent) is None
+
+
+def test_latencies_count_from_sending_and_from_being_due():
+    """Sent 0.2 s late, first token 0.5 s later, ten more at 0.1 s: the two views differ by the lag."""
+    row = reply(0, due_s=3.0, lag_s=0.2)
+
+    assert (row.ttft_s, row.ttft_due_s) == pytest.approx((0.5, 0.7))
+    assert (row.e2e_s, row.e2e_due_s) == pytest.approx((1.5, 1.7))
+    assert row.tpot_s == pytest.approx(0.1)
+    assert reply(0, 0.0, tokens=1).tpot_s is None
+
+
+def test_failures_are_counted_and_never_timed():
+    """Two replies and two failures: error rate one half, latencies over the two only."""
+    found = summarise([reply(0, 0), failure(1, 1), reply(2, 2, ttft_s=1.5), failure(3, 3)], 0, anything)["all"]
+
+    assert (found["n"], found["ok"], found["errors"], found["error_rate"]) == (4, 2, 2, 0.5)
+    assert found["outcomes"] == {"ok": 2, "http_error": 2}
+    assert (found["ttft_s"]["n"], found["ttft_s"]["p50"]) == (2, pytest.approx(1.0))
+
+
+def test_throughput_is_over_the_time_from_first_sending_to_last_end():
+    """Replies of 11 tokens sent at 0 and 9 with 1.5 s each end at 10.5 s: 22 tokens in 10.5 s."""
+    rows = [reply(0, 0), reply(1, 9)]
+
+    assert window(rows) == pytest.approx(10.5)
+    assert summarise(rows, 0, anything)["all"]["tokens_per_s"] == pytest.approx(22 / 10.5)
+
+
+def test_the_warm_up_is_in_no_figure():
+    """Of replies due at 0, 4 and 6, a warm-up of 5 s leaves one, and the window begins with it."""
+    found = summarise([reply(0, 0), reply(1, 4), reply(2, 6)], 5, anything)
+
+    assert found["all"]["n"] == 1
+    assert found["window_s"] == pytest.approx(1.5)
+
+
+def test_goodput_counts_whole_replies_within_every_limit():
+    """Of four, one is too slow to start and one failed: half are good; those who hung up are left out."""
+    limits = [parse_limit("ttft_s <= 1"), parse_limit("tpot_s<=0.2")]
+    gone = reply(4, 4)
+    gone.outcome = "cancelled"
+    rows = [reply(0, 0), reply(1, 1, ttft_s=1.2), failure(2, 2), reply(3, 3, tokens=1), gone]
+    found = summarise(rows, 0, lambda row: is_good(row, limits))["all"]
+
+    assert found["goodput_share"] == 0.5
+
+
+def test_objectives_are_judged_overall_and_per_model():
+    """A slow adapter misses its own objective while the whole run holds."""
+    rows = [reply(n, n, ttft_s=0.5) for n in range(9)] + [reply(9, 9, "gentle", ttft_s=3)]
+    summary = summarise(rows, 0, anything)
+    texts = ["ttft_p50_s <= 1", "gentle: ttft_p50_s <= 1", "*: error_rate <= 0", "tokens_per_s >= 1e6"]
+    judged = judge([parse_objective(text) for text in texts], summary)
+
+    assert [(item.scope, item.value, item.held) for item in judged[:2]] == [
+        ("all", pytest.approx(0.5), True),
+        ("gentle", pytest.approx(3.0), False),
+    ]
+    assert [(item.scope, item.held) for item in judged[2:4]] == [("base", True), ("gentle", True)]
+    assert not judged[4].held
+
+
+def test_an_objective_without_rows_is_missed():
+    """Nothing to judge is no pass."""
+    judged = judge([parse_objective("ttft_p50_s <= 1")], summarise([failure(0, 0)], 0, anything))
+
+    assert (judged[0].value, judged[0].held) == (None, False)
+
+
+def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario) -> set[str]:
+    """The names of the checks that fail."""
+    found = check_client(Scenario(duration_s=40, **scenario), planned or len(rows), rows, watched, 0.1)
+    return {check.name for check in found if not check.held}
+
+
+def test_a_client_that_keeps_its_promises_is_believed():
+    """Forty rows on time, a calm hub and an idle processor break no check."""
+    assert broken([reply(n, n, lag_s=0.001) for n in range(40)], seconds(40)) == set()
+
+
+def test_each_broken_promise_makes_a_run_invalid():
+    """Too few rows, late sending, arrivals never sent, a stalled hub, a full core, a vanished worker: each by name."""
+    good = [reply(n, n) for n in range(40)]
+
+    assert broken(good[:5], seconds(6)) == {"rows"}
+    assert broken([reply(n, n, lag_s=0.03) for n in range(40)], seconds(40)) == {"schedule_lag_s"}
+    assert broken(good, seconds(40), planned=50) == {"sent_share"}
+    assert broken(good, seconds(40, hub_lag_s=0.06)) == {"hub_lag_s"}
+    assert broken(good, seconds(40, cpu=0.97)) == {"client_cpu"}
+    assert broken(good, seconds(40), workers=2) == {"workers"}
+
+
+def test_rows_survive_the_file(tmp_path):
+    """A row written and read again is the same to the microsecond."""
+    append_rows(tmp_path / "requests.jsonl", [reply(0, 1.25), failure(1, 2.5)])
+
+    again = read_rows(tmp_path / "requests.jsonl")
+
+    assert [(row.id, row.outcome, row.ttft_s) for row in again] == [(0, "ok", 0.5), (1, "http_error", None)]
+    assert again[0].gaps_s == [0.1] * 10

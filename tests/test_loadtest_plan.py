@@ -1,0 +1,144 @@
+"""The pure half of the load test: arrivals, mixes, plans. Expected values are worked by hand."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from loadtest.arrivals import due_times, expected_count, rate_knots, trace_times
+from loadtest.mix import choose, shares, with_cold
+from loadtest.prepare import Models, plan_of
+from loadtest.scenario import Scenario
+from train.errors import UserError
+
+QUESTIONS = ["one two three", "four five six", "seven eight nine"]
+
+
+def times(process: str, rate: str, duration_s: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
+    return due_times(process, rate_knots(rate, duration_s), burstiness, seed)
+
+
+def test_constant_arrivals_are_evenly_spaced():
+    """At 4 requests/s for 2 s there are eight, a quarter second apart, the first half a gap in."""
+    assert times("constant", "4", 2) == pytest.approx([0.125, 0.375, 0.625, 0.875, 1.125, 1.375, 1.625, 1.875])
+
+
+def test_constant_arrivals_follow_a_ramp():
+    """Under ramp(0, 2) over 2 s the integral is t^2/2, so the arrivals at 0.5 and 1.5 fall at 1 and sqrt(3)."""
+    assert times("constant", "ramp(0, 2)", 2) == pytest.approx([1.0, 3**0.5])
+
+
+def test_rates_add_up_to_the_requests_they_promise():
+    """The area under each form, by hand: 10 s of 3; a ramp from 1 to 5; 2, 4, 8 for 4 s each; a spike."""
+    assert expected_count(rate_knots("3", 10)) == 30
+    assert expected_count(rate_knots("ramp(1, 5)", 10)) == 30
+    assert expected_count(rate_knots("steps(2, 4, 8)", 12)) == 56
+    assert expected_count(rate_knots("spike(1, 11, 2, 4)", 10)) == pytest.approx(30)
+    assert expected_count(rate_knots("spike(1, 11)", 10)) == pytest.approx(30)
+
+
+def test_steps_change_the_rate_where_they_say():
+    """steps(2, 8) over 4 s: four arrivals in the first half, sixteen in the second."""
+    due = times("constant", "steps(2, 8)", 4)
+
+    assert [sum(t < 2 for t in due), sum(t >= 2 for t in due)] == [4, 16]
+
+
+@pytest.mark.parametrize(("process", "burstiness", "variation"), [("poisson", 1.0, 1.0), ("gamma", 0.25, 2.0)])
+def test_random_arrivals_have_the_rate_and_the_irregularity(process, burstiness, variation):
+    """Gaps average 1/rate, and their standard deviation over their mean is 1 (Poisson) or 1/sqrt(shape)."""
+    due = times(process, "50", 1000, burstiness)
+    gaps = [b - a for a, b in itertools.pairwise(due)]
+    mean = sum(gaps) / len(gaps)
+    spread = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
+
+    assert len(due) == pytest.approx(50_000, rel=0.03)
+    assert spread / mean == pytest.approx(variation, rel=0.03)
+    assert due == sorted(due)
+    assert 0 <= due[0] <= due[-1] < 1000
+
+
+def test_arrivals_repeat_with_their_seed_only():
+    """The same seed gives the same times, another seed others."""
+    assert times("poisson", "5", 20, seed=3) == times("poisson", "5", 20, seed=3)
+    assert times("poisson", "5", 20, seed=3) != times("poisson", "5", 20, seed=4)
+
+
+def test_a_trace_is_shifted_scaled_and_cut():
+    """Stamps 100, 104, 101 at double speed fall at 0, 0.5, 2; a run of 1 s keeps two."""
+    assert trace_times([100.0, 104.0, 101.0], 10, 2) == [0.0, 0.5, 2.0]
+    assert trace_times([100.0, 104.0, 101.0], 1, 2) == [0.0, 0.5]
+
+
+def test_zipf_shares_fall_with_rank():
+    """zipf(1) over three models gives 6/11, 3/11, 2/11; zipf(0) is uniform."""
+    assert shares("zipf(1)", ["a", "b", "c"], None, None) == pytest.approx({"a": 6 / 11, "b": 3 / 11, "c": 2 / 11})
+    assert shares("zipf(0)", ["a", "b"], None, None) == {"a": 0.5, "b": 0.5}
+
+
+def test_the_base_share_is_taken_first():
+    """With 0.4 for the base, weights 1 and 2 divide the other 0.6."""
+    found = shares("weights(x=1, y=2)", ["base", "x", "y"], "base", 0.4)
+
+    assert found == pytest.approx({"base": 0.4, "x": 0.2, "y": 0.4})
+
+
+def test_models_are_drawn_by_their_shares():
+    """30,000 draws come within two in a hundred of each share, and a share of nothing is never drawn."""
+    counts = Counter(choose({"a": 0.5, "b": 0.3, "c": 0.2, "d": 0.0}, 30_000, seed=1))
+
+    assert {name: n / 30_000 for name, n in counts.items()} == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2}, abs=0.02)
+
+
+def test_a_cold_request_goes_to_the_adapter_left_alone_longest():
+    """All cold: the adapters take turns, those never used first. None cold: nothing changes."""
+    assert with_cold(["a"] * 5, ["a", "b", "c"], 1.0, seed=0) == [(name, True) for name in "abcab"]
+    assert with_cold(["a", "base"], ["a", "b"], 0.0, seed=0) == [("a", False), ("base", False)]
+
+
+def test_a_plan_repeats_and_is_numbered_by_due_time():
+    """The same scenario gives the same plan; each question comes once before any comes again."""
+    scenario = Scenario(rate="3", duration_s=10, unique=False, output_tokens="uniform(5, 9)")
+    plan, texts = plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)
+
+    assert plan == plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)[0]
+    assert [arrival.id for arrival in plan] == list(range(len(plan)))
+    assert [arrival.due_s for arrival in plan] == sorted(arrival.due_s for arrival in plan)
+    assert sorted(texts[arrival.prompts[0]] for arrival in plan[:3]) == sorted(QUESTIONS)
+    assert {arrival.max_tokens for arrival in plan} <= {5, 6, 7, 8, 9}
+
+
+def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
+    """Long prompts have the words asked for; those who hang up have a time; both about as often as asked."""
+    scenario = Scenario(
+        rate="100", duration_s=20, long_share=0.25, long_words=40, cancel_share=0.5, cancel_after_s="2", turns="2"
+    )
+    plan, texts = plan_of(scenario, Models(("base",), "base"), QUESTIONS)
+    long = [arrival for arrival in plan if "long" in arrival.tags]
+
+    assert len(long) / len(plan) == pytest.approx(0.25, abs=0.04)
+    assert sum(arrival.cancel_s == 2.0 for arrival in plan) / len(plan) == pytest.approx(0.5, abs=0.04)
+    assert {len(texts[arrival.prompts[0]].split()) for arrival in long} == {41}
+    assert {len(arrival.prompts) for arrival in plan} == {2}
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"rate": "rampp(1, 2)"}, "did you mean 'ramp'"),
+        ({"rate": "steps(1, x)"}, "'x' is not a number"),
+        ({"rate": "0"}, "numbers above 0"),
+        ({"arrivals": "poison"}, "did you mean 'poisson'"),
+        ({"arrivals": "trace"}, "give both or neither"),
+        ({"cancel_share": 1.5}, "must be from 0 to 1"),
+        ({"slo": ("ttft_p91_s <= 1",)}, "did you mean"),
+        ({"slo": ("ttft_p90_s < 1",)}, "the form is"),
+        ({"good": ("ttft_s <= soon",)}, "'soon' is not a number"),
+    ],
+)
+def test_a_wrong_scenario_is_one_line_that_says_what_is_allowed(option, says):
+    """Every mistake names the value and the way out."""
+    with pytest.raises(UserError, match=says) as caught:
+        Scenario(**option)
+
+    assert "\n" not in str(caught.value)
