@@ -41,9 +41,9 @@ def tiny_tokenizer():
 
 
 def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
-    """Save a random two-layer `gemma2` or `llama` model with `tiny_tokenizer` in `path`; return `path`."""
+    """Save a random two-layer `gemma2`, `gemma3` or `llama` model with `tiny_tokenizer` in `path`; return `path`."""
     import torch
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, LlamaConfig
 
     tokenizer = tiny_tokenizer()
     shape = {
@@ -61,7 +61,7 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
         # Wide enough that greedy text differs between models, and logits are not near-ties.
         "initializer_range": 0.3,
     }
-    config = {"gemma2": Gemma2Config, "llama": LlamaConfig}[kind](**shape)
+    config = {"gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "llama": LlamaConfig}[kind](**shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     if kind == "gemma2":

@@ -49,21 +49,30 @@ class AnswerLoss(torch.autograd.Function):
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None
 
 
-def why_not(model: Any, device: str) -> str | None:
-    """Why this loss does not apply to a causal model on `device`; None when it does."""
+def why_not(model: Any, device: str, max_length: int) -> str | None:
+    """Why the fast path does not apply to a causal model on `device` with rows of `max_length`; None when it does."""
     config = model.config.get_text_config()
     if device != "cpu":
         return f"the device is {device}, where TRL's own kernel already scores answer tokens only"
-    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef"):
+    if getattr(model, "is_quantized", False):
+        return "the base is quantised"
+    if config._attn_implementation != "sdpa":
+        return f"attention is {config._attn_implementation}"
+    if (getattr(config, "sliding_window", None) or max_length) < max_length:
+        return f"rows of {max_length} tokens may exceed the model's attention window of {config.sliding_window}"
+    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef",
+                "attn_logit_softcapping", "attention_dropout"):  # fmt: skip
         if getattr(config, key, None) not in (None, 0.0, 1.0):
-            return f"the model's loss has {key}"
+            return f"the model has {key}"
     if getattr(model, "base_model", model) is model:
         return "the model has no separate backbone"
     return None
 
 
 def add_answer_loss(model: Any) -> None:
-    """Teach a causal model `model(..., answer_labels=labels)`: the summed loss over labels that are not -100.
+    """Teach a causal model `model(..., targets=targets)`: the summed loss over targets that are not -100.
+
+    A target is the token to predict at its own position: labels moved back by one.
 
     Through the model's own forward, so that wrappers such as DistributedDataParallel see the call.
     """
@@ -72,12 +81,11 @@ def add_answer_loss(model: Any) -> None:
 
     # generate() validates its arguments against the signature, which wraps() keeps.
     @functools.wraps(type(model).forward)
-    def forward(*args: Any, answer_labels: Any = None, **kwargs: Any) -> Any:
-        if answer_labels is None:
+    def forward(*args: Any, targets: Any = None, **kwargs: Any) -> Any:
+        if targets is None:
             return original(*args, **kwargs)
         kwargs.pop("labels", None)
-        hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]
-        targets = answer_labels[:, 1:]
+        hidden = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         answers = targets != -100
         head = model.get_output_embeddings()
         return AnswerLoss.apply(hidden[answers], head.weight, head.bias, targets[answers], softcap)

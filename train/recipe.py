@@ -50,7 +50,7 @@ class Recipe:
     max_grad_norm: float = option(1.0, "gradient clipping")
     optimizer: str = option("adamw_torch_fused", "a transformers optimizer name, such as paged_adamw_8bit")
     max_length: int = option(1024, "tokens per row; longer rows are cut at the end")
-    group_by_length: bool = option(True, "batch rows of like length, which saves padding")
+    group_by_length: bool = option(False, "batch rows of like length: saves padding where the fast path does not apply")
 
     load_4bit: bool = option(False, "load the base in NF4 with double quantisation (QLoRA)")
     force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slower, for checks")

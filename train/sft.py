@@ -105,9 +105,11 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     transformers.set_seed(recipe.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base.path)
     model = load_base(recipe, how, base)
-    slow_because = why_not(model, how.device) if recipe.fast_cpu else "fast_cpu is off"
+    slow_because = why_not(model, how.device, recipe.max_length) if recipe.fast_cpu else "fast_cpu is off"
+    if recipe.checkpoint_activations:
+        slow_because = slow_because or "activations are checkpointed"
     fast = slow_because is None
-    print(f"loss         {'answer tokens only' if fast else f'by TRL: {slow_because}'}", file=sys.stderr)
+    print(f"path         {'fast CPU' if fast else f'TRL, because {slow_because}'}", file=sys.stderr)
     if fast:
         keep_freed_memory()
     train_rows = spread(run.split("train"), recipe.max_rows)

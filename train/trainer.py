@@ -1,18 +1,20 @@
-"""TRL's SFTTrainer with this project's two changes: an exact validation loss, and the fast loss on a CPU."""
+"""TRL's SFTTrainer with this project's two changes: an exact validation loss, and a fast path on CPUs."""
 
 from typing import Any
 
 import torch
 from trl import SFTTrainer
 
+from train.fast_lora import fuse_lora
 from train.fast_loss import add_answer_loss, drop_needless_casts
+from train.fast_rows import ATTENTION, as_line, register
 
 
 class AnswerTrainer(SFTTrainer):
     """SFTTrainer whose `eval_loss` is the mean over answer tokens, whatever the batches.
 
     The Trainer's own averages over batches, so that it depends on which rows were batched together.
-    fast: use the loss of train/fast_loss.py, which gives the same numbers (see `why_not` for where it applies).
+    fast: the same numbers by train/fast_{loss,rows,lora}.py; see `fast_loss.why_not` for where it applies.
     """
 
     def __init__(self, *args: Any, fast: bool, **kwargs: Any) -> None:
@@ -20,7 +22,11 @@ class AnswerTrainer(SFTTrainer):
         self.fast = fast
         self._val_sum = self._val_tokens = 0.0
         if fast:
-            add_answer_loss(self.model.get_base_model())
+            causal = self.model.get_base_model()
+            register()
+            causal.set_attn_implementation(ATTENTION)
+            add_answer_loss(causal)
+            fuse_lora(self.model)
             drop_needless_casts(self.model)
 
     def compute_loss(
@@ -28,15 +34,17 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         if not self.fast:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
-        features = {key: value for key, value in inputs.items() if key != "labels"}
-        total = model(**features, answer_labels=labels)
-        count = _answer_tokens(labels) if num_items_in_batch is None else num_items_in_batch
+        line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        # Rows bring their own attention: an empty (1, 1, 0, 0) mask keeps transformers from building one.
+        mask = torch.empty(1, 1, 0, 0)
+        total = model(
+            input_ids=line.ids, position_ids=line.positions, attention_mask=mask, targets=line.targets, rows=line.rows
+        )
+        count = _answer_tokens(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count).clamp(min=1)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
-            tokens = self.accelerator.gather_for_metrics(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens
+            self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         # As in Trainer: the count is over all processes, and DDP averages their gradients.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -1,0 +1,138 @@
+"""The fast CPU path: the same loss and the same gradients as TRL's, for fewer operations."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import tiny_base
+from train.fast_lora import fuse_lora
+from train.fast_loss import AnswerLoss, add_answer_loss, why_not
+from train.fast_rows import ATTENTION, as_line, register
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Three rows of 40, 33 and 21 tokens that share an opening of 12; answers begin at 20, 15 and 14."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 300, (3, 40), generator=generator)
+    ids[:, :12] = ids[0, :12]
+    ids[:, 12] = torch.tensor([30, 31, 32])
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (answer, end) in enumerate(((20, 40), (15, 33), (14, 21))):
+        mask[row, :end] = 1
+        labels[row, answer:end] = ids[row, answer:end]
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def adapted(path, dtype=torch.float32):
+    """A tiny model with a LoRA whose B is not zero, the same at each call."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    torch.manual_seed(3)
+    peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return peft_model
+
+
+def slow_loss(model, inputs):
+    """The summed loss by transformers' own full logits and torch's cross-entropy."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def fast_loss(model, inputs):
+    line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    return model(
+        input_ids=line.ids,
+        position_ids=line.positions,
+        attention_mask=torch.empty(1, 1, 0, 0),
+        targets=line.targets,
+        rows=line.rows,
+    )
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind):
+    """Loss and every adapter gradient agree with padded rows, full logits and PEFT's own layers, to rounding."""
+    base = tiny_base(tmp_path / "base", kind)
+    inputs = batch()
+    slow, fast = adapted(base), adapted(base)
+    register()
+    fast.get_base_model().set_attn_implementation(ATTENTION)
+    add_answer_loss(fast.get_base_model())
+    assert fuse_lora(fast) == 14  # seven linear layers in each of two blocks
+
+    slow_value, fast_value = slow_loss(slow, inputs), fast_loss(fast, inputs)
+    slow_value.backward()
+    fast_value.backward()
+
+    assert fast_value.item() == pytest.approx(slow_value.item(), rel=1e-5)
+    expected, found = gradients(slow), gradients(fast)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_batch_becomes_one_line_without_padding():
+    """The opening appears once, padding not at all, and each target is the next token of the same row."""
+    inputs = batch()
+
+    line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+
+    # 12 shared tokens, of which the last stays with its rows: 11 + (40 - 11) + (33 - 11) + (21 - 11)
+    assert (line.rows.opening, line.ids.shape[1]) == (11, 72)
+    assert line.rows.ends == (40, 62, 72)
+    assert line.positions[0, :12].tolist() == list(range(12))
+    assert line.positions[0, 40].item() == 11
+    scored = [(line.targets[0, start:end] != -100).sum().item() for start, end in line.rows.spans()]
+    assert scored == [20, 18, 7]
+    assert line.targets[0, 39].item() == -100
+    assert line.targets[0, 38].item() == inputs["input_ids"][0, 39].item()
+
+
+def test_equal_rows_keep_their_own_first_answer_token():
+    """Rows that share the whole prompt still each predict their own first answer token."""
+    ids = torch.tensor([[7, 8, 9, 20], [7, 8, 9, 21]])
+    labels = torch.tensor([[-100, -100, -100, 20], [-100, -100, -100, 21]])
+
+    line = as_line(ids, torch.ones_like(ids), labels)
+
+    assert line.rows.opening == 2
+    assert line.targets[0].tolist() == [-100, -100, 20, -100, 21, -100]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_answer_loss_matches_cross_entropy(softcap):
+    """Value and gradient are those of torch's cross-entropy over the (capped) logits, across chunks of rows."""
+    torch.manual_seed(0)
+    weight, targets = torch.randn(50, 8), torch.randint(0, 50, (300,))
+    hidden = torch.randn(300, 8, requires_grad=True)
+    twin = hidden.detach().clone().requires_grad_()
+
+    total = AnswerLoss.apply(hidden, weight, None, targets, softcap)
+    (total * 0.5).backward()
+    logits = twin @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    (expected * 0.5).backward()
+
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_says_where_it_does_not_apply(tmp_path):
+    """A GPU, eager attention and soft-capped scores are left to TRL, with the reason."""
+    base = tiny_base(tmp_path / "base", "gemma2")
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
+
+    assert "cuda" in why_not(model, "cuda", 512)
+    assert "attn_logit_softcapping" in why_not(model, "cpu", 512)
+    model.set_attn_implementation("eager")
+    assert "eager" in why_not(model, "cpu", 512)
