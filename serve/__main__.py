@@ -5,7 +5,7 @@ import sys
 import threading
 from types import FrameType
 
-from serve import shelf
+from serve import chat, shelf
 from serve.config import ServeConfig
 from serve.server import Server
 from serve.supervise import supervise
@@ -32,7 +32,11 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-COMMANDS = {"": Command(ServeConfig, serve, "serve a base model and the adapters of a store"), **shelf.COMMANDS}
+COMMANDS = {
+    "": Command(ServeConfig, serve, "serve a base model and the adapters of a store"),
+    **shelf.COMMANDS,
+    "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
+}
 
 if __name__ == "__main__":
     sys.exit(main("serve", COMMANDS))

@@ -154,6 +154,9 @@ class Gateway:
 
 def _role(service: Service, visit: Visit) -> str:
     role = ROUTES.get((visit.method, visit.path))
+    if visit.method == "OPTIONS" and service.config.cors:
+        # A browser asks beforehand, without a key; vLLM's CORS middleware answers.
+        return ANYONE
     if role is None and visit.method == "GET" and _ONE_MODEL.fullmatch(visit.path):
         role = USER
     if role is None:

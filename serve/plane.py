@@ -98,7 +98,7 @@ class Plane:
         shelf = self.shelves.get(name)
         if shelf is None:
             return None
-        return shelf.versions.get(self.serving.get(name) or shelf.current or "")
+        return shelf.versions.get(self.serving.get(name, "")) or shelf.versions.get(shelf.current or "")
 
     def servable(self) -> list[Manifest]:
         """Every version that may be asked for, by name and age."""
@@ -243,6 +243,9 @@ class Plane:
             changed = await asyncio.to_thread(self._read_changes)
             for name, shelf in changed.items():
                 before = self.shelves.get(name)
+                for manifest in shelf.versions.values():
+                    # Something was done about this name: what failed to load may load now.
+                    self.failed.pop(manifest.id, None)
                 if shelf.versions:
                     self.shelves[name] = shelf
                 else:

@@ -83,9 +83,12 @@ class Server:
         ]
         return launch.plan(self.config, self.base, machine.look(), ranks)
 
+    def command(self) -> tuple[str, ...]:
+        """The child's whole command line."""
+        return (*self.plan().argv, *gate_flags(self.config))
+
     def start(self) -> None:
         """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
-        plan = self.plan()
         self.ready_s = 0.0
         self.config.log_dir.mkdir(parents=True, exist_ok=True)
         self._say(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
@@ -95,8 +98,8 @@ class Server:
             self.log.replace(self.log.with_suffix(".previous.log"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                (*plan.argv, *gate_flags(self.config)),
-                env={**os.environ, **plan.env, configs.ENVIRONMENT: self.config.to_json()},
+                self.command(),
+                env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()},
                 # It ends with us: serve.entry stops when this pipe closes.
                 stdin=subprocess.PIPE,
                 stdout=log,
