@@ -173,6 +173,8 @@ def gate_flags(config: ServeConfig) -> tuple[str, ...]:
         *("--middleware", "serve.gateway.Gateway"),
         *("--allowed-origins", json.dumps(config.cors)),
         *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
+        # A small model asked for JSON may write blanks for ever where the grammar lets it.
+        *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
         "--disable-fastapi-docs",
         "--disable-uvicorn-access-log",
     )
