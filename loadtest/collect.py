@@ -1,8 +1,9 @@
 """How rows and self-observation of every Locust process reach two files, written by one process.
 
-requests.jsonl: see loadtest/rows.py. client.jsonl, one object per process and second: what the client saw of itself.
+requests.jsonl: see loadtest/rows.py. start.json: mono_s and unix_s, the start of the run by the monotonic and the wall
+clock. client.jsonl, one object per process and second: what the client saw of itself.
   worker           the process
-  t_s, unix_s      end of that second: after the start of the run, and by the wall clock
+  t_s              end of that second, after the start of the run
   due, in_flight   arrivals that have come due so far; requests running now
   hub_lag_s        longest time by which a sleeping greenlet woke late: how wrong a timestamp may be
   cpu              processor seconds used per second (1.0: a whole core; one process cannot use more)
@@ -91,7 +92,6 @@ class Outbox:
                     {
                         "worker": self._player.worker,
                         "t_s": round(self._player.now_s(), 3),
-                        "unix_s": round(time.time(), 3),
                         "due": self._player.due_so_far,
                         "in_flight": self._player.in_flight,
                         "hub_lag_s": round(worst_s, 6),
@@ -108,6 +108,7 @@ class Collector:
         self._environment = environment
         self._requests = directory / "requests.jsonl"
         self._client = directory / "client.jsonl"
+        self._start = directory / "start.json"
         self._processes = processes
         self._begin()
 
@@ -122,6 +123,8 @@ class Collector:
         self._begin()
         for path in (self._requests, self._client):
             path.write_text("", encoding="utf-8")
+        # What the process that reads /metrics on this machine needs to put its samples on the clock of the rows.
+        self._start.write_text(json.dumps({"mono_s": time.monotonic(), "unix_s": time.time()}), encoding="utf-8")
 
     def take(self, report: Mapping[str, Any]) -> None:
         """Write one process's report down; end the run when it was the last one due."""

@@ -4,6 +4,7 @@ Every figure is over the rows that were due after the warm-up. Latencies are ove
 are counted, never timed. A percentile of few rows is still shown, with its n beside it.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -68,6 +69,46 @@ def figures(rows: Sequence[Row], window_s: float, good: Callable[[Row], bool]) -
     found["itl_s"] = spread([gap for row in ok for gap in row.gaps_s])
     found["lag_s"] = spread([lag for row in rows if (lag := row.lag_s) is not None])
     return found
+
+
+def cold_penalty(rows: Sequence[Row], base: str | None) -> dict[str, Any]:
+    """TTFT of adapter requests that were cold (the first to name theirs, or tagged so) and of the warm ones."""
+    seen: set[str] = set()
+    ttft_s: dict[str, list[float]] = {"cold": [], "warm": []}
+    for row in sorted(rows, key=lambda row: row.due_s):
+        if row.model == base or row.sent_s is None:
+            continue
+        kind = "cold" if row.model not in seen or "cold" in row.tags else "warm"
+        seen.add(row.model)
+        if row.ok and row.ttft_s is not None:
+            ttft_s[kind].append(row.ttft_s)
+    return {kind: spread(values) for kind, values in ttft_s.items()}
+
+
+def step_points(rows: Sequence[Row], edges_s: Sequence[float], good: Callable[[Row], bool]) -> list[dict[str, Any]]:
+    """One point of the curves per plateau of a stepped rate: the rows that were due in it (see charts.curves)."""
+    points = []
+    for begin_s, end_s in itertools.pairwise(edges_s):
+        due = [row for row in rows if begin_s <= row.due_s < end_s]
+        ends_s = [row.end_s for row in due if row.ok and row.end_s is not None]
+        # A server that keeps up ends them about when the plateau ends; one that does not drags on, and its rate falls.
+        window_s = max([end_s - begin_s, *(at_s - begin_s for at_s in ends_s)])
+        points.append(curve_point(len(due) / (end_s - begin_s), figures(due, window_s, good)))
+    return points
+
+
+def curve_point(offered: float, found: dict[str, Any]) -> dict[str, Any]:
+    """What the curves draw of the figures at one offered rate (requests/s)."""
+    return {
+        "offered": offered,
+        "achieved": found["requests_per_s"],
+        "ttft_p50_s": found["ttft_s"]["p50"],
+        "ttft_p90_s": found["ttft_s"]["p90"],
+        "tpot_p50_s": found["tpot_s"]["p50"],
+        "tokens_per_s": found["tokens_per_s"],
+        "goodput_share": found["goodput_share"],
+        "n": found["n"],
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
         "--stop-timeout", f"{math.ceil(scenario.drain_s) + 5}s",
         "--run-time", f"{math.ceil(scenario.duration_s + scenario.drain_s) + 30}s",
         "--only-summary", "--loglevel", "INFO", "--logfile", str(directory / "locust.log"),
-        "--json-file", str(directory / "locust.json"),  # without it, Locust prints its tables on stderr
+        "--json-file", str(directory / "locust"),  # without it, Locust prints its tables on stderr
         "--exit-code-on-error", "0",
     ]  # fmt: skip
     if scenario.workers > 1:

@@ -28,7 +28,7 @@ class Models(NamedTuple):
 
 
 def prepare(scenario: Scenario) -> Path:
-    """Make the results directory with config.json, server.json, prompts.jsonl and plan.jsonl; return its path.
+    """Make the results directory with config.json, target.json, prompts.jsonl and plan.jsonl; return its path.
 
     Raises UserError for an unreachable server, an unknown model, a missing run or a plan without requests.
     """
@@ -39,7 +39,7 @@ def prepare(scenario: Scenario) -> Path:
     if directory.exists():
         raise UserError(f"{str(directory)!r} exists; choose another --out")
     write_json(directory / "config.json", scenario.to_json())
-    write_json(directory / "server.json", {"models": models.names, "base": models.base, **provenance()})
+    write_json(directory / "target.json", {"models": models.names, "base": models.base, **provenance()})
     write_jsonl(directory / "prompts.jsonl", ({"question": text} for text in prompts))
     write_jsonl(directory / "plan.jsonl", (arrival.to_row() for arrival in plan))
     return directory

@@ -3,28 +3,35 @@
 summary.json, the summary, written last:
   verdict    passed | missed (an objective) | invalid (the client did not keep its promises) | unjudged (no objectives)
   invalid    why, one text each; empty when the run may be believed
-  checks, slo, window_s, all, models      see loadtest.validity, loadtest.slo and loadtest.figures
+  checks, slo, server, cold, steps, window_s, all, models    see loadtest.validity, .slo, .scrape, .figures
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loadtest.figures import rounded, summarise
-from loadtest.rows import read_rows
-from loadtest.scenario import read_scenario
+from loadtest.arrivals import rate_knots
+from loadtest.figures import cold_penalty, rounded, step_points, summarise
+from loadtest.rows import Row, read_rows
+from loadtest.scenario import Scenario, read_scenario
+from loadtest.scrape import server_figures
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
-from train.files import read_jsonl
+from train.files import read_json, read_jsonl
 
 EXIT_STATUS = {"passed": 0, "unjudged": 0, "missed": 1, "invalid": 2}
 
 
-def conclude(directory: Path) -> dict[str, Any]:
-    """The summary of a finished run."""
+def conclude(directory: Path, note: str = "") -> dict[str, Any]:
+    """The summary of a finished run; `note` is what the scraper had to say."""
     scenario = read_scenario(directory)
     rows = read_rows(directory / "requests.jsonl")
     limits = [parse_limit(text) for text in scenario.good]
-    found = summarise(rows, scenario.warmup_s, lambda row: is_good(row, limits))
+
+    def good(row: Row) -> bool:
+        return is_good(row, limits)
+
+    found = summarise(rows, scenario.warmup_s, good)
     judged = judge([parse_objective(text) for text in scenario.slo], found)
     seconds = read_jsonl(directory / "client.jsonl")
     planned = len(read_jsonl(directory / "plan.jsonl"))
@@ -47,6 +54,18 @@ def conclude(directory: Path) -> dict[str, Any]:
             "invalid": broken,
             "checks": [check._asdict() for check in checks],
             "slo": [item._asdict() for item in judged],
+            "server": server_figures(read_jsonl(directory / "server.jsonl"), note),
+            "cold": cold_penalty(rows, read_json(directory / "target.json")["base"]),
+            "steps": _steps(scenario, rows, good),
             **found,
         }
     )
+
+
+def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> list[dict[str, Any]]:
+    """The points of the curves of a run whose rate goes in steps; none of any other."""
+    if scenario.closed or scenario.trace or not scenario.rate.strip().startswith("steps"):
+        return []
+    knots = rate_knots(scenario.rate, scenario.duration_s)
+    edges_s = [0.0, *(knot.t_s for knot in knots[1::2])]
+    return step_points(rows, edges_s, good)
