@@ -43,3 +43,6 @@ demo: setup  ## fine-tune, hot-load, evaluate and load-test a small real model; 
 
 clean:  ## remove the environment and caches inside the clone (runs/ and store/ stay)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+
+soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer held against PEFT
+	@$(BIN)/python -m tests.soak_serve

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve import config as configs
-from serve.gateway import Service
+from serve.gateway import TARGET, Service
 from serve.journal import Journal
 from serve.keys import KeyRing
 from serve.limits import Limits
@@ -56,15 +56,16 @@ class AdaptersPlugin:
 
         @app.post("/v1/load_lora_adapter")
         async def load(request: Request) -> PlainTextResponse:
-            body = _object(await request.json())
+            body = await _object(request)
             name, path = _text(body, "lora_name"), _text(body, "lora_path")
+            request.scope[TARGET] = f"{name} from {path}"
             plane: Plane = request.app.state.counsel.plane
             await _load(plane, name, path, bool(body.get("load_inplace")))
             return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
         @app.post("/v1/unload_lora_adapter")
         async def unload(request: Request) -> PlainTextResponse:
-            name = _text(_object(await request.json()), "lora_name")
+            name = request.scope[TARGET] = _text(await _object(request), "lora_name")
             plane: Plane = request.app.state.counsel.plane
             await _unload(plane, name)
             return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
@@ -231,7 +232,11 @@ async def _unload(plane: Plane, name: str) -> None:
     await plane.retire(manifest.id)
 
 
-def _object(body: Any) -> dict[str, Any]:
+async def _object(request: Any) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
         raise Refusal(400, "the body must be a JSON object")
     return body

@@ -35,6 +35,8 @@ ROUTES = {
     ("POST", "/v1/unload_lora_adapter"): ADMIN,
 }
 GENERATING = (CHAT, COMPLETIONS, RESPONSES)
+# Where an admin route leaves what it was asked to act on, for the audit.
+TARGET = "counsel_target"
 ANONYMOUS = Key(USER, "anonymous", "")
 
 _USAGE = re.compile(rb'"(?:prompt|input)_tokens":(\d+).*?"(?:completion|output)_tokens":(\d+)', re.DOTALL)
@@ -114,7 +116,7 @@ class Gateway:
             service.meters.refusals.labels(str(refusal.status), refusal.code).inc()
             await _refuse(send, refusal)
         finally:
-            _write_down(service, visit)
+            _write_down(service, visit, scope.get(TARGET, ""))
 
     async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
         body = _parse(await _read(receive, service.config.max_body_kb << 10))
@@ -262,7 +264,7 @@ async def _refuse(send: Send, refusal: Refusal) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _write_down(service: Service, visit: Visit) -> None:
+def _write_down(service: Service, visit: Visit, target: str) -> None:
     if visit.path in ("/health", "/metrics") and visit.status == 200:
         return
     row: dict[str, Any] = {
@@ -273,7 +275,7 @@ def _write_down(service: Service, visit: Visit) -> None:
         "status": visit.status,
     }
     if ROUTES.get((visit.method, visit.path)) == ADMIN:
-        service.journal.audit(**row)
+        service.journal.audit(**row, target=target)
     duration_s = round(time.monotonic() - visit.started_s, 4)
     if visit.path in GENERATING:
         row |= {

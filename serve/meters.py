@@ -26,7 +26,19 @@ class Meters:
         self.load_s = Histogram("counsel_adapter_load_seconds", "from asked for to servable", buckets=_FIRST_S)
 
     def adapter_event(self, event: str, manifest: Manifest, seconds: float) -> None:
-        """Count what the plane did with an adapter."""
+        """Count what the plane did with an adapter; drop every series of one that is gone from the store."""
+        if event == "gone":
+            by_adapter = (
+                self.requests,
+                self.prompt_tokens,
+                self.completion_tokens,
+                self.ttft_s,
+                self.token_s,
+                self.events,
+            )
+            for meter in by_adapter:
+                meter.remove_by_labels({"adapter": manifest.id})
+            return
         self.events.labels(manifest.id, event).inc()
         if event == "load":
             self.load_s.observe(seconds)

@@ -68,7 +68,7 @@ class Plane:
         max_rank: int,
         on_event: Callable[[str, Manifest, float], None],
     ) -> None:
-        """`on_event(event, manifest, seconds)` is told of `load`, `unload`, `evict` and `fail`."""
+        """`on_event(event, manifest, seconds)` is told of `load`, `unload`, `evict`, `fail` and `gone`."""
         self.engine, self.store, self.on_event = engine, store, on_event
         self.base_name, self.base_fingerprint = base_name, base_fingerprint
         self.capacity, self.max_rank = capacity, max_rank
@@ -277,7 +277,7 @@ class Plane:
     def _follow(self, before: Shelf | None, after: Shelf) -> None:
         for version, manifest in (before.versions if before else {}).items():
             if version not in after.versions:
-                self._spawn(self.retire(manifest.id))
+                self._spawn(self._forget(manifest))
         if after.current is None:
             return
         current = after.versions[after.current]
@@ -286,6 +286,12 @@ class Plane:
             self.withdrawn.discard(current.id)
         if self.serving.get(after.name) != after.current and self.why_not(current) is None:
             self._spawn(self._swap(current))
+
+    async def _forget(self, manifest: Manifest) -> None:
+        await self.retire(manifest.id)
+        self.withdrawn.discard(manifest.id)
+        self.failed.pop(manifest.id, None)
+        self.on_event("gone", manifest, 0.0)
 
     async def _swap(self, manifest: Manifest) -> None:
         old = self.meaning(manifest.name)

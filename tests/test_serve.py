@@ -1,6 +1,7 @@
 """One real server, many adapters: who answers, what is loaded when, and what a client sees of it."""
 
 import concurrent.futures
+import json
 import time
 from pathlib import Path
 
@@ -163,3 +164,6 @@ def test_admins_load_and_unload_in_vllms_own_words(server):
     for path in ("/etc", str(Path(folder) / ".." / ".." / ".."), "someone/some-repo"):
         with pytest.raises(openai.NotFoundError, match="not in the store"):
             admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": path}, cast_to=str)
+    audit = [json.loads(line) for line in (server.logs / "audit.jsonl").read_text().splitlines()]
+    assert [(row["target"], row["status"]) for row in audit[-5:-3]] == [("calm", 200), (f"calm from {folder}", 200)]
+    assert [row["status"] for row in audit[-3:]] == [404] * 3
