@@ -44,7 +44,7 @@ def check(folder: Path, base: Path) -> Facts:
     """Hold the adapter in `folder` against the rules and the model folder `base`; UserError at the first breach."""
     check_files(folder)
     config = read_json(folder / CONFIG)
-    ranks = _check_config(config)
+    ranks = check_config(config)
     pairs = _pairs(tensor_shapes(folder / WEIGHTS))
     base_shapes: dict[str, Shape] = {}
     for file in sorted(base.glob("*.safetensors")):
@@ -96,7 +96,7 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{str(file)!r} has {file.stat().st_size:,} bytes; at most {limit:,} are allowed")
 
 
-def _check_config(config: dict[str, Any]) -> frozenset[int]:
+def check_config(config: dict[str, Any]) -> frozenset[int]:
     """Hold a PEFT config against what vLLM serves; return the ranks it declares."""
     kind = config.get("peft_type")
     if kind != "LORA":

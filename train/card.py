@@ -1,13 +1,162 @@
-"""The model card of an adapter: what it is, what it is not for, how it was made and how it scored."""
+"""The model card of a run: what it is, what it is not for, how it was made, how it scored. Written from its files."""
 
-from pathlib import Path
 from typing import Any
 
-from train.catalog import Base
 from train.chat import NOTICE
-from train.recipe import Recipe
+from train.files import read_json
+from train.run import Run
+
+_HEAD = """---
+base_model: {hub_id}
+library_name: {library}
+license: {license}
+language: en
+pipeline_tag: text-generation
+tags: [lora, sft, trl, supportive-conversation]
+---
+# {name}
+
+{notice}
+
+## Summary
+
+{kind} of [{hub_id}](https://huggingface.co/{hub_id}), fine-tuned on questions people ask about their lives and answers
+to them, so that it replies at length, warmly and practically. Made with Counsel Stack.
+
+## Direct use
+
+Research on supportive conversation: comparing prompts, adapters and safety measures, offline or with informed adults.
+
+## Downstream use
+
+A starting point for further fine-tuning, or one adapter of several behind a server that adds its own safety layer.
+
+## Out-of-scope use
+
+- crisis management, or any use where someone in danger relies on the reply
+- diagnosis, advice on medication, or replacing a qualified person
+- use with people who have not been told that they talk to a research model, or with minors
+
+## Bias, risks and limitations
+
+- It can be wrong, generic or harmful, and sounds sure of itself either way.
+- It learnt from a few thousand English texts by few authors; other cultures and situations are poorly covered.
+- It remembers nothing between conversations and cannot see, verify or act on anything.
+- A small base model repeats itself and invents facts. Fine-tuning changed its tone more than its knowledge.
+
+## Recommendations
+
+Keep a person in charge, show the notice above, route signs of danger to local emergency services or a crisis line
+(findahelpline.com), log no private text, and evaluate on your own questions before any use.
+"""
 
 
-def write_card(folder: Path, recipe: Recipe, base: Base, summary: dict[str, Any]) -> None:
-    """Write README.md in `folder`, over whatever PEFT left there."""
-    (folder / "README.md").write_text(f"# {recipe.name}\n\n{NOTICE}\n", encoding="utf-8")
+def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = None) -> str:
+    """The README.md of a run's adapter, or of its merged model. `summary` stands in for train.json before it exists."""
+    recipe, report, provenance = run.config(), read_json(run.path / "data" / "report.json"), _provenance(run)
+    done = summary if summary is not None else run.summary()
+    base = done["base"]
+    head = _HEAD.format(
+        hub_id=base["hub_id"],
+        license=base["license"],
+        library="transformers" if merged else "peft",
+        kind="A merged copy" if merged else f"A LoRA adapter (rank {recipe['rank']})",
+        name=run.name,
+        notice=NOTICE,
+    )
+    parts = (_start(base, recipe, merged), _training(recipe, report, done, provenance), _scores(run, done))
+    return "\n".join([head, *(line for part in parts for line in part)])
+
+
+def _start(base: dict[str, str], recipe: dict[str, Any], merged: bool) -> list[str]:
+    load = (
+        ['model = AutoModelForCausalLM.from_pretrained("<this folder>")']
+        if merged
+        else [
+            f'model = AutoModelForCausalLM.from_pretrained("{base["hub_id"]}")',
+            'model = PeftModel.from_pretrained(model, "<this folder>")',
+        ]
+    )
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    return [
+        "## How to start",
+        "",
+        "```python",
+        *([] if merged else ["from peft import PeftModel"]),
+        *imports,
+        "",
+        *load,
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
+        f"system = {recipe['system']!r}",
+        'messages = [{"role": "system", "content": system}, {"role": "user", "content": "Work overwhelms me."}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))",
+        "```",
+        "",
+        "It was trained with this system text; leave it out and the answers change.",
+        "",
+    ]
+
+
+def _training(
+    recipe: dict[str, Any], report: dict[str, Any], done: dict[str, Any], provenance: dict[str, Any]
+) -> list[str]:
+    revision = f" at revision {report['revision']}" if report.get("revision") else ""
+    rows = [
+        ("data", f"{_public(report['source'])}{revision}, sha256 {report['source_sha256'][:16]}"),
+        ("rows", f"{report['rows_in']} read, {report['rows_out']} kept; train {report['rows']['train']}, "
+                 f"validation {report['rows']['val']}, test {report['rows']['test']}"),
+        ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
+        ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}, dropout {recipe['dropout']}, "
+                 f"targets {', '.join(recipe['targets'])}; {done['trainable_parameters']:,} trainable parameters"),
+        ("optimiser", f"{recipe['optimizer']}, peak learning rate {recipe['learning_rate']:g}, {recipe['schedule']}"),
+        ("batch", f"{recipe['batch_size']} rows x {recipe['accumulation']}"),
+        ("length", f"{done['steps']} steps, {done['epochs']:.2f} epochs, {done['tokens']:,} tokens"),
+        ("precision", provenance["dtype"] + (", 4-bit base" if recipe["load_4bit"] and not done["downgrades"] else "")),
+        ("machine", f"{provenance['machine']['name']}; {done['tokens_per_s']:.0f} tokens/s"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()
+                               if name in ("torch", "transformers", "trl", "peft"))),
+        ("seed", str(recipe["seed"])),
+    ]  # fmt: skip
+    notes = [f"Asked {d['asked']}, used {d['used']}, because {d['because']}." for d in done["downgrades"]]
+    table = [f"| {key} | {value} |" for key, value in rows]
+    title = ["## Training details", "", "The loss counted answer tokens only.", "", "| | |", "|---|---|"]
+    return [*title, *table, "", *notes, ""]
+
+
+def _scores(run: Run, done: dict[str, Any]) -> list[str]:
+    lines = ["## Evaluation", ""]
+    if done["val_loss"] is not None:
+        lines += [
+            f"Validation loss per answer token, in nats: {done['val_loss_base']:.4f} before, {done['val_loss']:.4f} "
+            f"after (step {done['best_step']}), on questions that were not in training.",
+            "",
+        ]
+    found = sorted((run.path / "eval").glob("*/summary.json"))
+    if found:
+        lines += [f"Held-out answers ({found[-1].parent.name}):", "", *_flat(read_json(found[-1])), ""]
+    else:
+        lines += ["No evaluation of generated answers was run.", ""]
+    return lines
+
+
+def _flat(document: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every number of an eval summary as one list line."""
+    lines: list[str] = []
+    for key, value in document.items():
+        if isinstance(value, dict):
+            lines += _flat(value, f"{prefix}{key} / ")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            lines.append(f"- {prefix}{key}: {value:.4g}")
+    return lines
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    return read_json(run.path / "provenance.json")
+
+
+def _public(source: str) -> str:
+    """A hub id as it is; of a file only its name, since folders may name people."""
+    return source if source == "sample" or not source.startswith((".", "/", "~")) else source.rsplit("/", 1)[-1]

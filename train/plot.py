@@ -57,3 +57,31 @@ def smoothed(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * value
         out.append(average / (1 - weight**count))
     return out
+
+
+def gains(by_split: dict[str, list[float]], path: Path) -> None:
+    """Draw the gain over the base (nats per answer token) of each run, and the mean, by split into a PNG at `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 2.6), dpi=160, layout="constrained")
+    for place, (split, values) in enumerate(by_split.items()):
+        color = {"row": SOFT, "question": ACCENT}[split]
+        mean = sum(values) / len(values)
+        axes.barh(place, mean, color=color, height=0.55)
+        axes.plot(values, [place] * len(values), "o", color=INK, markersize=5)
+        axes.annotate(f"{mean:.3f}", (max(*values, mean), place), xytext=(8, -3), textcoords="offset points", color=INK)
+    labels = {"row": "split by row\n(questions leak)", "question": "split by question"}
+    axes.set_yticks(range(len(by_split)), [labels[split] for split in by_split])
+    axes.invert_yaxis()
+    axes.set_xlabel("gain over the base on held-out answers (nats per token); a dot is one seed")
+    axes.set_title("How much of the apparent gain is leak", loc="left", fontsize=11, color=INK)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.15)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
+    pyplot.close(figure)

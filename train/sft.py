@@ -14,13 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from train import catalog, data, store
-from train.card import write_card
+from train import catalog, store
+from train.card import card_text
 from train.chat import prompt_messages
-from train.errors import UserError
 from train.files import new_directory, read_json, read_jsonl, write_json
 from train.hardware import Machine, Plan, machine, plan
+from train.preflight import refuse_unless_ready
 from train.recipe import Recipe
+from train.resume import check_run_directory, last_checkpoint, open_run_directory
 from train.run import Run, provenance
 
 Item = TypeVar("Item")
@@ -34,14 +35,17 @@ def train(recipe: Recipe) -> dict[str, Any]:
     store.check_name(recipe.name)
     here = machine()
     how = plan(recipe, here)
-    base = catalog.resolve(recipe.base)
     processes = PartialState(cpu=how.device == "cpu")
     with processes.main_process_first():
         if processes.is_main_process:
-            run = open_run_directory(recipe)
-            write_json(run.path / "provenance.json", _provenance(recipe, here, how, base))
+            check_run_directory(recipe)
+            if not recipe.resume:
+                refuse_unless_ready(recipe, how, here)
+            base = catalog.resolve(recipe.base)
+            open_run_directory(recipe)
+            write_json(recipe.run_path / "provenance.json", _provenance(recipe, here, how, base))
             _say(how, here, base)
-        run = Run(recipe.run_path)
+    run, base = Run(recipe.run_path), catalog.resolve(recipe.base)
     trainer, progress = build(recipe, how, base, run)
     checkpoint = last_checkpoint(run) if recipe.resume else None
     trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
@@ -52,42 +56,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     return finish(recipe, how, base, run, trainer, progress, time.monotonic() - started)
 
 
-def open_run_directory(recipe: Recipe) -> Run:
-    """The run's directory with config and data in place: new, emptied by --overwrite, or continued by --resume."""
-    run = Run(recipe.run_path)
-    config_path = run.path / "config.json"
-    if recipe.resume:
-        if run.complete:
-            raise UserError(f"run {recipe.name!r} is finished: nothing to resume; --overwrite trains it again")
-        if not config_path.is_file():
-            raise UserError(f"no run to resume at {str(run.path)!r}; leave --resume out to start it")
-        before, now = run.config(), _as_json(recipe.document())
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"{key} is {now.get(key)!r}, but run {recipe.name!r} was started with {before.get(key)!r}; "
-                "resume with the same settings, or start again with --overwrite"
-            )
-    elif run.path.exists():
-        if not recipe.overwrite:
-            raise UserError(
-                f"run {str(run.path)!r} exists; go on with --resume, replace it with --overwrite, "
-                "or choose another --name"
-            )
-        shutil.rmtree(run.path)
-    if not config_path.is_file():
-        # Before the directory is made: a bad data file then leaves nothing behind.
-        splits, report = data.prepare(recipe.data_config())
-        with new_directory(run.path) as folder:
-            write_json(folder / "config.json", recipe.document())
-            data.write(folder, splits, report)
-        print(report)
-    return run
-
-
 def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any, Any]:
     """The trainer and the callback that watches it, ready to start."""
+    # It says, on import, that a kernel from the hub is missing; none is wanted.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
@@ -98,8 +70,6 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     from train.trainer import AnswerTrainer
 
     disable_progress_bar()
-    # It says that a kernel from the hub is missing; none is wanted.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(recipe.seed)
@@ -161,12 +131,28 @@ def load_base(recipe: Recipe, how: Plan, base: catalog.Base) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, how.dtype),
         )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=getattr(torch, how.dtype),
         attn_implementation=recipe.attention,
         quantization_config=quantization,
     )
+    if how.load_4bit and how.device == "cpu":
+        keep_4bit_gradients(model)
+    return model
+
+
+def keep_4bit_gradients(model: Any) -> None:
+    """Keep gradients right after an evaluation pass on a CPU with AVX512-BF16.
+
+    bitsandbytes 0.50 repacks the weights in the first forward without gradients, and then also trains on the packed
+    form, whose kernel has no gradient: only a warning, and a gradient with a cosine of 0.73 to the true one.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> Any:
@@ -246,7 +232,7 @@ def finish(
     with new_directory(run.adapter) as folder:
         save_adapter(trainer.model, trainer.processing_class, base, folder)
         summary["postflight"] = check_trained(folder, base, trainer.model, trainer.processing_class, recipe)
-        write_card(folder, recipe, base, summary)
+        (folder / "README.md").write_text(card_text(run, summary=summary), encoding="utf-8")
     loss_curve(rows, f"{recipe.name} on {base.name}", run.path / "loss.png")
     if recipe.store:
         manifest = store.publish(
@@ -289,17 +275,6 @@ def lora_targets(recipe: Recipe) -> str | list[str]:
     return "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
 
 
-def last_checkpoint(run: Run) -> Path | None:
-    """The newest whole checkpoint; those that a kill cut short are removed. trainer_state.json is written last."""
-    whole = []
-    for folder in (run.path / "checkpoints").glob("checkpoint-*"):
-        try:
-            whole.append((read_json(folder / "trainer_state.json")["global_step"], folder))
-        except UserError:
-            shutil.rmtree(folder)
-    return max(whole)[1] if whole else None
-
-
 def peak_memory(device: str) -> int:
     """The most memory this process has held, in bytes: of the GPU, or resident on a CPU."""
     if device == "cuda":
@@ -323,11 +298,6 @@ def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) ->
         "dtype": how.dtype,
         "downgrades": [asdict_of(item) for item in how.downgrades],
     }
-
-
-def _as_json(document: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from config.json: tuples are lists there."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}
 
 
 def _say(how: Plan, here: Machine, base: catalog.Base) -> None:

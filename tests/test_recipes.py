@@ -1,0 +1,129 @@
+"""The shipped recipes, and the checks that come before training."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.tiny import tiny_base
+from train.command import load_config
+from train.errors import UserError
+from train.hardware import Machine, plan
+from train.preflight import check, needed_rank
+from train.recipe import RECIPES, Recipe
+
+SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
+CPU = Machine("cpu", "two cores", bf16=True, memory_bytes=24 << 30)
+GPU = Machine("cuda", "a GPU", bf16=True, memory_bytes=24 << 30)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_loads_and_opens_with_its_command(path):
+    """Each shipped recipe is valid, is named by its file, and its first line is the command that runs it."""
+    recipe = load_config(Recipe, str(path), {})
+
+    assert recipe.name == path.stem
+    assert path.read_text().startswith(f"# python -m train {path.stem}")
+
+
+def test_reference_holds_the_notebooks_numbers():
+    """The reference recipe is the source project's, number for number."""
+    recipe = load_config(Recipe, str(RECIPES / "reference.yaml"), {})
+
+    assert (recipe.base, recipe.load_4bit, recipe.attention) == ("gemma-2-2b-it", True, "eager")
+    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.targets) == (64, 32, 0.05, ("all-linear",))
+    assert (recipe.learning_rate, recipe.batch_size, recipe.accumulation, recipe.epochs) == (2e-4, 1, 4, 3.0)
+    assert (recipe.max_length, recipe.optimizer) == (2000, "paged_adamw_8bit")
+
+
+def test_without_cuda_4_bits_are_dropped_and_said():
+    """On a CPU the base is bf16 and the optimizer plain, each with asked, used and because; strict refuses."""
+    recipe = load_config(Recipe, str(RECIPES / "reference.yaml"), {})
+
+    here = plan(recipe, CPU)
+
+    assert (here.load_4bit, here.optimizer, here.dtype) == (False, "adamw_torch_fused", "bfloat16")
+    assert [(d.asked, d.used) for d in here.downgrades] == [
+        ("a 4-bit base", "a bfloat16 base"),
+        ("paged_adamw_8bit", "adamw_torch_fused"),
+    ]
+    assert plan(recipe, GPU).downgrades == ()
+    assert plan(recipe, GPU).load_4bit
+    with pytest.raises(UserError, match="--strict: asked a 4-bit base, used a bfloat16 base, because"):
+        plan(replace(recipe, strict=True), CPU)
+
+
+@pytest.mark.parametrize(("rank", "needed"), [(1, 1), (2, 8), (16, 16), (48, 64), (64, 64), (512, 512)])
+def test_the_rank_the_server_needs(rank, needed):
+    """The smallest --max-lora-rank that vLLM accepts for a rank."""
+    assert needed_rank(rank) == needed
+
+
+def findings(base, folder, machine=CPU, **changes):
+    recipe = replace(Recipe(base=str(base), runs=str(folder), max_rows=8), **changes)
+    return {finding.check: finding for finding in check(recipe, plan(recipe, machine), machine)}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+def test_a_good_recipe_passes_every_check(llama, tmp_path):
+    """Everything holds, and what was found is said: 14 layers, the server's rank, no leak."""
+    found = findings(llama, tmp_path, rank=4)
+
+    assert all(finding.ok for finding in found.values()), found
+    assert "--max-lora-rank 8" in found["lora"].seen
+    assert found["targets"].seen.startswith("14 layers")
+    assert "leak 0" in found["data"].seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed", "said"),
+    [
+        ({"name": "Not Allowed"}, "name", "not allowed"),
+        ({"base": "no-such-base"}, "base", "no base model"),
+        ({"rank": 513}, "lora", "rank is 513"),
+        ({"targets": ("q_proj", "query")}, "targets", "'query', which matches no layer"),
+        ({"data": "absent.csv"}, "data", "absent.csv"),
+        ({"question_column": "Question"}, "data", "no column 'Question'"),
+        ({"max_length": 100}, "rows", "raise max_length"),
+    ],
+)
+def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said):
+    """Each fault is found by its own check, and the message says what to do."""
+    found = findings(llama, tmp_path, **changes)
+
+    assert not found[failed].ok
+    assert said in found[failed].seen
+
+
+def test_sdpa_is_refused_for_gemma_2(tmp_path):
+    """Gemma 2 caps its attention scores, which sdpa drops: eager is asked for."""
+    base = tiny_base(tmp_path / "tiny-gemma2", "gemma2")
+
+    assert "eager" in findings(base, tmp_path, attention="sdpa")["attention"].seen
+    assert findings(base, tmp_path, attention="eager")["attention"].ok
+
+
+def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
+    """Without an end-of-turn after the answer, or with a prompt that is no prefix, training would teach something else."""
+    base = tiny_base(tmp_path / "base", "llama")
+    template = base / "chat_template.jinja"
+    whole = template.read_text()
+
+    template.write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "end-of-turn" in findings(base, tmp_path)["template"].seen
+
+    template.write_text(whole.replace("{{- bos_token -}}", "{{- bos_token -}}{{- bos_token -}}"))
+    assert "twice" in findings(base, tmp_path)["template"].seen
+
+    template.write_text("{{ messages | length }}" + whole)
+    assert "not a prefix" in findings(base, tmp_path)["template"].seen
+
+
+def test_too_much_memory_is_refused(llama, tmp_path):
+    """The estimate is held against what the machine has."""
+    small = Machine("cpu", "a small machine", bf16=True, memory_bytes=1 << 30)
+
+    assert "lower batch_size" in findings(llama, tmp_path, machine=small)["memory"].seen

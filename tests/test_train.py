@@ -1,0 +1,334 @@
+"""`python -m train` on tiny random models: run directory, store, resume, merge, push, card, check."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_base
+from train.errors import UserError
+from train.files import read_json, read_jsonl
+from train.recipe import Recipe
+from train.store import find
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe_for(base: Path, folder: Path, **changes) -> Recipe:
+    """A run of eight steps on twenty-four rows, in about a second."""
+    return replace(
+        Recipe(
+            name="tiny",
+            base=str(base),
+            runs=str(folder / "runs"),
+            store=str(folder / "store"),
+            max_rows=24,
+            max_val_rows=4,
+            batch_size=3,
+            learning_rate=0.01,
+            rank=4,
+            alpha=8,
+            evaluations=4,
+            samples=1,
+            max_length=400,
+        ),
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory) -> tuple[Recipe, dict]:
+    """One finished tiny run and its summary."""
+    from train.sft import train
+
+    recipe = recipe_for(base, tmp_path_factory.mktemp("work"))
+    return recipe, train(recipe)
+
+
+def test_a_run_leaves_what_the_run_directory_promises(finished):
+    """Config, provenance, data, metrics, curve, adapter and summary are there; checkpoints and pickles are not."""
+    recipe, summary = finished
+    run = recipe.run_path
+
+    assert read_json(run / "config.json")["rank"] == 4
+    assert read_json(run / "provenance.json")["machine"]["device"] in ("cpu", "cuda")
+    assert read_json(run / "train.json") == json.loads(json.dumps(summary))
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (run / "checkpoints").exists()
+    kinds = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert not kinds & {".bin", ".pt", ".pth", ".pkl"}
+
+
+def test_metrics_have_a_row_a_step_and_a_row_an_evaluation(finished):
+    """Eight steps and five evaluations (one before the first step); tokens grow; the loss falls."""
+    recipe, summary = finished
+    rows = read_jsonl(recipe.run_path / "metrics.jsonl")
+    steps, checks = [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["step"] for row in checks] == [0, 2, 4, 6, 8]
+    assert [r["tokens"] for r in steps] == sorted({r["tokens"] for r in steps})
+    assert summary["tokens"] == steps[-1]["tokens"]
+    assert summary["val_loss"] == min(row["val_loss"] for row in checks[1:]) < checks[0]["val_loss"]
+    samples = read_jsonl(recipe.run_path / "samples.jsonl")
+    assert [sample["step"] for sample in samples] == [0, 2, 4, 6, 8]
+
+
+def test_the_adapter_is_published_with_its_prompt(finished):
+    """The store holds the version that the summary names, with base, rank and system prompt."""
+    recipe, summary = finished
+    manifest = find(Path(recipe.store), "tiny")
+
+    assert manifest.id == summary["adapter"]
+    assert manifest.rank == 4
+    assert manifest.prompt == {"system": recipe.system}
+    assert manifest.run == "tiny"
+
+
+def test_the_card_is_filled_from_the_run(finished):
+    """Every section is there, with the run's own numbers and no placeholder or path of this machine."""
+    recipe, summary = finished
+    card = (recipe.run_path / "adapter" / "README.md").read_text()
+
+    for section in ("Summary", "Direct use", "Downstream use", "Out-of-scope use", "Bias, risks and limitations",
+                    "Recommendations", "How to start", "Training details", "Evaluation"):  # fmt: skip
+        assert f"## {section}\n" in card
+    assert "rank 4, alpha 8" in card
+    assert f"{summary['val_loss_base']:.4f} before, {summary['val_loss']:.4f} after" in card
+    assert "More Information Needed" not in card
+    assert "crisis" in card
+
+
+def test_an_existing_run_is_not_touched(finished):
+    """Without --resume or --overwrite the run is refused, and the message names both."""
+    from train.sft import train
+
+    recipe, summary = finished
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        train(recipe)
+    with pytest.raises(UserError, match="finished"):
+        train(replace(recipe, resume=True))
+    assert read_json(recipe.run_path / "train.json") == json.loads(json.dumps(summary))
+
+
+def test_bad_data_leaves_nothing(base, tmp_path):
+    """A missing data file is one line, and no run directory is left."""
+    from train.sft import train
+
+    with pytest.raises(UserError, match=r"data: .*absent\.csv"):
+        train(recipe_for(base, tmp_path, data=str(tmp_path / "absent.csv")))
+    assert not (tmp_path / "runs").exists()
+
+
+def run_command(*words: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def flags_of(recipe: Recipe) -> list[str]:
+    plain = Recipe()
+    changed = {key: value for key, value in vars(recipe).items() if value != getattr(plain, key)}
+    return [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+
+
+@pytest.mark.slow
+def test_a_run_killed_with_9_resumes_to_the_same_losses(base, tmp_path):
+    """Killed in the middle and resumed, a run logs the same losses at the same steps as one that was left alone."""
+    from train.sft import train
+
+    settings = {"dropout": 0.1, "epochs": 4.0, "evaluations": 8, "samples": 0, "store": ""}
+    whole = recipe_for(base, tmp_path, name="whole", **settings)
+    killed = recipe_for(base, tmp_path, name="killed", **settings)
+    train(whole)
+    process = run_command("-m", "train", *flags_of(killed))
+    checkpoint = killed.run_path / "checkpoints" / "checkpoint-12" / "trainer_state.json"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert checkpoint.exists()
+    assert not (killed.run_path / "train.json").exists()
+
+    train(replace(killed, resume=True))
+
+    def losses(recipe: Recipe) -> list[tuple]:
+        return [(r["step"], r.get("loss"), r.get("val_loss"), r["tokens"])
+                for r in read_jsonl(recipe.run_path / "metrics.jsonl")]  # fmt: skip
+
+    assert losses(killed) == losses(whole)
+    assert read_json(killed.run_path / "train.json")["val_loss"] == read_json(whole.run_path / "train.json")["val_loss"]
+
+
+def test_resume_refuses_other_settings(base, tmp_path):
+    """A resumed run must be the same run: the first changed setting is named."""
+    from train.resume import check_run_directory, open_run_directory
+
+    recipe = recipe_for(base, tmp_path)
+    open_run_directory(recipe)
+
+    check_run_directory(replace(recipe, resume=True))
+    with pytest.raises(UserError, match=r"rank is 8, but run 'tiny' was started with 4"):
+        check_run_directory(replace(recipe, resume=True, rank=8))
+
+
+def test_the_merged_folder_answers_as_base_and_adapter(finished, tmp_path):
+    """The folder loads with AutoModelForCausalLM alone, and its greedy text is that of base plus adapter."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.merge import Merge, merge
+    from train.progress import greedy_answers
+
+    recipe, _ = finished
+    out = tmp_path / "merged"
+    merge(Merge(str(recipe.run_path), out=str(out), dtype="float32"))
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in ("I feel lonely", "work is hard", "what can help me sleep")
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=torch.float32)
+    untuned = greedy_answers(plain, tokenizer, prompts, 24)
+    adapted = PeftModel.from_pretrained(plain, str(recipe.run_path / "adapter"))
+    expected = greedy_answers(adapted, tokenizer, prompts, 24)
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+    assert greedy_answers(merged, tokenizer, prompts, 24) == expected != untuned
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid credentials"})
+        if self.path.endswith("/api/repos/create"):
+            return self.reply(200, {"url": f"{self.server.url}/org/gentle"})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.reply(200, {"files": files})
+        return self.reply(200, {"commitUrl": f"{self.server.url}/org/gentle/commit/{'a' * 40}", "commitOid": "a" * 40,
+                                "success": True, "pullRequestUrl": None})  # fmt: skip
+
+    def do_GET(self) -> None:
+        self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
+
+    def reply(self, status: int, document: dict) -> None:
+        payload = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.seen = []
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_push_sends_adapter_tokenizer_and_card(finished, hub, monkeypatch):
+    """What arrives at the hub is the adapter, its config, the tokenizer and the card, and nothing else."""
+    from train.push import Push, push
+
+    recipe, _ = finished
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+
+    done = push(Push(str(recipe.run_path), "org/gentle"))
+
+    commit = next(body for path, _, body in hub.seen if "/commit/" in path)
+    sent = {json.loads(line)["value"].get("path") for line in commit.splitlines()} - {None}
+    assert sent == {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json",
+                    "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
+    assert done["sent"]
+
+
+def test_dry_run_sends_nothing(finished, hub, monkeypatch, capsys):
+    """--dry-run lists the files and opens no connection."""
+    from train.push import Push, push
+
+    recipe, _ = finished
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+
+    done = push(Push(str(recipe.run_path), "org/gentle", dry_run=True))
+
+    assert hub.seen == []
+    assert not done["sent"]
+    assert "adapter_model.safetensors" in capsys.readouterr().out
+
+
+def test_a_refused_push_never_shows_the_token(finished, hub, monkeypatch):
+    """A wrong token is one line that does not contain it; a missing one says which variable to set."""
+    from train.push import Push, push
+
+    recipe, _ = finished
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong_one")
+    with pytest.raises(UserError) as refusal:
+        push(Push(str(recipe.run_path), "org/gentle"))
+    assert "hf_wrong_one" not in str(refusal.value)
+
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(UserError, match="HF_TOKEN"):
+        push(Push(str(recipe.run_path), "org/gentle"))
+
+
+def test_seeds_give_mean_and_spread(base, tmp_path):
+    """Two seeds are two runs; the mean and the standard deviation are those of their validation losses."""
+    from train.experiments import train_seeds
+
+    done = train_seeds(recipe_for(base, tmp_path, seeds=(1, 2), samples=0, max_steps=2, evaluations=1, store=""))
+
+    one, two = (read_json(tmp_path / "runs" / f"tiny-s{seed}" / "train.json")["val_loss"] for seed in (1, 2))
+    assert one != two
+    assert done["val_loss_mean"] == pytest.approx((one + two) / 2, abs=1e-5)
+    assert done["val_loss_sd"] == pytest.approx(abs(one - two) / 2**0.5, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_adapter(base, tmp_path):
+    """accelerate launch with two CPU processes: half the steps for the same rows, one adapter, one result line."""
+    recipe = recipe_for(base, tmp_path, samples=0)
+    process = run_command("-m", "accelerate.commands.launch", "--config_file", "train/accelerate/cpu.yaml",
+                          "-m", "train", *flags_of(recipe), OMP_NUM_THREADS="1")  # fmt: skip
+    out, err = process.communicate(timeout=400)
+
+    assert process.returncode == 0, err[-2000:]
+    document = json.loads(out.splitlines()[-1])
+    assert document["steps"] == 4
+    assert find(tmp_path / "store", "tiny").id == document["adapter"]
+    assert len(re.findall(r'"adapter": "tiny@', out)) == 1

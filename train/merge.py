@@ -1,0 +1,77 @@
+"""`python -m train merge RUN`: base and adapter as one folder that loads with AutoModelForCausalLM alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train import catalog
+from train.card import card_text
+from train.command import argument, option
+from train.errors import UserError
+from train.files import new_directory
+from train.postflight import PROBE
+from train.run import open_run
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What to merge, and where to."""
+
+    run: str = argument("finished run: its name under runs/, or its path")
+    out: str = option("", "folder to make; by default <run>/merged")
+    dtype: str = option("bfloat16", "precision of the merged weights: bfloat16 or float32")
+    overwrite: bool = option(False, "replace the folder if it exists")
+
+
+def merge(config: Merge) -> dict[str, Any]:
+    """Fold the adapter into the base's weights and save model, tokenizer and card; return what was measured."""
+    import shutil
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
+    run = open_run(config.run)
+    out = Path(config.out) if config.out else run.path / "merged"
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{str(out)!r} exists; replace it with --overwrite or choose another --out")
+    recipe = run.config()
+    base = catalog.resolve(recipe["base"])
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    # The sum is made in fp32, whatever the result is kept in: rounding once is better than twice.
+    plain = AutoModelForCausalLM.from_pretrained(
+        base.path, dtype=torch.float32, attn_implementation=recipe["attention"]
+    )
+    adapted = PeftModel.from_pretrained(plain, str(run.adapter))
+    before = next_logits(adapted, tokenizer, recipe["system"])
+    merged = adapted.merge_and_unload().to(getattr(torch, config.dtype))
+    after = next_logits(merged, tokenizer, recipe["system"])
+    if out.exists():
+        shutil.rmtree(out)
+    with new_directory(out) as folder:
+        merged.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        (folder / "README.md").write_text(card_text(run, merged=True), encoding="utf-8")
+    return {
+        "merged": str(out),
+        "base": base.hub_id,
+        "dtype": config.dtype,
+        "same_next_token": bool(before.argmax() == after.argmax()),
+        "largest_logit_difference": round(float((before - after).abs().max()), 5),
+    }
+
+
+def next_logits(model: Any, tokenizer: Any, system: str) -> Any:
+    """The next-token logits (V,) on the probe question, in fp32."""
+    import torch
+
+    from train.chat import prompt_messages
+
+    ids = tokenizer.apply_chat_template(
+        prompt_messages(PROBE, system), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model.eval()
+    with torch.no_grad():
+        return model(**ids).logits[0, -1].float()

@@ -1,0 +1,275 @@
+"""`python -m train check RECIPE`: what would fail after hours, found in seconds and without loading weights.
+
+Each check is one line, ok or FAIL. `train` runs the same checks first and refuses where one fails.
+"""
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train import adapter, catalog, data, store
+from train.chat import prompt_messages
+from train.errors import UserError
+from train.hardware import Machine, Plan
+from train.recipe import Recipe
+
+# What vLLM 0.32 accepts as --max-lora-rank.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MIN_FREE_DISK_BYTES = 2 << 30
+
+
+class Finding(NamedTuple):
+    """One check: its name, whether it holds, and what was seen."""
+
+    check: str
+    ok: bool
+    seen: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL'}  {self.check:<10} {self.seen}"
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts of the training rows: of the whole row, and of its answer after cutting at max_length."""
+
+    whole: list[int]
+    scored: list[int]
+
+
+def refuse_unless_ready(recipe: Recipe, how: Plan, here: Machine) -> None:
+    """Print each finding on stderr; raise UserError when one is a failure."""
+    failed = []
+    for finding in check(recipe, how, here):
+        print(finding, file=sys.stderr, flush=True)
+        failed += [] if finding.ok else [finding]
+    if failed:
+        raise UserError(f"{failed[0].check}: {failed[0].seen}; nothing was trained")
+
+
+def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
+    """Run every check in turn; one that cannot go on because an earlier one failed is left out."""
+    # bitsandbytes says, on import, that a kernel from the hub is missing; none is wanted.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    yield _guard("name", lambda: _name(recipe.name))
+    for item in how.downgrades:
+        yield Finding("machine", True, str(item))
+    found: dict[str, Any] = {}
+
+    def base() -> str:
+        found["base"] = catalog.resolve(recipe.base)
+        return f"{found['base'].hub_id} ({found['base'].license}) is at hand"
+
+    def rows() -> str:
+        found["splits"], report = data.prepare(recipe.data_config())
+        n, unit = report.rows, " (split by row)" if report.split == "row" else ""
+        return (
+            f"{report.rows_in} rows in, {report.rows_out} kept; train {n['train']}, val {n['val']}, test {n['test']}; "
+            f"leak {report.leak} questions{unit}"
+        )
+
+    yield _guard("base", base)
+    yield _guard("data", rows)
+    if "base" not in found:
+        return
+    folder = found["base"].path
+    yield _guard("lora", lambda: lora_config(recipe, folder))
+    yield _guard("targets", lambda: _count_targets(recipe, folder, found))
+    yield _guard("attention", lambda: attention(recipe, folder))
+    yield _guard("template", lambda: template(recipe, folder))
+    if "splits" in found:
+        yield _guard("rows", lambda: _measure_rows(recipe, folder, found))
+    if "lengths" in found and "adapted" in found:
+        yield _guard("memory", lambda: memory(recipe, how, here, folder, found["adapted"], found["lengths"]))
+    yield _guard("disk", lambda: disk(Path(recipe.runs)))
+
+
+def needed_rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that holds `rank`. Raises UserError above the largest."""
+    for allowed in SERVED_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise UserError(f"rank is {rank}; vLLM serves at most {SERVED_RANKS[-1]}")
+
+
+def lora_config(recipe: Recipe, folder: Path) -> str:
+    """Hold the LoRA config that training will save against the rules of the adapter store."""
+    from peft import LoraConfig
+
+    from train.sft import lora_targets
+
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
+                        target_modules=lora_targets(recipe), task_type="CAUSAL_LM")  # fmt: skip
+    document = json.loads(json.dumps(config.to_dict(), default=list))
+    adapter.check_config(document)
+    return f"rank {recipe.rank}, alpha {recipe.alpha}: vLLM serves it with --max-lora-rank {needed_rank(recipe.rank)}"
+
+
+def adapted_modules(recipe: Recipe, folder: Path) -> dict[str, tuple[int, int]]:
+    """{module: (outputs, inputs)} that the recipe's targets resolve to, on a model without weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train.sft import lora_targets
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
+        missing = [target for target in recipe.targets if target != "all-linear" and target not in names]
+        if missing:
+            raise UserError(f"targets has {missing[0]!r}, which matches no layer; the base has {', '.join(names)}")
+        shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
+        peft_model = get_peft_model(model, LoraConfig(r=1, target_modules=lora_targets(recipe)))
+    prefix = "base_model.model."
+    chosen = [name for name, module in peft_model.named_modules() if hasattr(module, "lora_A")]
+    return {name.removeprefix(prefix): shapes[name.removeprefix(prefix)] for name in chosen}
+
+
+def attention(recipe: Recipe, folder: Path) -> str:
+    """Refuse sdpa for a model that caps its attention scores: transformers' sdpa leaves the cap out, silently."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    cap = getattr(config, "attn_logit_softcapping", None)
+    if cap and recipe.attention == "sdpa":
+        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attention: eager")
+    return recipe.attention
+
+
+def template(recipe: Recipe, folder: Path) -> str:
+    """The chat template renders, the prompt is a prefix of the whole, the turn's end is trained, one BOS leads."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise UserError(f"the base at {str(folder)!r} has no chat template; use an instruction-tuned base")
+    messages = prompt_messages("How are you?", recipe.system)
+    answer = {"role": "assistant", "content": "Well."}
+    try:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template([*messages, answer], return_dict=False)
+    except TemplateError as error:
+        raise UserError(f"the chat template refuses our messages: {' '.join(str(error).split())}") from error
+    if whole[: len(prompt)] != prompt:
+        raise UserError("the rendered prompt is not a prefix of prompt and answer; training would see other prompts")
+    ends = _end_tokens(folder, tokenizer)
+    trained = whole[len(prompt) :]
+    if not ends & set(trained):
+        raise UserError("no end-of-turn token follows the answer: the model would not learn to stop")
+    bos = tokenizer.bos_token_id
+    if bos is not None and whole[:2] == [bos, bos]:
+        raise UserError(f"the template puts {tokenizer.bos_token!r} twice at the start")
+    end = tokenizer.convert_ids_to_tokens(next(token for token in trained if token in ends))
+    return f"prompt is a prefix, {len(prompt)} tokens around a short question; {end} ends the answer and is trained"
+
+
+def row_lengths(recipe: Recipe, folder: Path, rows: list[dict[str, Any]]) -> Lengths:
+    """Tokenise the training rows as training will."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole, scored = [], []
+    for row in rows:
+        messages = prompt_messages(row["question"], recipe.system)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        answer = {"role": "assistant", "content": row["answer"]}
+        total = len(tokenizer.apply_chat_template([*messages, answer], return_dict=False))
+        whole.append(total)
+        scored.append(max(0, min(total, recipe.max_length) - len(prompt)))
+    return Lengths(whole, scored)
+
+
+def memory(
+    recipe: Recipe, how: Plan, here: Machine, folder: Path, adapted: dict[str, tuple[int, int]], lengths: Lengths
+) -> str:
+    """A rough estimate of the most memory training will hold, beside what the machine has."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if how.dtype == "float32":
+        weights *= 2
+    if how.load_4bit:
+        weights = round(weights * 0.28) + config.vocab_size * config.hidden_size * 2
+    trainable = recipe.rank * sum(out + into for out, into in adapted.values())
+    # fp32 weight, gradient and two moments; 8-bit moments are a quarter.
+    optimizer = trainable * (8 + (2 if "8bit" in how.optimizer else 8))
+    tokens = recipe.batch_size * min(max(lengths.whole), recipe.max_length)
+    # Kept for the backward pass of one layer, in model-width rows of 2 bytes: about 34 without checkpointing, 2 with.
+    kept = 2 if recipe.checkpoint_activations else 34
+    activations = tokens * config.hidden_size * config.num_hidden_layers * kept * (2 if how.dtype == "bfloat16" else 4)
+    total = weights + optimizer + activations + (1 << 30)
+    text = (
+        f"about {_gib(total)}: weights {_gib(weights)}, optimizer {_gib(optimizer)} for {trainable:,} parameters, "
+        f"activations {_gib(activations)}, libraries 1.0 GiB; the {here.device} has {_gib(here.memory_bytes)}"
+    )
+    if total > here.memory_bytes:
+        raise UserError(f"{text}; lower batch_size or max_length, or set checkpoint_activations")
+    return text
+
+
+def disk(runs: Path) -> str:
+    """At least 2 GiB where the run will be."""
+    place = next(folder for folder in (runs, *runs.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < MIN_FREE_DISK_BYTES:
+        raise UserError(f"{_gib(free)} free at {str(place)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}")
+    return f"{_gib(free)} free"
+
+
+def _guard(name: str, run: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, True, run())
+    except UserError as error:
+        return Finding(name, False, str(error))
+
+
+def _name(name: str) -> str:
+    store.check_name(name)
+    return f"{name!r} may name an adapter"
+
+
+def _count_targets(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
+    found["adapted"] = adapted_modules(recipe, folder)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in found["adapted"]})
+    parameters = recipe.rank * sum(out + into for out, into in found["adapted"].values())
+    return f"{len(found['adapted'])} layers ({', '.join(kinds)}), {parameters:,} trainable parameters"
+
+
+def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
+    from train.sft import spread
+
+    lengths = found["lengths"] = row_lengths(recipe, folder, spread(found["splits"]["train"], recipe.max_rows))
+    cut = sum(n > recipe.max_length for n in lengths.whole)
+    empty = sum(n == 0 for n in lengths.scored)
+    ordered = sorted(lengths.whole)
+    text = (
+        f"{len(ordered)} rows of {ordered[len(ordered) // 2]} tokens (median), {ordered[-1]} at most; "
+        f"{cut} cut at {recipe.max_length}, {empty} with nothing left to learn"
+    )
+    if empty:
+        raise UserError(f"{text}; TRL would drop those without a word: raise max_length")
+    return text
+
+
+def _end_tokens(folder: Path, tokenizer: Any) -> set[int]:
+    """The tokens on which a server stops: the tokenizer's end of sequence, and those of generation_config.json."""
+    from transformers import GenerationConfig
+
+    ends = {tokenizer.eos_token_id}
+    if (folder / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+        ends |= set(listed if isinstance(listed, list) else [listed])
+    return ends - {None}
+
+
+def _gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"
