@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from serve import cpu_kernel
 from serve.cpu_kernel import LANES, MAX_SLICES
@@ -97,6 +98,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.library = cpu_kernel.library()
         self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
         self.layers: dict[int, Layer] = {}
+        self.handle = len(_WRAPPERS)
+        _WRAPPERS.append(self)
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
         """Group the rows of the coming step; vLLM calls this only when the mapping or a slot changed."""
@@ -114,7 +117,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[:, slice] += scale * x A B for every row with an adapter."""
-        if self.tokens.present:
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.counsel_lora_linear(
+                y, x, list(lora_a_stacked), list(lora_b_stacked), scale, list(output_slices), self.handle
+            )
+        elif self.tokens.present:
             self._linear(self.tokens, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def add_lora_logits(
@@ -219,3 +226,36 @@ def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, 
                 delta = h[:, h_at : h_at + rank] @ b[:, :n_out].float()
                 y[rows, y_at : y_at + n_out] = (y[rows, y_at : y_at + n_out].float() + delta).to(y.dtype)
             h_at, y_at = h_at + rank, y_at + n_out
+
+
+# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here.
+_WRAPPERS: list[GroupedPunicaWrapper] = []
+
+
+def _lora_linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a_stacked: list[torch.Tensor],
+    b_stacked: list[torch.Tensor],
+    scale: float,
+    n_out: list[int],
+    handle: int,
+) -> None:
+    wrapper = _WRAPPERS[handle]
+    if wrapper.tokens.present:
+        wrapper._linear(wrapper.tokens, y, x, a_stacked, b_stacked, scale, n_out)
+
+
+def _lora_linear_fake(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a_stacked: list[torch.Tensor],
+    b_stacked: list[torch.Tensor],
+    scale: float,
+    n_out: list[int],
+    handle: int,
+) -> None:
+    return None
+
+
+direct_register_custom_op("counsel_lora_linear", _lora_linear, mutates_args=["y"], fake_impl=_lora_linear_fake)

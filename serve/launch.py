@@ -17,9 +17,10 @@ from serve.machine import Machine
 from train.catalog import Base
 from train.files import read_json
 
-PLUGINS = ("counsel_platform", "counsel_adapters")
+PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_adapters")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONTEXT_CAP_TOKENS = 4096
+REQUEST_TOKENS = 1024
 BLOCK_TOKENS = 32
 GIB = 1 << 30
 
@@ -139,7 +140,7 @@ def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) 
     why = "prefixes are shared in whole blocks; vLLM's 128 would miss most system prompts"
     chosen.flag("--block-size", str(BLOCK_TOKENS), why=why)
     kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine)
-    why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of half a context each, at most a quarter of the memory"
+    why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
     chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
 
 
@@ -147,8 +148,8 @@ def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machi
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     token_bytes = 2 * 2 * shape["num_hidden_layers"] * heads * head_size
-    # One request of full length must fit, whatever else.
-    wanted = token_bytes * context_tokens * max(2, running) // 2
+    # One request of full length must fit, whatever else. More costs time too: a server touches all of it to start.
+    wanted = token_bytes * max(context_tokens, running * REQUEST_TOKENS)
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
 
 

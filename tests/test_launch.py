@@ -1,0 +1,106 @@
+"""The launch plan is a pure function of config, base, machine and store."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from serve.config import ServeConfig
+from serve.launch import PLUGINS, plan
+from serve.machine import Machine, look
+from train.catalog import Base
+
+GIB = 1 << 30
+SMALL = Machine("cpu", (0, 1), 24 * GIB, bf16=True, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
+LARGE = Machine("cpu", tuple(range(32)), 256 * GIB, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
+GPU = Machine("cuda", tuple(range(16)), 128 * GIB)
+
+
+@pytest.fixture
+def base(tmp_path):
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
+    return Base("small", "org/small", "apache-2.0", tmp_path)
+
+
+def flag(made, name):
+    """The last value of a flag: the one vLLM's parser keeps."""
+    places = [i for i, word in enumerate(made.argv) if word == name]
+    return made.argv[places[-1] + 1] if places else None
+
+
+def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
+    """Two cores both compute, OpenMP is preloaded, and glibc stands in for a missing tcmalloc, which is named."""
+    made = plan(ServeConfig(), base, SMALL, environ={})
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+    assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so"
+    assert made.env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
+    assert "apt install libtcmalloc-minimal4" in made.explain()
+    assert made.argv[1:3] == ("-m", "serve.entry")
+    # 64 requests x 1024 tokens x 30 layers x 3 heads x 64 values x key and value x 2 bytes
+    assert flag(made, "--kv-cache-memory-bytes") == str(64 * 1024 * 30 * 3 * 64 * 2 * 2)
+    assert flag(made, "--max-model-len") == "4096"
+
+
+def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
+    """Past four cores vLLM's own binding is right; tcmalloc is preloaded and glibc left alone."""
+    made = plan(ServeConfig(), base, LARGE, environ={})
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
+    assert made.env["LD_PRELOAD"] == "/usr/lib/libtcmalloc_minimal.so.4"
+    assert not any(name.startswith("MALLOC_") for name in made.env)
+
+
+def test_a_gpu_gets_vllms_defaults(base):
+    """On CUDA only LoRA is asked for: no CPU flag, no preload."""
+    made = plan(ServeConfig(), base, GPU, environ={})
+    assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--max-num-seqs") is None
+    assert "--enable-lora" in made.argv
+    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS"}
+
+
+def test_every_choice_can_be_overridden(base):
+    """A config field, a vLLM flag in vllm_args and a variable already set each win, and the reason says so."""
+    config = ServeConfig(running=7, kv_gb=0.5, context_tokens=512, vllm_args="--block-size 64")
+    set_by_user = {"VLLM_CPU_OMP_THREADS_BIND": "1", "LD_PRELOAD": "/mine.so"}
+    made = plan(config, base, SMALL, environ=set_by_user)
+    assert flag(made, "--max-num-seqs") == "7"
+    assert flag(made, "--kv-cache-memory-bytes") == "500000000"
+    assert flag(made, "--max-model-len") == "512"
+    assert flag(made, "--block-size") == "64"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in made.env
+    assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so:/mine.so"
+    assert "VLLM_CPU_OMP_THREADS_BIND=1: set in your environment" in made.explain()
+
+
+def test_an_adapter_above_the_largest_rank_is_foretold(base):
+    """A store with rank 128 under max_rank 64 is said at the start, not at the first request."""
+    assert "start with --max-rank 128" in plan(ServeConfig(), base, SMALL, (16, 128), environ={}).explain()
+
+
+def test_the_plan_is_what_vllm_understands(base):
+    """vLLM's own parser takes the whole command line."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    made = plan(ServeConfig(vllm_args="--seed 3"), base, SMALL, (16,), environ={})
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(made.argv[3:]))
+    assert parsed.lora_target_modules == shlex.split("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj")
+    assert (parsed.max_loras, parsed.max_lora_rank, parsed.block_size, parsed.seed) == (8, 64, 32, 3)
+
+
+def test_plugins_are_installed_under_the_names_the_plan_allows():
+    """Each name in VLLM_PLUGINS is an entry point of this project."""
+    from importlib.metadata import entry_points
+
+    groups = ("vllm.platform_plugins", "vllm.general_plugins", "vllm.endpoint_plugins")
+    assert {point.name for group in groups for point in entry_points(group=group)} >= set(PLUGINS)
+
+
+def test_this_machine_can_be_looked_at():
+    """Looking gives at least one core, some memory and a known device."""
+    machine = look()
+    assert machine.cpus
+    assert machine.memory_bytes > GIB // 4
+    assert machine.device in ("cpu", "cuda")
