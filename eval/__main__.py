@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.config import EvalConfig, ReportConfig
+from eval.config import CompareConfig, EvalConfig, GateConfig, ReportConfig
 from train.command import Command, Result, main
 
 
@@ -18,9 +18,23 @@ def _report(config: ReportConfig) -> Result:
     return report(config)
 
 
+def _compare(config: CompareConfig) -> Result:
+    from eval.compare import compare
+
+    return compare(config)
+
+
+def _gate(config: GateConfig) -> Result:
+    from eval.gate import gate
+
+    return gate(config)
+
+
 COMMANDS = {
     "": Command(EvalConfig, _evaluate, "ask base and adapters every held-out question, score and compare them"),
     "report": Command(ReportConfig, _report, "score and report an evaluation again, from its rows"),
+    "compare": Command(CompareConfig, _compare, "compare models that were evaluated apart"),
+    "gate": Command(GateConfig, _gate, "pass or fail an evaluation by rules on its intervals, for CI"),
 }
 
 if __name__ == "__main__":

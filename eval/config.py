@@ -42,3 +42,23 @@ class ReportConfig:
     """Which evaluation to score and report again."""
 
     folder: str = argument("an evaluation's folder: runs/<name>/eval/<stamp>")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Which evaluated models to compare."""
+
+    sides: tuple[str, ...] = argument(
+        "evaluated models, comma-separated: RUN or FOLDER, with :ARM where there are several"
+    )
+    seed: int = option(0, "of the bootstrap")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What a finished evaluation must show."""
+
+    side: str = argument("the evaluated model: RUN or FOLDER, with :ARM where there are several")
+    rules: tuple[str, ...] = option(
+        ("difference.bits_per_byte.high<0", "errors<=0"), "conditions, comma-separated (see eval/gate.py)"
+    )

@@ -24,9 +24,10 @@ from eval.arms import choose, few_shot_examples, served
 from eval.config import EvalConfig, ReportConfig
 from eval.likelihood import Renderer
 from eval.online import Exam, Progress, Question, ask_arm
+from eval.page import page
 from eval.report import markdown, terminal
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
-from eval.summary import alarms, paired, per_question, summarize_arms
+from eval.summary import alarms, by_topic, paired, per_question, summarize_arms
 from serve.client import make_async_client
 from train.catalog import resolve
 from train.command import Result
@@ -58,7 +59,7 @@ def report(config: ReportConfig) -> Result:
         raise UserError(f"{config.folder!r} is no evaluation: it has no config.json; look under runs/<name>/eval/")
     summary = _finish(folder)
     print(terminal(summary))
-    print(f"\nreport: {folder / 'report.md'}")
+    print(f"\nreport: {folder / 'report.html'}")
     return Result({"folder": str(folder), **{key: value for key, value in summary.items() if key != "plan"}})
 
 
@@ -128,6 +129,7 @@ def _essence(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _finish(folder: Path) -> dict[str, Any]:
     """Score the rows in `folder` and write scores.jsonl, the reports and, last, summary.json; return the summary."""
+    from eval.neighbours import Seen
     from eval.scoring import score_rows
     from eval.similarity import Encoder
 
@@ -136,9 +138,11 @@ def _finish(folder: Path) -> dict[str, Any]:
     questions, arms = choose_questions(run, plan["config"]["questions"]), plan["arms"]
     base, seed = plan["base"], plan["config"]["seed"]
     samples, likelihoods = read_rows(folder / "samples.jsonl"), read_rows(folder / "likelihood.jsonl")
-    scores = score_rows(
-        samples, questions, run.split("train"), Encoder(), progress=lambda line: print(line, file=sys.stderr)
-    )
+    train_rows = run.split("train")
+    scores = score_rows(samples, questions, train_rows, Encoder(), progress=lambda line: print(line, file=sys.stderr))
+    training = Seen(train_rows)
+    reasons = {question.question_id: training.reason(question.question, question.answers) for question in questions}
+    seen_questions = {key: reason for key, reason in reasons.items() if reason is not None}
     found = summarize_arms(arms, base, samples, scores, likelihoods, seed)
     summary: dict[str, Any] = {
         "format": 1,
@@ -149,10 +153,13 @@ def _finish(folder: Path) -> dict[str, Any]:
         "references": sum(len(question.answers) for question in questions),
         "arms": found,
         "differences": paired(per_question(scores, likelihoods), [(arm, base) for arm in arms if arm != base], seed),
-        "alarms": alarms(found, samples, likelihoods, base),
+        "topics": by_topic(arms, {q.question_id: q.topic for q in questions}, scores, likelihoods, seed),
+        "seen": seen_questions,
+        "alarms": alarms(found, samples, likelihoods, base, seen_questions),
         "plan": plan,
     }
     write_jsonl(folder / "scores.jsonl", scores)
     write_text(folder / "report.md", markdown(summary))
+    write_text(folder / "report.html", page(summary, questions, scores))
     write_json(folder / "summary.json", summary)
     return summary

@@ -17,8 +17,8 @@ def terminal(summary: Mapping[str, Any]) -> str:
     base = next((name for name, arm in arms.items() if arm["kind"] == "base"), None)
     for name, arm in arms.items():
         if arm["kind"] == "adapter" and base is not None:
-            blocks.append(_table(_beside(summary, base, name)))
-    blocks.append(_table(_all_arms(summary)))
+            blocks.append(table(_beside(summary, base, name)))
+    blocks.append(table(_all_arms(summary)))
     if any(row["p_holm"] is not None for row in summary["differences"]):
         blocks.append(
             "p: paired permutation test, Holm-corrected over the primary metrics (" + ", ".join(PRIMARY) + ").\n"
@@ -113,7 +113,8 @@ def p_text(change: Mapping[str, Any]) -> str:
     return f"({shown})" if change["p_holm"] is None else f"{shown}{'*' if p < 0.05 else ''}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as aligned columns, the first row as heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

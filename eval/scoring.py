@@ -7,17 +7,22 @@ scores.jsonl: one answer a line
 | `scores` | metric name to number; null when the row failed, is empty, or the metric is undefined for it |
 
 The arms in `YARDSTICKS` are no models. They answer the same questions, so their scores say where a metric's floor and
-ceiling are: `human` (each reference against the others, averaged over them, so it has one reference fewer),
-`retrieval` (the answer to the nearest training question), `shuffled` (a human answer to another held-out question),
-`echo` (the question itself) and `canned` (one reply for everything).
+ceiling are:
+
+    human      each reference against the others, averaged over them, so with one reference fewer
+    retrieval  the answer to the nearest training question, by TF-IDF and so not by the encoder that scores it
+    shuffled   a human answer to another held-out question
+    echo       the question itself
+    canned     one reply for everything
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
+from eval.neighbours import nearest
 from eval.online import Question
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.samples import Row
-from eval.similarity import Encoder, to_references
+from eval.similarity import Encoder, greedy_match, to_references
 from eval.wording import Copying, distinct, reading_grade, words
 
 YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
@@ -45,13 +50,14 @@ def score_rows(
         {key: sample[key] for key in ("arm", "question_id", "sample", "text", "finish_reason", "error")}
         for sample in samples
     ]
-    rows += yardstick_rows(questions, train_rows, encoder)
+    rows += yardstick_rows(questions, train_rows)
     progress(f"encoding {len(rows)} answers")
-    encoder.encode([text for row in rows if (text := row["text"])])
+    encoder.encode([text for question in questions for text in (question.question, *question.answers)])
+    encoder.encode([row["text"] for row in rows if words(row["text"])])
     progress(f"scoring {len(rows)} answers")
     for row in rows:
         question = by_id[row["question_id"]]
-        if row["error"] is not None or not row["text"]:
+        if row["error"] is not None or not words(row["text"]):
             row["scores"] = None
         elif row["arm"] == "human":
             row["scores"] = human_scores(question, encoder)
@@ -64,17 +70,18 @@ def score_rows(
 
 def answer_scores(answer: str, question: str, references: Sequence[str], encoder: Encoder) -> Scores:
     """Every metric of one answer but copying; `references` must not be empty."""
-    vectors = encoder.encode([answer, question, *references])
-    best, mean = to_references(vectors[0], vectors[2:])
+    encoded, asked, *known = encoder.encode([answer, question, *references])
+    best, mean = to_references(encoded, known)
     tokens = words(answer)
     return {
         "similarity_max": best,
         "similarity_mean": mean,
+        "greedy_match": greedy_match(encoded, known),
         **rouge(answer, references),
         "bleu": bleu(answer, references),
         "chrf": chrf(answer, references),
         "meteor": meteor(answer, references),
-        "question_similarity": float(vectors[0] @ vectors[1]),
+        "question_similarity": float(encoded.text @ asked.text),
         "distinct_2": distinct(tokens, 2),
         "words": float(len(tokens)),
         "reading_grade": reading_grade(answer),
@@ -91,18 +98,12 @@ def human_scores(question: Question, encoder: Encoder) -> Scores:
     return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
 
 
-def yardstick_rows(
-    questions: Sequence[Question], train_rows: Sequence[Mapping[str, str]], encoder: Encoder
-) -> list[Row]:
-    """The answers of the arms that are no models, in the order of `YARDSTICKS`."""
-    vectors = encoder.encode([question.question for question in questions])
-    # One answer for each training question, so that a question with many answers is not encoded many times.
-    training = {row["question"]: row["answer"] for row in reversed(train_rows)}
-    nearest = (encoder.encode(list(training)) @ vectors.T).argmax(axis=0) if training else []
-    retrieved = list(training.values())
+def yardstick_rows(questions: Sequence[Question], train_rows: Sequence[Mapping[str, str]]) -> list[Row]:
+    """The answers of the arms that are no models, in the order of `YARDSTICKS`; no `human` without a second answer."""
+    retrieved = [row["answer"] for row in nearest(train_rows, [question.question for question in questions])]
     texts = {
         "human": [question.answers[0] if len(question.answers) > 1 else "" for question in questions],
-        "retrieval": [retrieved[at] for at in nearest],
+        "retrieval": retrieved,
         "shuffled": [questions[i - 1].answers[0] for i in range(len(questions))],
         "echo": [question.question for question in questions],
         "canned": [CANNED] * len(questions),

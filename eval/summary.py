@@ -8,6 +8,8 @@ summary.json
   `empty`, `cut` (ended by length), `retries`, `tokens`} |
 | `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`}: n questions, 95 % interval |
 | `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `p_holm`} |
+| `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, for topics of at least `MIN_TOPIC` questions |
+| `seen` | question_id to why it may have been seen in training (see eval.neighbours.Seen) |
 | `alarms` | what a reader must know before believing a number |
 | `plan` | how it was made: config.json |
 """
@@ -23,6 +25,7 @@ from eval.scoring import YARDSTICKS
 from eval.stats import Ratio, difference, holm, interval, ratio
 
 PARROT_MARGIN = 0.05
+MIN_TOPIC = 5
 
 # metric -> question_id -> (numerator, denominator)
 PerQuestion = dict[str, dict[str, tuple[float, float]]]
@@ -68,7 +71,7 @@ def paired(table: Mapping[str, PerQuestion], pairs: Sequence[tuple[str, str]], s
     for arm, against in pairs:
         for metric in METRICS:
             ours, theirs = table.get(arm, {}).get(metric, {}), table.get(against, {}).get(metric, {})
-            keys = [key for key in ours if key in theirs]
+            keys = sorted(key for key in ours if key in theirs)
             if keys:
                 result = difference(as_ratio(ours, keys), as_ratio(theirs, keys), seed)
                 found.append({"arm": arm, "against": against, "metric": metric, **result._asdict(), "p_holm": None})
@@ -88,7 +91,7 @@ def summarize_arms(
         asked = [row for row in samples if row["arm"] == name]
         scored = [row for row in likelihoods if row["arm"] == name]
         metrics = {
-            metric: interval(as_ratio(cells, list(cells)), seed)._asdict()
+            metric: interval(as_ratio(cells, sorted(cells)), seed)._asdict()
             for metric in METRICS
             if (cells := table.get(name, {}).get(metric))
         }
@@ -111,9 +114,38 @@ def summarize_arms(
     return found
 
 
-def alarms(arms: Mapping[str, Any], samples: Sequence[Row], likelihoods: Sequence[Row], base: str) -> list[str]:
+def by_topic(
+    arms: Sequence[str], topics: Mapping[str, str], scores: Sequence[Row], likelihoods: Sequence[Row], seed: int
+) -> dict[str, Any]:
+    """Primary metrics of each arm on the questions of one topic; `topics` maps question_id to topic.
+
+    Slices are looked at, not tested: with this many, some differ by chance.
+    """
+    table = per_question(scores, likelihoods)
+    found: dict[str, Any] = {}
+    for topic in sorted(set(topics.values()) - {""}):
+        members = {key for key, name in topics.items() if name == topic}
+        if len(members) < MIN_TOPIC:
+            continue
+        found[topic] = {
+            arm: {
+                metric: interval(as_ratio(cells, keys), seed)._asdict()
+                for metric in PRIMARY
+                if (cells := table.get(arm, {}).get(metric))
+                and (keys := sorted(key for key in cells if key in members))
+            }
+            for arm in arms
+        }
+    return found
+
+
+def alarms(
+    arms: Mapping[str, Any], samples: Sequence[Row], likelihoods: Sequence[Row], base: str, seen: Mapping[str, str]
+) -> list[str]:
     """What makes a number here less than it seems."""
     found = []
+    if seen:
+        found.append(f"{len(seen)} held-out questions may have been seen in training: " + ", ".join(sorted(seen)[:5]))
     human = arms.get("human", {}).get("metrics", {}).get("question_similarity")
     for name, arm in arms.items():
         if arm["kind"] == "yardstick":

@@ -1,0 +1,110 @@
+"""Compare models that were evaluated apart: other runs, other seeds, other adapters, on the questions they share.
+
+python -m eval compare seed-1,seed-2,seed-3
+python -m eval compare gentle:gentle,gentle:smollm2-135m,runs/direct/eval/20260101T000000Z:direct
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.config import CompareConfig
+from eval.metrics import METRICS
+from eval.report import p_text, table, with_interval
+from eval.samples import Row, read_rows
+from eval.summary import paired, per_question, summarize_arms
+from train.command import Result
+from train.errors import UserError
+from train.files import read_json
+from train.run import open_run
+
+
+class Side(NamedTuple):
+    """One arm of one finished evaluation, and the label it goes by here."""
+
+    label: str
+    folder: Path
+    arm: str
+    summary: dict[str, Any]
+
+
+def compare(config: CompareConfig) -> Result:
+    """Print each side's metrics, and its paired difference from the first side, Holm-corrected over all of them."""
+    sides = [side(text) for text in config.sides]
+    if len(sides) < 2 or len({one.label for one in sides}) < len(sides):
+        raise UserError(f"sides is {','.join(config.sides)!r}; give two or more different ones, such as one,two:base")
+    first = sides[0]
+    for other in sides[1:]:
+        if other.summary["plan"]["test_sha256"] != first.summary["plan"]["test_sha256"]:
+            raise UserError(
+                f"{other.label} and {first.label} have different held-out rows: no paired comparison is right"
+            )
+    scores, likelihoods = (
+        [rows for one in sides for rows in labelled(one, "scores.jsonl")],
+        [rows for one in sides for rows in labelled(one, "likelihood.jsonl")],
+    )
+    labels = [one.label for one in sides]
+    arms = summarize_arms(labels, first.label, [], scores, likelihoods, config.seed)
+    differences = paired(per_question(scores, likelihoods), [(label, first.label) for label in labels[1:]], config.seed)
+    print(table(_rows(labels, arms, differences)))
+    print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
+    metrics = {label: arms[label]["metrics"] for label in labels}
+    return Result({"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics)})
+
+
+def side(text: str) -> Side:
+    """Read `RUN`, `FOLDER`, `RUN:ARM` or `FOLDER:ARM`: a run means its latest finished evaluation.
+
+    Without an arm it is the only adapter of that evaluation; with several, UserError lists them.
+    """
+    where, _, arm = text.partition(":")
+    folder = Path(where) if (Path(where) / "summary.json").is_file() else latest(where)
+    summary = read_json(folder / "summary.json")
+    adapters = [name for name, found in summary["arms"].items() if found["kind"] == "adapter"]
+    if not arm and len(adapters) != 1:
+        raise UserError(
+            f"{text!r} holds {len(adapters)} adapters; choose with {where}:ARM from {', '.join(summary['arms'])}"
+        )
+    arm = arm or adapters[0]
+    if arm == "base":
+        arm = summary["plan"]["base"]
+    if arm not in summary["arms"]:
+        raise UserError(f"{str(folder)!r} has no arm {arm!r}; it has {', '.join(summary['arms'])}")
+    return Side(f"{summary['run']}:{arm}", folder, arm, summary)
+
+
+def latest(run: str) -> Path:
+    """The folder of a run's latest finished evaluation."""
+    finished = sorted(path.parent for path in (open_run(run).path / "eval").glob("*/summary.json"))
+    if not finished:
+        raise UserError(f"run {run!r} has no finished evaluation; make one with python -m eval --run {run}")
+    return finished[-1]
+
+
+def labelled(one: Side, file: str) -> list[Row]:
+    """The rows of one arm, under its label."""
+    return [row | {"arm": one.label} for row in read_rows(one.folder / file) if row["arm"] == one.arm]
+
+
+def spread(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of each metric over the sides: across seeds, what training itself varies."""
+    shared = [name for name in METRICS if all(name in found for found in metrics.values())]
+    values = {name: [found[name]["value"] for found in metrics.values()] for name in shared}
+    return {name: {"mean": statistics.mean(each), "sd": statistics.stdev(each)} for name, each in values.items()}
+
+
+def _rows(labels: list[str], arms: dict[str, Any], differences: list[dict[str, Any]]) -> list[list[str]]:
+    changes = {(row["arm"], row["metric"]): row for row in differences}
+    rows = [["", labels[0], *(cell for label in labels[1:] for cell in (label, "difference", "p"))]]
+    for name, metric in METRICS.items():
+        cells = [metric.title, with_interval(arms[labels[0]]["metrics"].get(name), metric.digits)]
+        for label in labels[1:]:
+            change = changes.get((label, name))
+            cells += [
+                with_interval(arms[label]["metrics"].get(name), metric.digits),
+                with_interval(change, metric.digits, sign="+"),
+                p_text(change) if change else "",
+            ]
+        if any(cells[1:]):
+            rows.append(cells)
+    return rows

@@ -1,0 +1,29 @@
+"""report.html: one file that needs nothing beside it, with tables, a plot, and a browser of every answer.
+
+The page is `page.html`; it draws itself from the JSON put in place of `$data`. Reading it needs a browser and no network.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from eval.metrics import METRICS
+from eval.online import Question
+from eval.samples import Row
+
+_PAGE = Path(__file__).with_name("page.html")
+
+
+def page(summary: Mapping[str, Any], questions: Sequence[Question], scores: Sequence[Row]) -> str:
+    """The HTML text of a finished evaluation."""
+    data = {
+        "summary": summary,
+        "metrics": {name: metric._asdict() for name, metric in METRICS.items()},
+        "questions": [question._asdict() for question in questions],
+        "scores": scores,
+    }
+    # Inside <script> only these two sequences could end the element or open a comment, whatever a model wrote.
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\u0021--")
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(data=text)
