@@ -93,6 +93,7 @@ class AdaptersPlugin:
             limits=Limits(per_key=config.key_running, total=config.queued),
             meters=meters,
             journal=Journal(config.log_dir),
+            fold_system=await asyncio.to_thread(_drops_system, Path(args.model)),
         )
         await plane.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
@@ -138,6 +139,21 @@ class VllmEngine:
     async def unload(self, manifest: Manifest) -> None:
         request = self.requests.pop(manifest.id)
         await self.client.remove_lora(request.lora_int_id)
+
+
+def _drops_system(model: Path) -> bool:
+    """Whether the base's chat template refuses a system turn, or loses it without a word."""
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.chat_template is None:
+        return False
+    turns = [{"role": "system", "content": "SYSTEM-TEXT"}, {"role": "user", "content": "hello"}]
+    try:
+        return "SYSTEM-TEXT" not in str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError:
+        return True
 
 
 def _verify(manifest: Manifest, path: Path) -> None:

@@ -1,8 +1,8 @@
 """What a request body becomes before vLLM reads it. Pure: a JSON object in, another out.
 
 - the exact version answers, so `model` becomes `name@version` (and the reply says so);
-- an adapter is asked as it was trained: where the request brings no system text, its manifest's is put first (a chat
-  template without a system role folds it into the first user turn);
+- an adapter is asked as it was trained: where the request brings no system text, its manifest's is put first;
+- where the base's chat template has no system role, system texts are folded into the first user turn;
 - prefix-cache blocks are shared only among requests of one key;
 - a stream always reports its usage to us; `wants_usage` says whether the caller asked for it too.
 """
@@ -18,7 +18,15 @@ _BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 Body = dict[str, Any]
 
 
-def prepare(path: str, body: Body, manifest: Manifest | None, salt: str, max_completion_tokens: int) -> Body:
+def prepare(
+    path: str,
+    body: Body,
+    manifest: Manifest | None,
+    *,
+    salt: str = "",
+    max_completion_tokens: int,
+    fold_system: bool = False,
+) -> Body:
     """The body to hand on; `manifest` is None for the base. Raises Refusal 400 for what the bounds forbid."""
     ready = dict(body)
     for name in _BOUNDS:
@@ -29,12 +37,25 @@ def prepare(path: str, body: Body, manifest: Manifest | None, salt: str, max_com
         ready["model"] = manifest.id
         if manifest.prompt.get("system"):
             _insert_system(path, ready, manifest.prompt["system"])
+    if fold_system and path == CHAT and isinstance(ready.get("messages"), list):
+        ready["messages"] = folded(ready["messages"])
     if salt:
         ready["cache_salt"] = hashlib.sha256(f"{salt} {body.get('cache_salt') or ''}".encode()).hexdigest()[:32]
     if ready.get("stream") and path != RESPONSES:
         options = body.get("stream_options")
         ready["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
     return ready
+
+
+def folded(messages: list[Any]) -> list[Any]:
+    """The same conversation without system turns: their texts, in order, open the first user turn."""
+    texts = [_text(message) for message in messages if _is_system(message)]
+    rest = [message for message in messages if not _is_system(message)]
+    for place, message in enumerate(rest):
+        if texts and isinstance(message, dict) and message.get("role") == "user":
+            rest[place] = {**message, "content": "\n\n".join([*texts, _text(message)])}
+            break
+    return rest
 
 
 def wants_usage(path: str, body: Body) -> bool:
@@ -62,6 +83,14 @@ def _insert_system(path: str, body: Body, system: str) -> None:
         given = body.get("input")
         if not (isinstance(given, list) and any(_is_system(message) for message in given)):
             body["instructions"] = system
+
+
+def _text(message: Body) -> str:
+    """A message's text, whether given as one text or in parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _is_system(message: Any) -> bool:

@@ -60,6 +60,7 @@ class Service:
     limits: Limits
     meters: Meters
     journal: Journal
+    fold_system: bool = False
     draining: bool = False
 
 
@@ -127,7 +128,14 @@ class Gateway:
             manifest = await plane.resolve(model)
         visit.adapter = manifest.id if manifest else plane.base_name
         visit.streamed = bool(body.get("stream"))
-        ready = prepare(visit.path, body, manifest, visit.key.digest, service.config.max_completion_tokens)
+        ready = prepare(
+            visit.path,
+            body,
+            manifest,
+            salt=visit.key.digest,
+            max_completion_tokens=service.config.max_completion_tokens,
+            fold_system=service.fold_system,
+        )
         weight = n_sequences(visit.path, body)
         limits.enter(visit.key.name, weight)
         service.meters.in_flight.inc(weight)

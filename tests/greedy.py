@@ -16,11 +16,14 @@ def greedy_ids(base: Path, adapter: Path | None, messages: list[dict[str, str]],
     model = _model(base, adapter)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    n_prompt = ids.shape[1]
+    said: list[int] = []
+    cache = None
     with torch.inference_mode():
         for _ in range(n_tokens):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-    return ids[0, n_prompt:].tolist()
+            step = model(ids, past_key_values=cache, use_cache=True)
+            cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
+            said.append(int(ids))
+    return said
 
 
 def _model(base: Path, adapter: Path | None) -> Any:

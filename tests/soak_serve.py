@@ -51,6 +51,7 @@ EXACT = {"ignore_eos": True, "return_token_ids": True}
 
 @dataclass(frozen=True)
 class Soak:
+    model: str = option("tiny", "base model; `tiny` is a random Gemma-2, made for the purpose")
     seconds: float = option(180.0, "seconds of load")
     adapters: int = option(64, "adapters published at the start")
     streams: int = option(16, "streams at a time")
@@ -84,9 +85,9 @@ class Bare(Server):
 class Shop:
     """The adapters on disk, the store, and what PEFT says for each exact version."""
 
-    def __init__(self, folder: Path, n: int) -> None:
+    def __init__(self, folder: Path, model: str, n: int) -> None:
         self.folder, self.store = folder, folder / "store"
-        self.base: Base = resolve(str(tiny_base(folder / "tiny")))
+        self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
         self.expected: dict[tuple[str, str], list[int]] = {}
         self.live: list[str] = []
         self._n_made = 0
@@ -120,7 +121,7 @@ def run(options: Soak) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         say(f"making {options.adapters} adapters, and asking PEFT what each answers")
-        shop = Shop(folder, options.adapters)
+        shop = Shop(folder, options.model, options.adapters)
         config = tiny_config(folder, shop.base.path, slots=4, host_adapters=32, restarts=3)
         figures: dict[str, Any] = {}
         with Server(config) as server:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.bodies import CHAT, COMPLETIONS, RESPONSES, n_sequences, prepare, wants_usage
+from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, n_sequences, prepare, wants_usage
 from serve.config import ServeConfig
 from serve.keys import ADMIN, USER, KeyRing, add_key
 from serve.limits import Limits
@@ -38,44 +38,65 @@ def manifest(name: str, version: str = "0" * 12, system: str = "", rank: int = 8
 # Bodies
 
 
+def ready(path: str, body: Body, manifest: Manifest | None, **conventions: object) -> Body:
+    return prepare(path, body, manifest, max_completion_tokens=100, **conventions)  # type: ignore[arg-type]
+
+
 def test_the_manifests_system_text_is_put_first_only_where_there_is_none():
     """Chat gets a system turn, responses get instructions, completions stay raw; a text of the request's own stays."""
     kind = manifest("kind", system="Be kind.")
-    chat = prepare(CHAT, {"model": "kind", "messages": [USER_TURN]}, kind, "", 100)
+    chat = ready(CHAT, {"model": "kind", "messages": [USER_TURN]}, kind)
     assert chat["messages"] == [{"role": "system", "content": "Be kind."}, USER_TURN]
     assert chat["model"] == "kind@000000000000"
     for role in ("system", "developer"):
         own = {"messages": [{"role": role, "content": "Mine."}, USER_TURN]}
-        assert prepare(CHAT, own, kind, "", 100)["messages"] == own["messages"]
-    assert prepare(RESPONSES, {"input": "hello"}, kind, "", 100)["instructions"] == "Be kind."
-    assert prepare(RESPONSES, {"input": "hello", "instructions": "Mine."}, kind, "", 100)["instructions"] == "Mine."
-    assert "messages" not in prepare(COMPLETIONS, {"prompt": "hello"}, kind, "", 100)
-    assert prepare(CHAT, {"messages": [USER_TURN]}, None, "", 100)["messages"] == [USER_TURN]
+        assert ready(CHAT, own, kind)["messages"] == own["messages"]
+    assert ready(RESPONSES, {"input": "hello"}, kind)["instructions"] == "Be kind."
+    assert ready(RESPONSES, {"input": "hello", "instructions": "Mine."}, kind)["instructions"] == "Mine."
+    assert "messages" not in ready(COMPLETIONS, {"prompt": "hello"}, kind)
+    assert ready(CHAT, {"messages": [USER_TURN]}, None)["messages"] == [USER_TURN]
+
+
+def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn():
+    """The manifest's text, or the request's own, opens the first user turn; parts become one text."""
+    kind = manifest("kind", system="Be kind.")
+
+    def asked(messages: list[dict[str, object]]) -> object:
+        body = ready(CHAT, {"messages": messages}, kind, fold_system=True)
+        return body["messages"]
+
+    assert asked([USER_TURN]) == [{"role": "user", "content": "Be kind.\n\nhello"}]
+    parts = {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}
+    own = {"role": "system", "content": "Mine."}
+    assert asked([own, parts, {"role": "assistant", "content": "hi"}]) == [
+        {"role": "user", "content": "Mine.\n\nhello"},
+        {"role": "assistant", "content": "hi"},
+    ]
 
 
 def test_callers_with_different_keys_never_share_cache_blocks():
     """The salt depends on the key and on the caller's own salt, and is never the caller's to choose."""
-    salts = {prepare(CHAT, {"cache_salt": own}, None, key, 100)["cache_salt"] for key in "ab" for own in ("", "x")}
+    salts = {ready(CHAT, {"cache_salt": own}, None, salt=key)["cache_salt"] for key in "ab" for own in ("", "x")}
     assert len(salts) == 4
-    assert "cache_salt" not in prepare(CHAT, {}, None, "", 100)
+    assert "cache_salt" not in ready(CHAT, {}, None)
 
 
 def test_tokens_are_bounded_under_each_of_their_names():
     """More than the server allows is refused and says which field."""
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         with pytest.raises(Refusal, match=f"{name} is 101; at most 100") as refusal:
-            prepare(CHAT, {name: 101}, None, "", 100)
+            ready(CHAT, {name: 101}, None)
         assert (refusal.value.status, refusal.value.param) == (400, name)
-        assert prepare(CHAT, {name: 100}, None, "", 100)[name] == 100
+        assert ready(CHAT, {name: 100}, None)[name] == 100
 
 
 def test_every_stream_reports_usage_to_us_whoever_asked():
     """`include_usage` is always on in what vLLM gets; `wants_usage` remembers what the caller said."""
     quiet = {"stream": True}
-    assert prepare(CHAT, quiet, None, "", 100)["stream_options"] == {"include_usage": True}
+    assert ready(CHAT, quiet, None)["stream_options"] == {"include_usage": True}
     assert not wants_usage(CHAT, quiet)
     assert wants_usage(CHAT, {"stream": True, "stream_options": {"include_usage": True}})
-    assert "stream_options" not in prepare(RESPONSES, quiet, None, "", 100)
+    assert "stream_options" not in ready(RESPONSES, quiet, None)
 
 
 @pytest.mark.parametrize(
