@@ -2,41 +2,58 @@
 
     python -m loadtest --run NAME --rate 4 --duration-s 60 --slo 'ttft_p90_s <= 2'
     python -m loadtest --config loadtest/scenarios/skewed.yaml --run NAME
+    python -m loadtest find-capacity --run NAME --slo 'ttft_p90_s <= 2'
+    python -m loadtest compare runs/NAME/loadtest/A runs/NAME/loadtest/B
 
 Exit status: 0 the objectives were held (or there were none), 1 one was missed, 2 the run is invalid: the client, not
 the server, was measured.
 """
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
-from loadtest.launch import run_locust
-from loadtest.prepare import prepare
-from loadtest.report import write_report
-from loadtest.scenario import Scenario
-from loadtest.scrape import Scraper
+from loadtest.capacity import Capacity, find_capacity
+from loadtest.compare import Compare, compare
+from loadtest.launch import run_worker
+from loadtest.play import play
+from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import table, verdict_text
-from loadtest.verdict import EXIT_STATUS, conclude
-from train.command import Command, Result, main
-from train.files import read_json, write_json
+from loadtest.verdict import EXIT_STATUS
+from train.command import Command, Result, argument, main, option
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process on this machine for a run that another machine leads."""
+
+    dir: str = argument("the run's results directory, shared or copied to this machine once the run waits for workers")
+    master: str = option("127.0.0.1:5557", "HOST:PORT that the run was given as --join")
 
 
 def run(scenario: Scenario) -> Result:
-    """Prepare, play, conclude, print."""
-    directory = prepare(scenario)
-    print(f"results in {directory}", file=sys.stderr)
-    with Scraper(scenario.url) as scraper:
-        run_locust(scenario, directory)
-    scraper.write(directory / "server.jsonl", read_json(directory / "start.json")["mono_s"])
-    summary = conclude(directory, scraper.note)
-    write_report(directory, summary)
-    write_json(directory / "summary.json", summary)
+    """Play, then print the table and the verdict."""
+    summary = play(scenario)
     print(table(summary))
     print(verdict_text(summary))
-    print(f"report: {directory / 'report.html'}")
+    print(f"report: {Path(summary['dir']) / 'report.html'}")
     return Result(summary, EXIT_STATUS[summary["verdict"]])
 
 
-COMMANDS = {"": Command(Scenario, run, "load a running server with a mix of models, measure every request, and judge")}
+def work(options: Worker) -> Result:
+    """Send a share of a run that is led elsewhere."""
+    directory = Path(options.dir)
+    read_scenario(directory)
+    run_worker(directory, options.master)
+    return Result({"dir": options.dir})
+
+
+COMMANDS = {
+    "": Command(Scenario, run, "load a running server with a mix of models, measure every request, and judge"),
+    "find-capacity": Command(Capacity, find_capacity, "search for the highest rate that holds the objectives"),
+    "compare": Command(Compare, compare, "say whether run B is better or worse than run A, with intervals"),
+    "worker": Command(Worker, work, "send requests for a run that another machine leads (--join)"),
+}
 
 if __name__ == "__main__":
     sys.exit(main("loadtest", COMMANDS))

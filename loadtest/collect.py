@@ -34,7 +34,7 @@ class Outbox:
 
     def __init__(self, environment: Environment, player: Player, deliver: Callable[[dict[str, Any]], None]) -> None:
         self.finished = False
-        self._environment = environment
+        self.environment = environment
         self._player = player
         self._deliver = deliver
         self._rows: list[Row] = []
@@ -43,7 +43,7 @@ class Outbox:
     def add(self, row: Row) -> None:
         """Take a finished row, and show it in Locust's live table: the request, and its first token."""
         self._rows.append(row)
-        fire = self._environment.events.request.fire
+        fire = self.environment.events.request.fire
         failure = None if row.outcome in ("ok", "cancelled") else RuntimeError(row.outcome)
         took_ms = 1000 * ((row.end_s or row.due_s) - row.due_s)
         fire(request_type="reply", name=row.model, response_time=took_ms,

@@ -5,31 +5,46 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from loadtest.scenario import Scenario
 from train.errors import UserError
 
-LOCUSTFILE = Path(__file__).parent / "locustfile.py"
+_LOCUST = (sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"))
 
 
 def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
-    """The command line of Locust; `port` is where its processes meet when there are several."""
-    users = scenario.sources
+    """The command line of Locust; `port` is where its processes meet when there are several on this machine."""
+    users = str(scenario.sources)
     argv = [
-        sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--headless",
-        "--users", str(users), "--spawn-rate", str(users),
+        *_LOCUST, "--users", users, "--spawn-rate", users,
         # Users end on their own; these bound what goes wrong.
         "--stop-timeout", f"{math.ceil(scenario.drain_s) + 5}s",
         "--run-time", f"{math.ceil(scenario.duration_s + scenario.drain_s) + 30}s",
-        "--only-summary", "--loglevel", "INFO", "--logfile", str(directory / "locust.log"),
-        "--json-file", str(directory / "locust"),  # without it, Locust prints its tables on stderr
-        "--exit-code-on-error", "0",
+        "--logfile", str(directory / "locust.log"), "--exit-code-on-error", "0",
+        # Without a JSON file, Locust prints its own tables on stderr.
+        "--only-summary", "--json-file", str(directory / "locust"),
     ]  # fmt: skip
-    if scenario.workers > 1:
+    if scenario.web:
+        argv += ["--autostart", "--web-host", "127.0.0.1", "--web-port", str(scenario.web_port)]
+    else:
+        argv += ["--headless"]
+    if scenario.join:
+        host, _, join_port = scenario.join.rpartition(":")
+        argv += ["--master", "--master-bind-host", host, "--master-bind-port", join_port]
+        argv += ["--expect-workers", str(scenario.workers)]
+    elif scenario.workers > 1:
         argv += ["--processes", str(scenario.workers), "--master-bind-host", "127.0.0.1", "--master-host", "127.0.0.1",
                  "--master-bind-port", str(port), "--master-port", str(port)]  # fmt: skip
     return argv
+
+
+def worker_argv(directory: Path, master: str) -> list[str]:
+    """The command line of a Locust worker that joins `master` (HOST:PORT)."""
+    host, _, port = master.rpartition(":")
+    log = directory / f"worker-{socket.gethostname()}-{os.getpid()}.log"
+    return [*_LOCUST, "--worker", "--master-host", host, "--master-port", port, "--logfile", str(log)]
 
 
 def run_locust(scenario: Scenario, directory: Path) -> None:
@@ -37,12 +52,29 @@ def run_locust(scenario: Scenario, directory: Path) -> None:
 
     Progress goes to stderr, Locust's own talk to locust.log. Raises UserError when Locust does not end well.
     """
+    if scenario.web:
+        print(f"live page: http://127.0.0.1:{scenario.web_port}; Ctrl-C ends the run", file=sys.stderr)
+    if scenario.join:
+        print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.join}",
+              file=sys.stderr)  # fmt: skip
+    _run(locust_argv(scenario, directory, _free_port()), directory, patient=scenario.web)
+
+
+def run_worker(directory: Path, master: str) -> None:
+    """Send a share of the plan in `directory` for a run that waits at `master`; return when it has ended."""
+    _run(worker_argv(directory, master), directory, patient=False)
+
+
+def _run(argv: Sequence[str], directory: Path, *, patient: bool) -> None:
+    """Run Locust to its end; `patient`: Ctrl-C, which reaches Locust too, is that end."""
     environment = {**os.environ, "COUNSEL_LOADTEST": str(directory.resolve())}
-    with (directory / "locust.out").open("w", encoding="utf-8") as out:
-        child = subprocess.Popen(
-            locust_argv(scenario, directory, _free_port()), env=environment, stdin=subprocess.DEVNULL, stdout=out
-        )
+    with (directory / "locust.out").open("a", encoding="utf-8") as out:
+        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=out)
         try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            if not patient:
+                raise
             status = child.wait()
         finally:
             if child.poll() is None:

@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,12 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 DIRECTORY = Path(os.environ["COUNSEL_LOADTEST"])
 SCENARIO = read_scenario(DIRECTORY)
+# Read here and not in a listener: a worker is told to start as soon as it has joined, and several share this memory.
+PLAN = [Arrival.from_row(row) for row in read_jsonl(DIRECTORY / "plan.jsonl")]
+PROMPTS = [row["question"] for row in read_jsonl(DIRECTORY / "prompts.jsonl")]
+rehearse(SCENARIO)
+# All of this lives to the end: without freezing it, each full collection would stop the hub to look through it.
+gc.freeze()
 
 
 class Here:
@@ -40,6 +45,8 @@ class Here:
     player: Player
     outbox: Outbox
     playing: set[int]
+    jobs: tuple[gevent.Greenlet, ...] = ()
+    collector: Collector | None = None
 
 
 class Source(User):
@@ -67,44 +74,51 @@ class Source(User):
 
 
 @events.init.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
-    """Load the plan and connect rows to their file, or to the master that owns it."""
+def lead(environment: Environment, **_: Any) -> None:
+    """In the process that leads, be ready to write down what the others, or this one, report."""
     runner = environment.runner
-    deliver: Callable[[dict[str, Any]], None]
     if isinstance(runner, WorkerRunner):
-        Here.worker = runner.worker_index
-        deliver = lambda report: runner.send_message("report", report)  # noqa: E731
-    else:
-        collector = Collector(environment, DIRECTORY, SCENARIO.workers)
-        deliver = collector.take
-        events.test_start.add_listener(lambda **_: collector.restart())
+        return
+    collector = Here.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
     if isinstance(runner, MasterRunner):
         runner.register_message("report", lambda msg, **_: collector.take(msg.data))
+
+
+@events.test_start.add_listener
+def start(environment: Environment, **_: Any) -> None:
+    """Begin with a fresh player, outbox and files."""
+    runner = environment.runner
+    if Here.collector:
+        Here.collector.restart()
+    if isinstance(runner, MasterRunner):
         return
-    plan = [Arrival.from_row(row) for row in read_jsonl(DIRECTORY / "plan.jsonl")]
-    prompts = [row["question"] for row in read_jsonl(DIRECTORY / "prompts.jsonl")]
+    Here.worker = runner.worker_index if isinstance(runner, WorkerRunner) else 0
+    gevent.killall(Here.jobs)
     client = make_client(SCENARIO.url, SCENARIO.max_in_flight)
-    rehearse(SCENARIO)
-    # Everything so far lives to the end: without this, each full collection would stop the hub to look through it.
-    gc.freeze()
-    jobs: list[gevent.Greenlet] = []
+    Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
+    Here.outbox = Outbox(environment, Here.player, deliver)
+    Here.playing = set()
+    Here.jobs = (gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe))
 
-    def start(**_: Any) -> None:
-        gevent.killall(jobs)
-        Here.player = Player(SCENARIO, plan, prompts, client, Here.worker, lambda row: Here.outbox.add(row))
-        Here.outbox = Outbox(environment, Here.player, deliver)
-        Here.playing = set()
-        jobs[:] = [gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe)]
 
-    def broken(exception: Exception, **_: Any) -> None:
-        Here.player.bugs.append("".join(traceback.format_exception(exception)))
+def deliver(report: dict[str, Any]) -> None:
+    """Bring a report to the collector: ours, or the master's."""
+    if Here.collector:
+        Here.collector.take(report)
+    else:
+        runner = Here.outbox.environment.runner
+        assert isinstance(runner, WorkerRunner), "only a worker has no collector"
+        runner.send_message("report", report)
 
-    events.test_start.add_listener(start)
-    # Locust logs what a task raises and runs the task again: here that is our own bug, and ends the run.
-    events.user_error.add_listener(broken)
 
-    def end(**_: Any) -> None:
-        if jobs:
-            Here.outbox.flush()
+@events.user_error.add_listener
+def broken(exception: Exception, **_: Any) -> None:
+    """Locust logs what a task raises and runs the task again: here it is our own bug, and ends the run."""
+    Here.player.bugs.append("".join(traceback.format_exception(exception)))
 
-    events.quitting.add_listener(end)
+
+@events.quitting.add_listener
+def end(**_: Any) -> None:
+    """Report what is left."""
+    if Here.jobs:
+        Here.outbox.flush()

@@ -31,20 +31,18 @@ def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
     samples = read_jsonl(directory / "server.jsonl")
     sections = [
         _head(scenario, summary),
-        *([_section("Objectives", _table(objective_cells(summary)))] if summary["slo"] else []),
-        _section(
-            "Models", _table(model_cells(summary)), "Times in ms from sending. n: requests due after the warm-up."
-        ),
-        _section("Latency per model", latencies(summary["models"]), "Bar: median. Line: up to the 90th percentile."),
-        _section("Timeline", timeline(rows, samples, scenario.warmup_s)),
-        *_curve_section(summary.get("steps", [])),
-        *_cold_section(summary["cold"]),
-        _section("Due and sent", _table(_due_cells(summary)), _DUE_NOTE),
-        _section("Outcomes", _table([("outcome", "n"), *_pairs(summary["all"]["outcomes"])])),
-        _section("Server", _table([("figure", "value"), *_pairs(summary["server"])])),
-        _section("Client", _table(_check_cells(summary)), "A run whose client breaks one of these is not believed."),
-        _section("Scenario", _table([("option", "value"), *_pairs(scenario.to_json())])),
-        _section("Made by", _table([("what", "value"), *_pairs(read_json(directory / "target.json"))])),
+        *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),
+        section("Models", model_cells(summary), "Times in ms from sending. n: requests due after the warm-up."),
+        section("Latency per model", latencies(summary["models"]), "Bar: median. Line: up to the 90th percentile."),
+        section("Timeline", timeline(rows, samples, scenario.warmup_s)),
+        *_curve(summary.get("steps", [])),
+        *_cold(summary["cold"]),
+        section("Due and sent", _due_cells(summary), _DUE_NOTE),
+        section("Outcomes", [("outcome", "n"), *_pairs(summary["all"]["outcomes"])]),
+        section("Server", [("figure", "value"), *_pairs(summary["server"])]),
+        section("Client", _check_cells(summary), "A run whose client breaks one of these is not believed."),
+        section("Scenario", [("option", "value"), *_pairs(scenario.to_json())]),
+        section("Made by", [("what", "value"), *_pairs(read_json(directory / "target.json"))]),
     ]
     path = directory / "report.html"
     write_text(path, page("Load test", sections))
@@ -78,7 +76,10 @@ def _head(scenario: Scenario, summary: Mapping[str, Any]) -> str:
     )
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def section(title: str, content: str | Sequence[Sequence[str]], note: str = "") -> str:
+    """A headed part of a page: ready HTML, or cells that become a table, and a note below."""
+    if not isinstance(content, str):
+        content = _table(content)
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return f"<h2>{html.escape(title)}</h2>{content}{below}"
 
@@ -126,7 +127,7 @@ def _due_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _cold_section(cold: Mapping[str, Any]) -> list[str]:
+def _cold(cold: Mapping[str, Any]) -> list[str]:
     """What a request to an adapter pays when it is the first to name it, or the first in a long while."""
     if not cold["cold"]["n"] or not cold["warm"]["n"]:
         return []
@@ -134,8 +135,8 @@ def _cold_section(cold: Mapping[str, Any]) -> list[str]:
     for name, label in (("cold", "first of its adapter, or sent to the coldest"), ("warm", "all others")):
         spread = cold[name]
         lines.append((label, str(spread["n"]), f"{1000 * spread['p50']:.1f}", f"{1000 * spread['p90']:.1f}"))
-    return [_section("Cold adapters", _table(lines))]
+    return [section("Cold adapters", lines)]
 
 
-def _curve_section(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [_section("Against the offered rate", curves(points))] if len(points) > 1 else []
+def _curve(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [section("Against the offered rate", curves(points))] if len(points) > 1 else []

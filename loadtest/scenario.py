@@ -58,11 +58,17 @@ class Scenario:
     cancel_share: float = option(0.0, "share of requests whose client hangs up")
     cancel_after_s: str = option("uniform(0.5, 3)", f"when it hangs up: {_LENGTH}")
     temperature: float = option(0.0, "sampling temperature")
+    # What happens meanwhile
+    churn_s: float = option(0.0, "publish a new version of one adapter every so often (0: never)")
+    churn_store: str = option("store", "the server's adapter store, for churn")
     # What counts as good
     slo: tuple[str, ...] = option((), "objectives, such as 'ttft_p90_s <= 2' or 'gentle: error_rate <= 0.01'")
     good: tuple[str, ...] = option((), "limits a request must keep to count as goodput, such as 'ttft_s <= 1'")
     # With what
-    workers: int = option(1, "Locust processes on this machine")
+    workers: int = option(1, "Locust processes that send")
+    join: str = option("", "HOST:PORT where workers of other machines join; then none is started here")
+    web: bool = option(False, "open Locust's page during the run; end with Ctrl-C")
+    web_port: int = option(8089, "port of that page, on 127.0.0.1")
 
     def __post_init__(self) -> None:
         if self.arrivals not in PROCESSES:
@@ -73,7 +79,7 @@ class Scenario:
                      "max_in_flight", "workers", "long_words"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_s", "drain_s", "temperature"):
+        for name in ("warmup_s", "drain_s", "temperature", "churn_s"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("cold_share", "long_share", "cancel_share", "base_share"):
@@ -88,6 +94,8 @@ class Scenario:
             raise UserError("run and prompts are both given; give one")
         if self.closed and self.concurrency < self.workers:
             raise UserError(f"concurrency is {self.concurrency}; each of the {self.workers} workers needs a client")
+        if self.join and not self.join.rpartition(":")[2].isdigit():
+            raise UserError(f"join is {self.join!r}; the form is HOST:PORT")
         rate_knots(self.rate, self.duration_s)
         for text in self.slo:
             parse_objective(text)

@@ -1,0 +1,161 @@
+"""`python -m loadtest compare A B`: is B faster, slower, or not shown to differ, with intervals that respect time.
+
+Requests close in time share a queue, so they are no independent draws: an interval over requests would be far too
+narrow. The bootstrap here draws whole blocks of time, each run on its own, and asks how much B/A moves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from loadtest.figures import measured, percentile, rounded
+from loadtest.rows import FAILED, Row, read_rows
+from loadtest.scenario import read_scenario
+from loadtest.table import aligned
+from train.command import Result, argument, option
+from train.errors import UserError
+from train.files import read_json
+
+Block = Sequence[Row]
+_RESAMPLES = 1000
+_FEWEST_BLOCKS = 8
+
+
+class Metric(NamedTuple):
+    """A figure of many blocks of `block_s` seconds, and whether less of it is better."""
+
+    name: str
+    of: Callable[[Sequence[Block], float], float | None]
+    less_is_better: bool
+
+
+class Difference(NamedTuple):
+    """A metric of both runs, B/A with its 95 % interval, and what that shows: better, worse, or neither."""
+
+    metric: str
+    a: float | None
+    b: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    shows: str
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Which two runs, and how the blocks are cut."""
+
+    a: str = argument("results directory of the run to compare with")
+    b: str = argument("results directory of the run in question")
+    block_s: float = option(5.0, "length of a block; longer than requests depend on each other")
+    seed: int = option(0, "seed of the bootstrap")
+
+
+def compare(options: Compare) -> Result:
+    """Print each metric of both runs; exit 0 when B is nowhere worse, 1 when it is, 2 when a run is invalid."""
+    if options.block_s <= 0:
+        raise UserError(f"block_s is {options.block_s:g}; it must be above 0")
+    summaries = [read_json(Path(run) / "summary.json") for run in (options.a, options.b)]
+    a, b = (_blocks(Path(run), options.block_s) for run in (options.a, options.b))
+    found = differences(a, b, options.block_s, options.seed)
+    invalid = [summary["dir"] for summary in summaries if summary["verdict"] == "invalid"]
+    shown = {difference.shows for difference in found}
+    verdict = (
+        "invalid" if invalid else "worse" if "worse" in shown else "better" if "better" in shown else "no difference"
+    )
+    print(aligned(_cells(found)))
+    print(f"{len(a)} and {len(b)} blocks of {options.block_s:g} s; intervals 95 %, block bootstrap")
+    for run in invalid:
+        print(f"not to be believed: {run} is an invalid run")
+    print(f"verdict: {verdict}")
+    document = {"verdict": verdict, "differences": [difference._asdict() for difference in found]}
+    return Result(rounded(document), {"invalid": 2, "worse": 1}.get(verdict, 0))
+
+
+def differences(a: Sequence[Block], b: Sequence[Block], block_s: float, seed: int) -> list[Difference]:
+    """Every metric of METRICS, compared; raises UserError when a run is too short to tell."""
+    if min(len(a), len(b)) < _FEWEST_BLOCKS:
+        raise UserError(
+            f"the runs have {len(a)} and {len(b)} blocks of {block_s:g} s; {_FEWEST_BLOCKS} are needed: "
+            "run longer, or give a smaller --block-s"
+        )
+    random = np.random.default_rng(seed)
+    picks = [(random.integers(len(a), size=len(a)), random.integers(len(b), size=len(b))) for _ in range(_RESAMPLES)]
+    return [_difference(metric, a, b, block_s, picks) for metric in METRICS]
+
+
+def cut(rows: Sequence[Row], begin_s: float, end_s: float, block_s: float) -> list[list[Row]]:
+    """The rows by the block in which they were due; a last block that would be cut short is left out."""
+    n = int((end_s - begin_s) / block_s + 1e-9)
+    blocks: list[list[Row]] = [[] for _ in range(n)]
+    for row in rows:
+        index = int((row.due_s - begin_s) / block_s)
+        if 0 <= index < n:
+            blocks[index].append(row)
+    return blocks
+
+
+def _difference(
+    metric: Metric, a: Sequence[Block], b: Sequence[Block], block_s: float, picks: "list[tuple[np.ndarray, np.ndarray]]"
+) -> Difference:
+    value_a, value_b = metric.of(a, block_s), metric.of(b, block_s)
+    ratios = [
+        drawn_b / drawn_a
+        for in_a, in_b in picks
+        if (drawn_a := metric.of([a[i] for i in in_a], block_s))
+        and (drawn_b := metric.of([b[i] for i in in_b], block_s)) is not None
+    ]
+    if not value_a or value_b is None or len(ratios) < 0.95 * len(picks):
+        # Nothing to divide by: errors in the one and none in the other speak for themselves.
+        return Difference(metric.name, value_a, value_b, None, None, None, "-")
+    low, high = (percentile(ratios, percent) for percent in (2.5, 97.5))
+    assert low is not None
+    assert high is not None
+    shows = "-" if low <= 1 <= high else "better" if (high < 1) == metric.less_is_better else "worse"
+    return Difference(metric.name, value_a, value_b, value_b / value_a, low, high, shows)
+
+
+def _latency(value: Callable[[Row], float | None], percent: float) -> Callable[[Sequence[Block], float], float | None]:
+    def of(blocks: Sequence[Block], block_s: float) -> float | None:
+        return percentile([v for block in blocks for row in block if row.ok and (v := value(row)) is not None], percent)
+
+    return of
+
+
+def _error_rate(blocks: Sequence[Block], block_s: float) -> float | None:
+    rows = [row for block in blocks for row in block]
+    return sum(row.outcome in FAILED for row in rows) / len(rows) if rows else None
+
+
+def _tokens_per_s(blocks: Sequence[Block], block_s: float) -> float | None:
+    tokens = sum(row.completion_tokens or 0 for block in blocks for row in block if row.ok)
+    return tokens / (len(blocks) * block_s)
+
+
+METRICS = (
+    Metric("ttft_p50_s", _latency(lambda row: row.ttft_s, 50), True),
+    Metric("ttft_p90_s", _latency(lambda row: row.ttft_s, 90), True),
+    Metric("tpot_p50_s", _latency(lambda row: row.tpot_s, 50), True),
+    Metric("tpot_p90_s", _latency(lambda row: row.tpot_s, 90), True),
+    Metric("e2e_p50_s", _latency(lambda row: row.e2e_s, 50), True),
+    Metric("error_rate", _error_rate, True),
+    Metric("tokens_per_s", _tokens_per_s, False),
+)
+
+
+def _blocks(directory: Path, block_s: float) -> list[list[Row]]:
+    scenario = read_scenario(directory)
+    rows = measured(read_rows(directory / "requests.jsonl"), scenario.warmup_s)
+    end_s = min(scenario.duration_s, max((row.due_s for row in rows), default=0.0) + block_s)
+    return cut(rows, scenario.warmup_s, end_s, block_s)
+
+
+def _cells(found: Sequence[Difference]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [("metric", "A", "B", "B/A", "from", "to", "B is")]
+    for difference in found:
+        numbers = (f"{value:.4g}" if isinstance(value, float | int) else "-" for value in difference[1:6])
+        lines.append((difference.metric, *numbers, difference.shows))
+    return lines
