@@ -196,10 +196,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         groups: Groups,
         y: torch.Tensor,
         x: torch.Tensor,
-        a_stacked: tuple[torch.Tensor, ...],
-        b_stacked: tuple[torch.Tensor, ...],
+        a_stacked: Sequence[torch.Tensor],
+        b_stacked: Sequence[torch.Tensor],
         scale: float,
-        n_out: tuple[int, ...],
+        n_out: Sequence[int],
     ) -> None:
         layer = self.layers.get(a_stacked[0].data_ptr())
         if layer is None:
