@@ -1,0 +1,94 @@
+"""The CPU LoRA arithmetic inside vLLM's real engine, on a tiny random Llama in float32, against PEFT."""
+
+import pytest
+
+from tests.greedy import greedy_ids
+from tests.tiny import tiny_adapter, tiny_base
+
+pytestmark = pytest.mark.slow  # an engine of its own: a minute
+
+QUESTIONS = ("i feel lonely", "work is hard since we moved", "what can help me sleep", "talk to me")
+TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+N_TOKENS = 12
+
+
+def asked(question):
+    return [{"role": "user", "content": question}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny Llama and two adapters that also change its vocabulary projection, the last with another rank."""
+    folder = tmp_path_factory.mktemp("llama")
+    base = tiny_base(folder / "base", kind="llama")
+    paths = [tiny_adapter(base, folder / f"a{rank}", seed=rank, rank=rank, targets=TARGETS) for rank in (4, 8)]
+    return base, paths
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """Both slots are taken by the two adapters, so that no slot is empty when base rows come by."""
+    vllm = pytest.importorskip("vllm")
+    base, _ = model
+    started = vllm.LLM(
+        str(base), dtype="float32", enable_lora=True, max_loras=2, max_lora_rank=8, max_model_len=256, max_num_seqs=16,
+        kv_cache_memory_bytes=64 << 20, block_size=32, enable_prefix_caching=False,
+    )  # fmt: skip
+    yield started
+    started.llm_engine.engine_core.shutdown()
+
+
+def said(engine, model, picks, prompt_logprobs=None):
+    """Greedy answers, one for each (question, adapter number or None), all in one batch."""
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    base, paths = model
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    texts = [
+        tokenizer.apply_chat_template(asked(question), tokenize=False, add_generation_prompt=True)
+        for question, _ in picks
+    ]
+    prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids} for text in texts]
+    wanted = [None if pick is None else LoRARequest(f"a{pick}", pick + 1, str(paths[pick])) for _, pick in picks]
+    sampling = SamplingParams(
+        temperature=0, max_tokens=N_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=prompt_logprobs
+    )
+    return engine.generate(prompts, sampling, lora_request=wanted, use_tqdm=False)
+
+
+def values(logprobs):
+    return [sorted((token, entry.logprob) for token, entry in step.items()) for step in logprobs if step]
+
+
+def assert_same(left, right):
+    for one, other in zip(left, right, strict=True):
+        assert [token for token, _ in one] == [token for token, _ in other]
+        assert [value for _, value in one] == pytest.approx([value for _, value in other], abs=2e-3)
+
+
+def test_a_mixed_batch_says_what_peft_says_for_each(engine, model):
+    """Base and both adapters in one batch: each greedy answer is that of transformers or PEFT in float32."""
+    base, paths = model
+    picks = [(question, pick) for question in QUESTIONS for pick in (None, 0, 1)]
+    for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
+        expected = greedy_ids(base, None if pick is None else paths[pick], asked(question), N_TOKENS)
+        assert list(output.outputs[0].token_ids) == expected, (question, pick)
+
+
+def test_base_answers_are_the_same_alone_and_mixed(engine, model):
+    """The base's log-probabilities do not depend on which adapters share its batch."""
+    alone = said(engine, model, [(question, None) for question in QUESTIONS])
+    mixed = said(engine, model, [(question, pick) for question in QUESTIONS for pick in (0, None, 1)])[1::3]
+    for one, other in zip(alone, mixed, strict=True):
+        assert_same(values(one.outputs[0].logprobs), values(other.outputs[0].logprobs))
+
+
+def test_prompt_log_probabilities_of_several_requests_are_each_requests_own(engine, model):
+    """What crashes stock vLLM on Llama models: prompt_logprobs of requests that run together with adapters."""
+    picks = list(zip(QUESTIONS, (None, 0, 1, 0), strict=True))
+    together = said(engine, model, picks, prompt_logprobs=3)
+    for pick, output in zip(picks, together, strict=True):
+        (alone,) = said(engine, model, [pick], prompt_logprobs=3)
+        assert_same(values(alone.prompt_logprobs), values(output.prompt_logprobs))
