@@ -1,12 +1,11 @@
 """report.html: one file that needs nothing beside it, with tables, a plot, and a browser of every answer.
 
-The page is `page.html`; it draws itself from the JSON put in place of `$data`. Reading it needs a browser and no network.
+The page is `page.html`; it draws itself from the JSON put in place of `DATA`. Reading it needs a browser, no network.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from eval.metrics import METRICS
@@ -26,4 +25,5 @@ def page(summary: Mapping[str, Any], questions: Sequence[Question], scores: Sequ
     }
     # Inside <script> only these two sequences could end the element or open a comment, whatever a model wrote.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("</", "<\\/").replace("<!--", "<\\u0021--")
-    return Template(_PAGE.read_text(encoding="utf-8")).substitute(data=text)
+    before, after = _PAGE.read_text(encoding="utf-8").split(">DATA<")
+    return f"{before}>{text}<{after}"
