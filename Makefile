@@ -46,3 +46,6 @@ clean:  ## remove the environment and caches inside the clone (runs/ and store/ 
 
 soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer held against PEFT
 	@$(BIN)/python -m tests.soak_serve
+
+bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 15 minutes)
+	$(BIN)/python -m train.bench

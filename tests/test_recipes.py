@@ -58,8 +58,8 @@ def test_the_rank_the_server_needs(rank, needed):
     assert needed_rank(rank) == needed
 
 
-def findings(base, folder, machine=CPU, **changes):
-    recipe = replace(Recipe(base=str(base), runs=str(folder), max_rows=8), **changes)
+def findings(folder_of_base, folder, machine=CPU, **changes):
+    recipe = replace(Recipe(base=str(folder_of_base), runs=str(folder), max_rows=8, system="listen"), **changes)
     return {finding.check: finding for finding in check(recipe, plan(recipe, machine), machine)}
 
 
@@ -72,7 +72,7 @@ def test_a_good_recipe_passes_every_check(llama, tmp_path):
     """Everything holds, and what was found is said: 14 layers, the server's rank, no leak."""
     found = findings(llama, tmp_path, rank=4)
 
-    assert all(finding.ok for finding in found.values()), found
+    assert [str(finding) for finding in found.values() if not finding.ok] == []
     assert "--max-lora-rank 8" in found["lora"].seen
     assert found["targets"].seen.startswith("14 layers")
     assert "leak 0" in found["data"].seen
@@ -87,7 +87,7 @@ def test_a_good_recipe_passes_every_check(llama, tmp_path):
         ({"targets": ("q_proj", "query")}, "targets", "'query', which matches no layer"),
         ({"data": "absent.csv"}, "data", "absent.csv"),
         ({"question_column": "Question"}, "data", "no column 'Question'"),
-        ({"max_length": 100}, "rows", "raise max_length"),
+        ({"max_length": 20}, "rows", "raise max_length"),
     ],
 )
 def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said):
@@ -107,7 +107,7 @@ def test_sdpa_is_refused_for_gemma_2(tmp_path):
 
 
 def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
-    """Without an end-of-turn after the answer, or with a prompt that is no prefix, training would teach something else."""
+    """No end of turn after the answer, two BOS, or a prompt that is no prefix: each would teach something else."""
     base = tiny_base(tmp_path / "base", "llama")
     template = base / "chat_template.jinja"
     whole = template.read_text()

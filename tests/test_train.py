@@ -38,7 +38,8 @@ def recipe_for(base: Path, folder: Path, **changes) -> Recipe:
             alpha=8,
             evaluations=4,
             samples=1,
-            max_length=400,
+            max_length=1000,
+            system="listen",
         ),
         **changes,
     )
@@ -117,7 +118,7 @@ def test_an_existing_run_is_not_touched(finished):
     from train.sft import train
 
     recipe, summary = finished
-    with pytest.raises(UserError, match="--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"--resume.*--overwrite"):
         train(recipe)
     with pytest.raises(UserError, match="finished"):
         train(replace(recipe, resume=True))
@@ -233,7 +234,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                                 "success": True, "pullRequestUrl": None})  # fmt: skip
 
     def do_GET(self) -> None:
-        self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid credentials"})
+        return self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
 
     def reply(self, status: int, document: dict) -> None:
         payload = json.dumps(document).encode()
@@ -323,7 +326,7 @@ def test_seeds_give_mean_and_spread(base, tmp_path):
 def test_two_processes_train_one_adapter(base, tmp_path):
     """accelerate launch with two CPU processes: half the steps for the same rows, one adapter, one result line."""
     recipe = recipe_for(base, tmp_path, samples=0)
-    process = run_command("-m", "accelerate.commands.launch", "--config_file", "train/accelerate/cpu.yaml",
+    process = run_command("-m", "accelerate.commands.launch", "--config_file", "train/accelerate/ddp.yaml",
                           "-m", "train", *flags_of(recipe), OMP_NUM_THREADS="1")  # fmt: skip
     out, err = process.communicate(timeout=400)
 

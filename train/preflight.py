@@ -160,15 +160,16 @@ def template(recipe: Recipe, folder: Path) -> str:
         raise UserError(f"the chat template refuses our messages: {' '.join(str(error).split())}") from error
     if whole[: len(prompt)] != prompt:
         raise UserError("the rendered prompt is not a prefix of prompt and answer; training would see other prompts")
-    ends = _end_tokens(folder, tokenizer)
-    trained = whole[len(prompt) :]
-    if not ends & set(trained):
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [token for token in whole[len(prompt) :] if token in special]
+    if not ends:
         raise UserError("no end-of-turn token follows the answer: the model would not learn to stop")
     bos = tokenizer.bos_token_id
     if bos is not None and whole[:2] == [bos, bos]:
         raise UserError(f"the template puts {tokenizer.bos_token!r} twice at the start")
-    end = tokenizer.convert_ids_to_tokens(next(token for token in trained if token in ends))
-    return f"prompt is a prefix, {len(prompt)} tokens around a short question; {end} ends the answer and is trained"
+    end = tokenizer.convert_ids_to_tokens(ends[0])
+    stops = "" if ends[0] in _stop_tokens(folder, tokenizer) else ", but is no stop token in generation_config.json"
+    return f"prompt is a prefix, {len(prompt)} tokens around a short question; {end} ends the answer, trained{stops}"
 
 
 def row_lengths(recipe: Recipe, folder: Path, rows: list[dict[str, Any]]) -> Lengths:
@@ -260,7 +261,7 @@ def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
     return text
 
 
-def _end_tokens(folder: Path, tokenizer: Any) -> set[int]:
+def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
     """The tokens on which a server stops: the tokenizer's end of sequence, and those of generation_config.json."""
     from transformers import GenerationConfig
 
