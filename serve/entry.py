@@ -7,6 +7,11 @@ pipe ends and the server stops, so no engine is ever left behind.
 import os
 import signal
 import threading
+import time
+
+from serve.config import from_environment
+
+LINGER_S = 10.0
 
 
 def main() -> None:
@@ -32,6 +37,9 @@ def _stop_with_parent() -> None:
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(from_environment().drain_s + LINGER_S)
+    # Interrupted while it starts, vLLM can wait for ever for an engine that waits for it.
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from serve.client import make_async_client
 from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
-from tests.greedy import greedy_ids
+from tests.greedy import greedy_answers
 from tests.tiny import tiny_adapter, tiny_base
 from train import store as shelves
 from train.catalog import Base, resolve
@@ -86,21 +86,29 @@ class Shop:
     """The adapters on disk, the store, and what PEFT says for each exact version."""
 
     def __init__(self, folder: Path, model: str, n: int) -> None:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         self.folder, self.store = folder, folder / "store"
         self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
         self.expected: dict[tuple[str, str], list[int]] = {}
         self.live: list[str] = []
         self._n_made = 0
-        for prompt in PROMPTS:
-            self.expected[self.base.name, prompt] = greedy_ids(self.base.path, None, _ask(prompt), N_TOKENS)
-        self.spare = [self.make() for _ in range(n + 24)]
+        for prompt, ids in self._answers(None).items():
+            self.expected[self.base.name, prompt] = ids
+        # Those published later reuse contents, but never for the same name twice in a row.
+        self.spare = [self.make() for _ in range(n + 8)]
         for number in range(n):
             self.publish(f"adapter{number}")
 
     def make(self) -> tuple[Path, dict[str, list[int]]]:
         self._n_made += 1
         path = tiny_adapter(self.base.path, self.folder / str(self._n_made), seed=self._n_made)
-        return path, {prompt: greedy_ids(self.base.path, path, _ask(prompt), N_TOKENS) for prompt in PROMPTS}
+        return path, self._answers(path)
+
+    def _answers(self, path: Path | None) -> dict[str, list[int]]:
+        asked = [_ask(prompt) for prompt in PROMPTS]
+        return dict(zip(PROMPTS, greedy_answers(self.base.path, path, asked, N_TOKENS), strict=True))
 
     def publish(self, name: str) -> None:
         path, answers = self.spare.pop(0)
