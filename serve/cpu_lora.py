@@ -26,6 +26,7 @@ class Groups:
 
     def __init__(self, indices: torch.Tensor) -> None:
         """`indices`: the slot of each row, negative for the base model."""
+        self.n_rows = len(indices)
         order = torch.sort(indices, stable=True)
         n_base = int((indices < 0).sum())
         self.rows = order.indices[n_base:].to(torch.int32)
@@ -207,7 +208,9 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         layer.ready(groups.present)
         if self.library is None or x.dtype not in KERNELS or not x.dtype == y.dtype == a_stacked[0].dtype:
             return _with_torch(groups, layer, y, x, scale)
+        # The kernel trusts what it is given.
         assert x.stride(-1) == y.stride(-1) == 1, "rows must be dense"
+        assert min(len(x), len(y)) >= groups.n_rows, "the mapping is of another step"
         getattr(self.library, KERNELS[x.dtype])(
             layer.shape_at, layer.table_at, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(groups.slots),
             groups.slots.data_ptr(), groups.starts.data_ptr(), groups.rows.data_ptr(), scale,
