@@ -52,3 +52,6 @@ bench-train: setup  ## training speed and loss against plain TRL defaults, on th
 
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (QUICK=1: under 10 minutes)
 	$(BIN)/python -m serve.bench $(if $(QUICK),--quick)
+
+bench-loadtest: setup  ## cost of the load-test client, and how well it keeps an offered rate
+	@$(BIN)/python -m tests.bench_loadtest

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loadtest.figures import measured, percentile, rounded
+from loadtest.figures import LATENCIES, measured, rounded
 from loadtest.rows import FAILED, Row, read_rows
 from loadtest.scenario import read_scenario
 from loadtest.table import aligned
@@ -25,10 +25,11 @@ _FEWEST_BLOCKS = 8
 
 
 class Metric(NamedTuple):
-    """A figure of many blocks of `block_s` seconds, and whether less of it is better."""
+    """A figure of many rows: what each row adds (None: nothing), and what they make in so many seconds."""
 
     name: str
-    of: Callable[[Sequence[Block], float], float | None]
+    of_row: Callable[[Row], float | None]
+    of_all: "Callable[[np.ndarray, float], float]"
     less_is_better: bool
 
 
@@ -101,49 +102,46 @@ def cut(rows: Sequence[Row], begin_s: float, end_s: float, block_s: float) -> li
 def _difference(
     metric: Metric, a: Sequence[Block], b: Sequence[Block], block_s: float, picks: "list[tuple[np.ndarray, np.ndarray]]"
 ) -> Difference:
-    value_a, value_b = metric.of(a, block_s), metric.of(b, block_s)
+    in_a, in_b = _values(metric, a), _values(metric, b)
+
+    def of(blocks: "Sequence[np.ndarray]") -> float | None:
+        values = np.concatenate(blocks)
+        return metric.of_all(values, len(blocks) * block_s) if values.size else None
+
+    value_a, value_b = of(in_a), of(in_b)
     ratios = [
         drawn_b / drawn_a
-        for in_a, in_b in picks
-        if (drawn_a := metric.of([a[i] for i in in_a], block_s))
-        and (drawn_b := metric.of([b[i] for i in in_b], block_s)) is not None
+        for from_a, from_b in picks
+        if (drawn_a := of([in_a[i] for i in from_a])) and (drawn_b := of([in_b[i] for i in from_b])) is not None
     ]
     if not value_a or value_b is None or len(ratios) < 0.95 * len(picks):
         # Nothing to divide by: errors in the one and none in the other speak for themselves.
         return Difference(metric.name, value_a, value_b, None, None, None, "-")
-    low, high = (percentile(ratios, percent) for percent in (2.5, 97.5))
-    assert low is not None
-    assert high is not None
+    low, high = (float(bound) for bound in np.percentile(ratios, (2.5, 97.5)))
     shows = "-" if low <= 1 <= high else "better" if (high < 1) == metric.less_is_better else "worse"
     return Difference(metric.name, value_a, value_b, value_b / value_a, low, high, shows)
 
 
-def _latency(value: Callable[[Row], float | None], percent: float) -> Callable[[Sequence[Block], float], float | None]:
-    def of(blocks: Sequence[Block], block_s: float) -> float | None:
-        return percentile([v for block in blocks for row in block if row.ok and (v := value(row)) is not None], percent)
-
-    return of
+def _values(metric: Metric, blocks: Sequence[Block]) -> "list[np.ndarray]":
+    return [np.array([v for row in block if (v := metric.of_row(row)) is not None], dtype=float) for block in blocks]
 
 
-def _error_rate(blocks: Sequence[Block], block_s: float) -> float | None:
-    rows = [row for block in blocks for row in block]
-    return sum(row.outcome in FAILED for row in rows) / len(rows) if rows else None
-
-
-def _tokens_per_s(blocks: Sequence[Block], block_s: float) -> float | None:
-    tokens = sum(row.completion_tokens or 0 for block in blocks for row in block if row.ok)
-    return tokens / (len(blocks) * block_s)
+def _percentile(name: str, percent: int) -> Metric:
+    latency = LATENCIES[f"{name}_s"]
+    return Metric(
+        f"{name}_p{percent}_s",
+        lambda row: latency(row) if row.ok else None,
+        lambda values, seconds: float(np.percentile(values, percent)),
+        less_is_better=True,
+    )
 
 
 METRICS = (
-    Metric("ttft_p50_s", _latency(lambda row: row.ttft_s, 50), True),
-    Metric("ttft_p90_s", _latency(lambda row: row.ttft_s, 90), True),
-    Metric("tpot_p50_s", _latency(lambda row: row.tpot_s, 50), True),
-    Metric("tpot_p90_s", _latency(lambda row: row.tpot_s, 90), True),
-    Metric("e2e_p50_s", _latency(lambda row: row.e2e_s, 50), True),
-    Metric("error_rate", _error_rate, True),
-    Metric("tokens_per_s", _tokens_per_s, False),
-)
+    *(_percentile(name, percent) for name in ("ttft", "tpot", "e2e") for percent in (50, 90)),
+    Metric("error_rate", lambda row: float(row.outcome in FAILED), lambda values, seconds: float(values.mean()), True),
+    Metric("tokens_per_s", lambda row: float(row.completion_tokens or 0) if row.ok else 0.0,
+           lambda values, seconds: float(values.sum()) / seconds, False),
+)  # fmt: skip
 
 
 def _blocks(directory: Path, block_s: float) -> list[list[Row]]:

@@ -106,7 +106,8 @@ class Player:
         messages: list[dict[str, str]] = []
         for turn, prompt in enumerate(arrival.prompts):
             question = self._prompts[prompt]
-            messages += prompt_messages(question) if turn == 0 else [{"role": "user", "content": question}]
+            with_system = turn == 0 and not self.scenario.bare
+            messages += prompt_messages(question) if with_system else [{"role": "user", "content": question}]
             due_s = self.now_s() if due_s is None else due_s
             row = Row(arrival.id, turn, arrival.model, self.worker, due_s, arrival.tags)
             # Kept where drain() finds it: a killed greenlet has nobody left to write its row.

@@ -89,7 +89,8 @@ def ask_models(scenario: Scenario) -> Models:
     for name in scenario.models:
         if name not in listed:
             raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, listed)}")
-    names = scenario.models or tuple(listed)
+    # `name@version` is the exact version of an adapter that is listed by its name as well.
+    names = scenario.models or tuple(name for name in listed if "@" not in name)
     for scope in (parse_objective(text).scope for text in scenario.slo):
         if scope not in ("", "*", *names):
             raise UserError(f"slo names the model {scope!r}, which this run does not ask; {nearest(scope, names)}")

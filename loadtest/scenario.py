@@ -49,6 +49,7 @@ class Scenario:
     # What
     output_tokens: str = option("64", f"most tokens of a reply: {_LENGTH}")
     exact_output: bool = option(False, "make every reply that long (ignore the end of sequence)")
+    bare: bool = option(False, "send the question alone, without the stack's system text")
     prompt_words: str = option("", f"words of a question: {_LENGTH} (default: as they are)")
     unique: bool = option(True, "number the prompts, so that the server's prefix cache cannot answer for it")
     turns: str = option("1", f"turns of a conversation: {_LENGTH}")

@@ -35,7 +35,7 @@ class Objective(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """An objective held against a run: over `scope`, with `n` rows behind the value (None: nothing to judge)."""
+    """An objective held against a run: over `scope`, whose `n` requests gave `value` (None: not one came back)."""
 
     scope: str
     metric: str
@@ -90,16 +90,15 @@ def judge(objectives: Sequence[Objective], summary: Mapping[str, Any]) -> list[J
 
 
 def value_of(metric: str, found: Mapping[str, Any]) -> tuple[float | None, int]:
-    """The value of a metric in the figures of a group of rows, and how many rows it rests on."""
+    """The value of a metric in the figures of a group of rows, and how many requests the group has."""
     match = _PERCENTILE.fullmatch(metric)
     if match:
-        spread = found[f"{match['latency']}_s"]
-        return spread[f"p{match['percent']}"], spread["n"]
+        return found[f"{match['latency']}_s"][f"p{match['percent']}"], found["n"]
     return found[metric], found["n"]
 
 
 def rows_needed(metric: str) -> int:
-    """The fewest rows that carry a metric: a percentile needs two beyond it; a rate needs 20."""
+    """The fewest requests that carry a metric: a percentile needs two beyond it; a rate needs 20."""
     match = _PERCENTILE.fullmatch(metric)
     return math.ceil(200 / (100 - int(match["percent"]))) if match else 20
 

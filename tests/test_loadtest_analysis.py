@@ -1,0 +1,181 @@
+"""What is made of finished runs: comparison, capacity search, server metrics, cold starts, the report, scenarios."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from loadtest.capacity import Capacity, Found, search
+from loadtest.charts import per_second
+from loadtest.compare import cut, differences
+from loadtest.figures import cold_penalty, step_points
+from loadtest.scenario import Scenario
+from loadtest.scrape import read_metrics, server_figures
+from tests.test_loadtest_figures import anything, failure, reply
+from train.command import load_config
+from train.errors import UserError
+
+SCENARIOS = sorted((Path(__file__).parent.parent / "loadtest/scenarios").glob("*.yaml"))
+
+
+def run(ttft_s: float, seed: int) -> list:
+    """A run of 200 s with one request a second, TTFT around `ttft_s`."""
+    noise = random.Random(seed)
+    return [reply(n, n, ttft_s=ttft_s * noise.uniform(0.8, 1.2)) for n in range(200)]
+
+
+def shown(a: list, b: list) -> dict[str, str]:
+    blocks = [cut(rows, 0, 200, 5) for rows in (a, b)]
+    return {difference.metric: difference.shows for difference in differences(*blocks, block_s=5, seed=0)}
+
+
+def test_a_run_is_cut_into_whole_blocks_of_time():
+    """Twelve seconds in blocks of five are two, and what was due at 11 is in neither."""
+    blocks = cut([reply(n, n) for n in range(12)], 0, 12, 5)
+
+    assert [[row.id for row in block] for block in blocks] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+def test_a_slower_run_is_worse_and_a_faster_one_better():
+    """TTFT up by half: worse; the other way round: better; its throughput is not touched by either."""
+    assert shown(run(0.4, 1), run(0.6, 2))["ttft_p50_s"] == "worse"
+    assert shown(run(0.6, 2), run(0.4, 1))["ttft_p50_s"] == "better"
+    assert shown(run(0.4, 1), run(0.6, 2))["tokens_per_s"] == "-"
+
+
+def test_two_runs_of_the_same_server_show_no_difference():
+    """Only the noise differs: no metric of latency is called better or worse."""
+    assert set(shown(run(0.4, 1), run(0.4, 7)).values()) == {"-"}
+
+
+def test_intervals_are_wider_when_requests_come_in_good_and_bad_spells():
+    """A run that slows down all the way tells less than one with the same requests shuffled."""
+    slow = [0.2 + n / 200 for n in range(200)]
+    shuffled = random.Random(0).sample(slow, len(slow))
+    spells, mixed = ([reply(n, n, ttft_s=t) for n, t in enumerate(times)] for times in (slow, shuffled))
+
+    def width(rows: list) -> float:
+        blocks = cut(rows, 0, 200, 20)
+        found = next(d for d in differences(blocks, blocks, 20, 0) if d.metric == "e2e_p50_s")
+        return found.high - found.low
+
+    assert width(spells) > width(mixed)
+
+
+def test_too_short_runs_are_not_compared():
+    """Seven blocks are too few for an interval, and the message says what to do."""
+    blocks = cut([reply(n, n) for n in range(35)], 0, 35, 5)
+
+    with pytest.raises(UserError, match="run longer, or give a smaller --block-s"):
+        differences(blocks, blocks, 5, 0)
+
+
+@pytest.mark.parametrize("true", [0.3, 1.0, 7.3, 100.0])
+def test_the_capacity_search_brackets_the_turning_point(true):
+    """The answer holds, the rate above it does not, and they are within the precision asked for."""
+    tried = []
+
+    def holds(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= true
+
+    found = search(holds, lowest=0.1, highest=1000, precision=0.1)
+
+    assert found.held <= true < found.failed <= found.held * 1.1
+    assert len(tried) <= 20
+
+
+def test_the_capacity_search_says_when_all_or_nothing_held():
+    """Nothing holds: only a failed rate. All holds: the highest, and nothing failed."""
+    assert search(lambda rate: False, 1, 8, 0.1) == Found(None, 1)
+    assert search(lambda rate: True, 1, 9, 0.1) == Found(9, None)
+
+
+def test_a_capacity_needs_an_objective():
+    """Without one there is nothing to hold."""
+    with pytest.raises(UserError, match="needs at least one --slo"):
+        Capacity()
+
+
+def test_metrics_are_read_and_summed_over_their_labels():
+    """Two engines are added; loads and unloads come from one counter; other series are left alone."""
+    page = (
+        "# HELP vllm:num_requests_running x\n"
+        'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_running{engine="1"} 2.0\n'
+        'vllm:kv_cache_usage_perc{engine="0"} 0.5\n'
+        'counsel_adapter_events_total{adapter="a@1",event="load"} 4.0\n'
+        'counsel_adapter_events_total{adapter="a@1",event="evict"} 1.0\n'
+        'counsel_adapter_events_created{adapter="a@1",event="load"} 1.7e+09\nother_total 9\n'
+    )
+
+    assert read_metrics(page) == {"running": 5.0, "kv_used": 0.5, "loads": 4.0, "unloads": 1.0}
+
+
+def test_gauges_peak_and_counters_grow():
+    """Running was 1 then 3; four loads came on top of the ten before the run."""
+    found = server_figures([{"running": 1, "loads": 10}, {"running": 3, "loads": 14}], "note")
+
+    assert found == {"samples": 2, "note": "note", "running": {"mean": 2.0, "max": 3}, "loads": 4}
+
+
+def test_the_first_request_of_an_adapter_is_cold():
+    """Two adapters: two cold requests of 2 s; the base and the later ones are not among them."""
+    rows = [
+        reply(0, 0, "base"),
+        reply(1, 1, "a", ttft_s=2),
+        reply(2, 2, "b", ttft_s=2),
+        reply(3, 3, "a"),
+        reply(4, 4, "b"),
+    ]
+    found = cold_penalty(rows, "base")
+
+    assert (found["cold"]["n"], found["cold"]["p50"]) == (2, pytest.approx(2.0))
+    assert (found["warm"]["n"], found["warm"]["p50"]) == (2, pytest.approx(0.5))
+
+
+def test_a_stepped_run_gives_one_point_per_plateau():
+    """One request a second for 10 s, then two a second; one of the latter fails."""
+    rows = [reply(n, n) for n in range(10)] + [reply(10 + n, 10 + n / 2) for n in range(19)] + [failure(29, 19.5)]
+    points = step_points(rows, [0, 10, 20], anything)
+
+    assert [(point["offered"], point["n"]) for point in points] == [(1.0, 10), (2.0, 20)]
+    assert points[1]["achieved"] == pytest.approx(19 / 10.5)
+
+
+def test_tokens_and_requests_are_told_by_the_second():
+    """Sent at 0 with tokens at 0.5, 1.0 and 1.5: one token in the first second, two in the next, running in both."""
+    seconds, running, tokens = per_second([reply(0, 0, tokens=3, tpot_s=0.5)])
+
+    assert (seconds, running, tokens) == ([0, 1], [1, 1], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
+def test_every_scenario_file_can_be_used_and_opens_with_its_command(path):
+    """Each loads as a scenario and says how to run it."""
+    assert isinstance(load_config(Scenario, str(path), {}), Scenario)
+    assert path.read_text().startswith(f"# python -m loadtest --config loadtest/scenarios/{path.name} --run NAME\n")
+
+
+def test_a_report_needs_nothing_from_outside(tmp_path):
+    """Made from files alone, whole, with the model's name escaped and no address to fetch from."""
+    from loadtest.report import write_report
+    from loadtest.rows import append_rows
+    from loadtest.verdict import conclude
+
+    scenario = Scenario(duration_s=40, slo=("ttft_p90_s <= 1",))
+    (tmp_path / "config.json").write_text(json.dumps(scenario.to_json()))
+    (tmp_path / "target.json").write_text(json.dumps({"models": ["<b>"], "base": None}))
+    (tmp_path / "plan.jsonl").write_text("{}\n" * 40)
+    (tmp_path / "client.jsonl").write_text('{"worker": 0, "t_s": 40, "hub_lag_s": 0, "cpu": 0}\n')
+    (tmp_path / "server.jsonl").write_text('{"t_s": 1, "running": 2, "waiting": 1, "kv_used": 0.5}\n')
+    append_rows(tmp_path / "requests.jsonl", [reply(n, n, "<b>") for n in range(40)])
+    summary = conclude(tmp_path)
+    page = write_report(tmp_path, summary).read_text()
+
+    assert summary["verdict"] == "passed"
+    assert page.count("<svg") == 2
+    assert "&lt;b&gt;" in page
+    assert "<td><b></td>" not in page
+    assert "src=" not in page
+    assert "<script" not in page
