@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int QUAD = 4;           // rows that share each weight loaded
+constexpr int TILE = 8;  // rows that share each weight loaded
 constexpr int64_t SERIAL = 1 << 17;  // multiply-adds under which waking a second thread costs more than it saves
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
@@ -65,7 +65,7 @@ struct Adapter {
     int64_t columns, rank[8];
 };
 
-// h (n, columns) = x[rows] A, for at most QUAD rows.
+// h (n, columns) = x[rows] A, for at most TILE rows.
 template <typename T, int N>
 void shrink(const Layer& layer, const Adapter& adapter, const float* x, float* h) {
     const T* a = static_cast<const T*>(adapter.a);
@@ -112,7 +112,7 @@ void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const
 }
 
 template <typename T, int N>
-void quad(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stride, T* y, int64_t y_stride,
+void tile(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stride, T* y, int64_t y_stride,
           const int32_t* rows, float scale, std::vector<float>& scratch) {
     scratch.resize(N * (layer.n_in + adapter.columns));
     float* wide = scratch.data();
@@ -127,19 +127,24 @@ void quad(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stri
     expand<T, N>(layer, adapter, h, to);
 }
 
+// tile() for 1 row, 2 rows, ... TILE rows.
+template <typename T>
+constexpr decltype(&tile<T, 1>) OF_SIZE[TILE] = {tile<T, 1>, tile<T, 2>, tile<T, 3>, tile<T, 4>,
+                                                 tile<T, 5>, tile<T, 6>, tile<T, 7>, tile<T, 8>};
+
 template <typename T>
 void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_stride, T* y, int64_t y_stride,
           int64_t n_groups, const int32_t* slots, const int32_t* starts, const int32_t* rows, float scale) {
-    struct Tile {
+    struct Work {
         int32_t slot, begin, count;
     };
-    std::vector<Tile> tiles;
+    std::vector<Work> tiles;
     int64_t work = 0;
     for (int64_t group = 0; group < n_groups; ++group) {
         const Adapter& adapter = adapters[slots[group]];
         if (!adapter.columns) continue;  // this adapter leaves the layer alone
-        for (int32_t at = starts[group]; at < starts[group + 1]; at += QUAD)
-            tiles.push_back({slots[group], at, std::min<int32_t>(QUAD, starts[group + 1] - at)});
+        for (int32_t at = starts[group]; at < starts[group + 1]; at += TILE)
+            tiles.push_back({slots[group], at, std::min<int32_t>(TILE, starts[group + 1] - at)});
         work += (starts[group + 1] - starts[group]) * adapter.columns * layer.n_in * 2;
     }
     const int64_t n_tiles = int64_t(tiles.size());
@@ -148,15 +153,10 @@ void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_str
         std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < n_tiles; ++t) {
-            const Tile& tile = tiles[t];
-            const Adapter& adapter = adapters[tile.slot];
-            const int32_t* of = rows + tile.begin;
-            switch (tile.count) {
-                case 1: quad<T, 1>(layer, adapter, x, x_stride, y, y_stride, of, scale, scratch); break;
-                case 2: quad<T, 2>(layer, adapter, x, x_stride, y, y_stride, of, scale, scratch); break;
-                case 3: quad<T, 3>(layer, adapter, x, x_stride, y, y_stride, of, scale, scratch); break;
-                default: quad<T, QUAD>(layer, adapter, x, x_stride, y, y_stride, of, scale, scratch);
-            }
+            const Work& item = tiles[t];
+            const Adapter& adapter = adapters[item.slot];
+            const int32_t* of = rows + item.begin;
+            OF_SIZE<T>[item.count - 1](layer, adapter, x, x_stride, y, y_stride, of, scale, scratch);
         }
     }
 }
