@@ -84,7 +84,7 @@ def list_all(options: List) -> Result:
         (
             shelf.name,
             manifest.version,
-            " ".join((["current"] if shelf.current == manifest.version else []) + (["pinned"] if shelf.pinned else [])),
+            ("current pinned" if shelf.pinned else "current") if shelf.current == manifest.version else "",
             manifest.base["name"],
             str(manifest.rank),
             _size(manifest),

@@ -86,9 +86,12 @@ class Shop:
     """The adapters on disk, the store, and what PEFT says for each exact version."""
 
     def __init__(self, folder: Path, model: str, n: int) -> None:
+        import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        # Tiny products gain nothing from a second thread, and lose much where cores are shared.
+        torch.set_num_threads(1)
         self.folder, self.store = folder, folder / "store"
         self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
         self.expected: dict[tuple[str, str], list[int]] = {}
