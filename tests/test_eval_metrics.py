@@ -188,7 +188,7 @@ def test_an_answer_identical_to_a_reference_has_full_marks(encoder: Encoder) -> 
 
 
 def test_contamination_is_found_and_said_why() -> None:
-    """A reference answer that training holds, a question that repeats a training question's words; and a new question."""
+    """An answer that training holds, a question that repeats a training question; and a new one."""
     training = Seen([{"question": "I feel so lonely since we moved to the city", "answer": "Join a club."}])
 
     assert training.reason("Something else entirely, my friend, today", ["join a CLUB"]) == "answer"
