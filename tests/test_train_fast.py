@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_base
 from train.fast_lora import fuse_lora
@@ -58,10 +58,13 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "heads"), [("llama", (2, 1)), ("llama", (4, 2)), ("gemma3", (2, 1))])
+def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, heads):
     """Loss and every adapter gradient agree with padded rows, full logits and PEFT's own layers, to rounding."""
     base = tiny_base(tmp_path / "base", kind)
+    config = AutoConfig.from_pretrained(base)
+    config.num_attention_heads, config.num_key_value_heads = heads
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
     inputs = batch()
     slow, fast = adapted(base), adapted(base)
     register()
