@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from serve import platform
 from serve.config import ServeConfig
 from serve.launch import PLUGINS, plan
 from serve.machine import Machine, look
@@ -104,3 +105,15 @@ def test_this_machine_can_be_looked_at():
     assert machine.cpus
     assert machine.memory_bytes > GIB // 4
     assert machine.device in ("cpu", "cuda")
+
+
+def test_a_vllm_that_was_not_tested_keeps_its_own_path_with_a_warning(monkeypatch, caplog):
+    """Outside the tested versions the platform plugin stands aside and says what that means."""
+    pytest.importorskip("vllm")
+    if not platform.vllm_is_cpu_build():
+        pytest.skip("a CUDA build: the plugin stands aside anyway")
+    assert platform.register() == "serve.cpu_platform.CounselCpuPlatform"
+    monkeypatch.setattr(platform, "TESTED", ("9.9.",))
+    with caplog.at_level("WARNING", logger="vllm.counsel"):
+        assert platform.register() is None
+    assert "was not tested with vLLM" in caplog.text
