@@ -55,3 +55,6 @@ bench-serve: setup  ## LoRA serving against stock vLLM on this machine (QUICK=1:
 
 bench-loadtest: setup  ## cost of the load-test client, and how well it keeps an offered rate
 	@$(BIN)/python -m tests.bench_loadtest
+
+bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against transformers, kill -9 (RUN=name URL=... of a running server)
+	@$(BIN)/python -m tests.bench_eval --run $(RUN) --adapter $(or $(ADAPTER),$(RUN)) --url $(or $(URL),http://127.0.0.1:8000/v1)

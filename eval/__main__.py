@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.config import CompareConfig, EvalConfig, GateConfig, ReportConfig
+from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, ReportConfig
 from train.command import Command, Result, main
 
 
@@ -30,11 +30,18 @@ def _gate(config: GateConfig) -> Result:
     return gate(config)
 
 
+def _batch(config: BatchConfig) -> Result:
+    from eval.batch import batch
+
+    return batch(config)
+
+
 COMMANDS = {
     "": Command(EvalConfig, _evaluate, "ask base and adapters every held-out question, score and compare them"),
     "report": Command(ReportConfig, _report, "score and report an evaluation again, from its rows"),
     "compare": Command(CompareConfig, _compare, "compare models that were evaluated apart"),
     "gate": Command(GateConfig, _gate, "pass or fail an evaluation by rules on its intervals, for CI"),
+    "batch": Command(BatchConfig, _batch, "answer an OpenAI Batch file, continuing where a killed one stopped"),
 }
 
 if __name__ == "__main__":

@@ -62,3 +62,18 @@ class GateConfig:
     rules: tuple[str, ...] = option(
         ("difference.bits_per_byte.high<0", "errors<=0"), "conditions, comma-separated (see eval/gate.py)"
     )
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """A file of requests to answer, and the file to answer into."""
+
+    requests: str = argument("OpenAI Batch file: one request a line")
+    answers: str = argument("file to write the answers to; what it holds already is not asked again")
+    url: str = option("http://127.0.0.1:8000/v1", "the OpenAI-compatible server")
+    concurrency: int = option(32, "requests in flight")
+    timeout_s: float = option(600.0, "longest wait for one request")
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise UserError(f"concurrency is {self.concurrency}; it must be at least 1")

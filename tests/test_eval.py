@@ -195,3 +195,40 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
     """The second to open it is told; the first goes on."""
     with RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY), pytest.raises(UserError, match="another process"):
         RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY)
+
+
+def test_a_batch_file_with_several_models_is_answered_once(server: Served, tmp_path: Path) -> None:
+    """Every request has one line, from its own model; a second run asks nothing; a bad model is that line's error."""
+    models = ("base", "gentle", "calm")
+    requests = [
+        {"custom_id": f"{name}-{i}", "method": "POST", "url": "/v1/completions",
+         "body": {"model": server.client().models.list().data[0].id if name == "base" else name,
+                  "prompt": f"i feel {i}", "max_tokens": 6, "temperature": 0}}
+        for i in range(2) for name in models
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "in.jsonl", requests)
+    words = ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--url", server.base_url)
+    first = command(*words, key=server.user_key)
+    _, err = first.communicate()
+    answered = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    texts = {
+        row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in read_rows(tmp_path / "out.jsonl")
+    }
+
+    assert first.returncode == 0, err
+    assert set(texts) == {request["custom_id"] for request in requests}
+    assert len({texts[f"{name}-0"] for name in models}) == 3
+    again = command(*words, key=server.user_key)
+    again.communicate()
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == answered
+
+    requests[0]["body"]["model"] = "nobody"
+    write_jsonl(tmp_path / "in2.jsonl", requests[:2])
+    failed = command(
+        "batch", str(tmp_path / "in2.jsonl"), str(tmp_path / "out2.jsonl"), *words[3:], key=server.user_key
+    )
+    failed.communicate()
+    rows = {row["custom_id"]: row for row in read_rows(tmp_path / "out2.jsonl")}
+    assert failed.returncode == 1
+    assert "nobody" in rows["base-0"]["error"]["message"]
+    assert rows["gentle-0"]["error"] is None
