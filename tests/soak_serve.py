@@ -11,7 +11,7 @@ wrong_answers                 of those, not PEFT's
 errors                        ended with an HTTP error or a broken connection (the kill, and names just removed)
 lost                          ended without an answer and without an error
 restarts                      of the engine, after the kill
-rss_growth_mb                 memory of all server processes, last minute of load: end minus beginning
+rss_growth_mb                 memory of all server processes: end, minus half-way between the restart and the end
 publish_to_first_token_p50_s  from before publish to the first token of an answer, n loads
 gap_ratio_during_load         longest gap between tokens in a running stream while an adapter loads, over their p99 gap
 gateway_throughput_ratio      tokens/s through our middleware over the same engine without it, interleaved
@@ -52,7 +52,7 @@ EXACT = {"ignore_eos": True, "return_token_ids": True}
 @dataclass(frozen=True)
 class Soak:
     model: str = option("tiny", "base model; `tiny` is a random Gemma-2, made for the purpose")
-    seconds: float = option(180.0, "seconds of load")
+    seconds: float = option(180.0, "seconds of load, half of it after the kill (the restart itself is not counted)")
     adapters: int = option(64, "adapters published at the start")
     streams: int = option(16, "streams at a time")
     rounds: int = option(3, "interleaved rounds with and without the middleware")
@@ -153,14 +153,17 @@ def run(options: Soak) -> Result:
 
 async def soak(server: Server, shop: Shop, options: Soak) -> dict[str, Any]:
     """Load, churn and one kill; return the figures."""
-    tally, end_s = Tally(), time.monotonic() + options.seconds
-    streams = [asyncio.create_task(stream(server, shop, tally, end_s, seed)) for seed in range(options.streams)]
-    churning = asyncio.create_task(churn(server, shop, tally, end_s))
-    await asyncio.sleep(options.seconds / 3)
-    say("killing the engine's worker")
+    tally, over = Tally(), asyncio.Event()
+    streams = [asyncio.create_task(stream(server, shop, tally, over, seed)) for seed in range(options.streams)]
+    churning = asyncio.create_task(churn(server, shop, tally, over))
+    await asyncio.sleep(options.seconds / 2)
+    say("killing the engine's worker; the streams go on asking")
     _worker(server).send_signal(signal.SIGKILL)
-    await asyncio.sleep(max(0.0, end_s - time.monotonic() - options.seconds / 3))
+    await _back(server)
+    await asyncio.sleep(options.seconds / 4)
     rss_before = _rss_bytes(server)
+    await asyncio.sleep(options.seconds / 4)
+    over.set()
     await asyncio.gather(*streams, churning)
     p99_gap_s = _quantile([gap for _, gap in tally.gaps], 0.99)
     # A gap counts when it ended in the window of a load.
@@ -178,11 +181,25 @@ async def soak(server: Server, shop: Shop, options: Soak) -> dict[str, Any]:
     }
 
 
-async def stream(server: Server, shop: Shop, tally: Tally, end_s: float, seed: int) -> None:
+async def _back(server: Server) -> None:
+    async with make_async_client(server.base_url) as client:
+        was_up = True
+        while True:
+            try:
+                await client.models.list()
+            except openai.OpenAIError:
+                was_up = False
+            else:
+                if not was_up:
+                    return
+            await asyncio.sleep(0.2)
+
+
+async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, seed: int) -> None:
     """One caller: ask a random live adapter (or the base) again and again, and judge each answer."""
     chance = random.Random(seed)
     async with make_async_client(server.base_url, timeout_s=60) as client:
-        while time.monotonic() < end_s:
+        while not over.is_set():
             model, prompt = chance.choice([*shop.live, shop.base.name]), chance.choice(PROMPTS)
             try:
                 answered, ids, finished = await _answer(client, model, prompt, tally)
@@ -221,11 +238,11 @@ async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str, tally: Ta
     return answered, ids, finished
 
 
-async def churn(server: Server, shop: Shop, tally: Tally, end_s: float) -> None:
+async def churn(server: Server, shop: Shop, tally: Tally, over: asyncio.Event) -> None:
     """Every two seconds publish a new name, replace one or remove one; time each new version to its first token."""
     chance, number = random.Random(99), 0
     async with make_async_client(server.base_url, timeout_s=60) as client:
-        while time.monotonic() < end_s - 5:
+        while not over.is_set():
             await asyncio.sleep(2)
             number += 1
             if number % 3 == 0:
