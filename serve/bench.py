@@ -38,7 +38,7 @@ from train.files import write_json
 from train.run import provenance
 
 N_ADAPTERS = 16
-START_S = 600
+START_S = 900
 WORDS = ("lonely", "since", "we", "moved", "work", "is", "hard", "what", "can", "help", "me", "sleep", "talk", "friend")
 
 
