@@ -60,7 +60,7 @@ def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactor
     words = ("--run", str(run), "--url", server.base_url, "--models", "base,gentle,calm", "--no-baselines",
              "--max-tokens", "24", "--concurrency", "1")  # fmt: skip
     first = command(*words, key=server.user_key)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     log = None
     while time.monotonic() < deadline and first.poll() is None:
         log = next((run / "eval").glob("*/samples.jsonl"), None)
@@ -74,7 +74,7 @@ def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactor
     with log.open("a", encoding="utf-8") as file:
         file.write('{"arm": "tiny", "question_id": "00')  # what a kill in the middle of a write leaves
     again = command(*words, key=server.user_key)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=300)
     assert again.returncode == 0, err
     assert f"continuing {log.parent}" in err
     return log.parent, before, out
