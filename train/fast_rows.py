@@ -5,6 +5,7 @@ what follows, so one copy serves the whole batch, and its gradient is the sum ov
 fewer tokens. Linear layers and norms see only real tokens; attention goes row by row, each row after the opening.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -78,8 +79,7 @@ class RowAttention(torch.autograd.Function):
             keys, values = _with_opening(key, start, end, opening), _with_opening(value, start, end, opening)
             scores = (_heads(query, start, end) @ keys.transpose(1, 2)).float().mul_(scale)
             scores = scores.view(*query.shape[:2], n, opening + n)
-            future = torch.ones(n, n, dtype=torch.bool).triu_(1)
-            scores[..., opening:].masked_fill_(future, float("-inf"))
+            scores.add_(_hide_future(n, opening))
             share = torch.softmax(scores, dim=-1).to(query.dtype).flatten(1, 2)
             out[:, :, start:end] = (share @ values).view(*query.shape[:2], n, -1)
             weights.append(share)
@@ -130,6 +130,15 @@ def register() -> None:
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+@functools.lru_cache(maxsize=16)
+def _hide_future(n: int, opening: int) -> torch.Tensor:
+    """(n, opening + n): 0 where a row's token may look, minus infinity on its own later tokens.
+
+    Added, not filled in: adding runs on all cores, and every layer needs the same table.
+    """
+    return torch.full((n, opening + n), float("-inf")).triu_(opening + 1)
 
 
 def _blocks(rows: Rows) -> list[tuple[int, int, int]]:
