@@ -27,7 +27,8 @@ def timeline(rows: Sequence[Row], samples: Sequence[Mapping[str, Any]], warmup_s
         axes[0].scatter([row.due_s for row in failed], [0] * len(failed), marker="x", s=20, color="#d00000",
                         label=f"failed ({len(failed)})" if failed else None)  # fmt: skip
         axes[0].set_ylabel("TTFT (s)")
-        axes[0].legend(loc="upper left", fontsize=7, ncols=4, frameon=False)
+        if rows:
+            axes[0].legend(loc="upper left", fontsize=7, ncols=4, frameon=False)
         edges, counts, tokens = per_second(rows)
         axes[1].plot(edges, tokens, color=_COLOURS[0], label="output tokens/s")
         axes[1].set_ylabel("tokens/s")

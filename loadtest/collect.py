@@ -137,7 +137,7 @@ class Collector:
         self._done += report["done"]
         self._failed += report["failed"]
         self._tokens += report["tokens"]
-        if time.monotonic() - self._shown >= _PROGRESS_S:
+        if not self._ended and time.monotonic() - self._shown >= _PROGRESS_S:
             self._show()
         if report["bugs"] and not self._ended:
             print(report["bugs"][0], file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
-from locust import User, events, task
+from locust import User, events, runners, task
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
@@ -27,6 +27,10 @@ from train.files import read_jsonl
 
 # One line per request otherwise.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+# Seconds without a heartbeat after which a worker is given up. Three, Locust's own, pass on a crowded machine while a
+# worker connects; a worker that really is gone still makes the run invalid.
+runners.HEARTBEAT_LIVENESS = 15
 
 DIRECTORY = Path(os.environ["COUNSEL_LOADTEST"])
 SCENARIO = read_scenario(DIRECTORY)
