@@ -98,7 +98,7 @@ def start(environment: Environment, **_: Any) -> None:
         return
     Here.worker = runner.worker_index if isinstance(runner, WorkerRunner) else 0
     gevent.killall(Here.jobs)
-    client = make_client(SCENARIO.url, SCENARIO.max_in_flight)
+    client = make_client(SCENARIO.url)
     Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
     Here.outbox = Outbox(environment, Here.player, deliver)
     Here.playing = set()

@@ -72,7 +72,7 @@ def ask_models(scenario: Scenario) -> Models:
     """The models to load, as the server lists them or as the scenario picks from its list."""
     import openai
 
-    client = make_client(scenario.url, max_connections=1)
+    client = make_client(scenario.url)
     try:
         cards = client.with_options(timeout=10).models.list().data
     except openai.APIStatusError as error:

@@ -34,7 +34,7 @@ def chunk_rate(replies: int = 40, tokens: int = 2000) -> list[float]:
     scenario = Scenario()
     rehearse(scenario)
     rates = []
-    with standin("base.burst") as url, make_client(url, 1) as client:
+    with standin("base.burst") as url, make_client(url) as client:
         body = request_body(scenario, "base.burst", [{"role": "user", "content": "w"}], tokens)
         for _ in range(replies):
             row = Row(0, 0, "base.burst", 0, 0.0)

@@ -25,7 +25,7 @@ def url() -> Iterator[str]:
 
 def asked(url: str, model: str, tokens: int = 10, limits: Limits = PATIENT) -> tuple[Row, str]:
     """One request through the load test's path."""
-    with make_client(url, 4) as client:
+    with make_client(url) as client:
         row = Row(0, 0, model, 0, 0.0)
         body = request_body(Scenario(), model, [{"role": "user", "content": "hi"}], tokens)
         return row, ask(client, body, row, time.monotonic(), limits)
@@ -56,7 +56,7 @@ def test_the_standin_reads_its_behaviour_from_the_model_name():
 
 def test_the_fast_path_equals_the_typed_path(url):
     """The same stream through the typed iterator: same text, finish, usage, and number of chunks with text."""
-    with make_client(url, 1) as client:
+    with make_client(url) as client:
         stream = client.chat.completions.create(
             model="base", messages=[{"role": "user", "content": "hi"}], max_tokens=17, stream=True,
             stream_options={"include_usage": True},
@@ -147,4 +147,4 @@ def test_requests_are_not_retried(url):
     asked(url, "x.gap-1.status-503")
 
     assert seen() == before + 1
-    assert isinstance(make_client(url, 1), openai.OpenAI)
+    assert isinstance(make_client(url), openai.OpenAI)
