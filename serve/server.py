@@ -42,7 +42,7 @@ _PHASES = (
     ("KV cache size", "warming up"),
     ("Starting vLLM server", "opening the port"),
 )
-_REASON = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)|error): (\S.*)")
+_REASON = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)|error|Value error)[:,] (\S.*)")
 # Lines that only say that another process has the reason.
 _ECHOES = ("Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
 

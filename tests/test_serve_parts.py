@@ -195,6 +195,12 @@ def test_the_reason_is_the_last_error_that_is_not_an_echo(tmp_path):
         "(APIServer pid=2) RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert reason_in(log) == "ValueError: 5.0 GB is less than 1.2 GB"
+    log.write_text(
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, max_model_len (9) is greater than 8 [type=value_error]\n"
+        "    For further information visit https://errors.pydantic.dev/2.14/v/value_error\n"
+    )
+    assert reason_in(log) == "Value error, max_model_len (9) is greater than 8 [type=value_error]"
 
 
 # The plane

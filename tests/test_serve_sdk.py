@@ -139,7 +139,7 @@ def test_structured_output_keeps_its_schema(client, model):
 
 def test_a_client_that_gives_up_is_told_so_and_the_engine_stops_working_for_it(server, model):
     """A timeout raises APITimeoutError; soon after nothing of it is in flight."""
-    impatient = make_client(server.base_url, server.user_key, timeout_s=0.2)
+    impatient = make_client(server.base_url, server.user_key, timeout_s=0.01)
     with pytest.raises(openai.APITimeoutError):
         impatient.chat.completions.create(
             model=model, messages=ASK, max_completion_tokens=256, n=16, extra_body={"ignore_eos": True}
