@@ -32,7 +32,7 @@ def start(base: Base, folder: Path, port: int, *flags: str) -> subprocess.Popen[
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], within_s: float = 120) -> None:
+def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], within_s: float = 600) -> None:
     """Until `model` answers."""
     deadline_s = time.monotonic() + within_s
     while True:
@@ -72,7 +72,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
             with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
                 client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
             assert [answer.result().usage.completion_tokens for answer in running] == [300] * 4
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -85,7 +85,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
 def test_a_child_that_cannot_start_says_why_at_once(tiny_model, tmp_path):
     """Too little memory for one request of full length: exit 1 with vLLM's own reason, and nothing left running."""
     process = start(tiny_model, tmp_path, 0, "--vllm-args=--max-model-len 100000000")
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 1
     assert err.splitlines()[-1].startswith("error: the server did not start: ")
     assert "max_model_len" in err.splitlines()[-1]
@@ -106,7 +106,7 @@ def test_a_server_ends_with_its_parent(tiny_model, tmp_path):
     left = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 120
     while [one for one in left if psutil.pid_exists(one)]:
         assert time.monotonic() < deadline_s
         time.sleep(0.2)
