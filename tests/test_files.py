@@ -10,6 +10,7 @@ from train.files import new_directory, read_json, read_jsonl, sha256_of, write_j
 
 def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
     """A failure inside the block leaves neither the directory nor its temporary sibling."""
+
     def half_written():
         with new_directory(tmp_path / "run") as folder:
             (folder / "half").write_text("x")
