@@ -17,7 +17,7 @@ from serve.machine import Machine
 from train.catalog import Base
 from train.files import read_json
 
-PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_adapters")
+PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONTEXT_CAP_TOKENS = 4096
 REQUEST_TOKENS = 1024

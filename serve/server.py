@@ -96,6 +96,9 @@ class Server:
         # One file for one start, so that a reason found there is of this one; the one before is kept.
         if self.log.exists():
             self.log.replace(self.log.with_suffix(".previous.log"))
+        if self.log.is_file():
+            # A restart must not wipe out why the last one died.
+            self.log.replace(self.log.with_name("server.previous.log"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command(),

@@ -175,3 +175,23 @@ def _wait_until_idle(server: Served) -> None:
             return
         assert time.monotonic() < deadline_s, values
         time.sleep(0.1)
+
+
+def test_a_seed_holds_when_prompts_are_read_in_parts(server, client, model):
+    """Long seeded prompts that arrive together are read in several steps; each answer is what it is alone.
+
+    Stock vLLM 0.32 on a CPU ends its engine here (serve/cpu_seeds.py).
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    def text(seed: int) -> str:
+        messages = [{"role": "user", "content": "what can help me sleep when work is hard " * 12 + str(seed)}]
+        reply = client.chat.completions.create(
+            model=model, messages=messages, max_completion_tokens=8, temperature=1.0, seed=seed
+        )
+        assert reply.usage.prompt_tokens > 150
+        return reply.choices[0].message.content
+
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(text, range(6)))
+    assert together == [text(seed) for seed in range(6)]
