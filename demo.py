@@ -155,7 +155,8 @@ def page(rows: list[tuple[str, str, str]], evaluation: dict[str, Any], doubts: l
     questions = {row["question_id"]: row["question"] for row in RUN.split("test")}
     answers: dict[str, dict[str, str]] = {}
     for row in read_jsonl(Path(evaluation["folder"]) / "samples.jsonl"):
-        answers.setdefault(row["question_id"], {}).setdefault(row["arm"], row["text"])
+        text = row["text"] + (" … (cut at the longest length allowed)" if row["finish_reason"] == "length" else "")
+        answers.setdefault(row["question_id"], {}).setdefault(row["arm"], text)
     shown = [key for key, arms in sorted(answers.items()) if {BASE, NAME} <= arms.keys()][:3]
     return PAGE.substitute(
         notice=html.escape(NOTICE),
