@@ -80,7 +80,7 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
         slow_because = slow_because or "activations are checkpointed"
     fast = slow_because is None
     print(f"path         {'fast CPU' if fast else f'TRL, because {slow_because}'}", file=sys.stderr)
-    if fast:
+    if how.device == "cpu":
         keep_freed_memory()
     train_rows = spread(run.split("train"), recipe.max_rows)
     val_rows = spread(run.split("val"), recipe.max_val_rows)
