@@ -1,8 +1,11 @@
 """One real server for the whole session: vLLM on a tiny random Gemma-2, with two adapters published."""
 
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -42,6 +45,14 @@ class Served:
 
     def client(self) -> openai.OpenAI:
         return make_client(self.base_url, self.user_key)
+
+    def lines(self, name: str, wanted: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+        """The rows of a log once they are as `wanted`: a row is written when its answer has gone out, or just after."""
+        deadline = time.monotonic() + 10
+        while not wanted(rows := [json.loads(line) for line in (self.logs / name).read_text().splitlines()]):
+            assert time.monotonic() < deadline, rows[-6:]
+            time.sleep(0.05)
+        return rows
 
     def publish(self, name: str, folder: Path, system: str = "") -> shelves.Manifest:
         return shelves.publish(self.store, name, folder, self.base, system=system)

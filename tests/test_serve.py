@@ -1,7 +1,6 @@
 """One real server, many adapters: who answers, what is loaded when, and what a client sees of it."""
 
 import concurrent.futures
-import json
 import time
 from pathlib import Path
 
@@ -153,7 +152,7 @@ def test_admins_load_and_unload_in_vllms_own_words(server):
     admin = make_client(server.base_url, server.admin_key)
     manifest = shelves.find(server.store, "calm")
     folder = str(shelves.version_dir(server.store, manifest))
-    before = len(posts_in_audit(server))
+    before = len(posts(server.lines("audit.jsonl", lambda rows: True)))
 
     said = admin.post("/unload_lora_adapter", body={"lora_name": "calm"}, cast_to=str)
     assert said == "Success: LoRA adapter 'calm' removed successfully."
@@ -165,15 +164,10 @@ def test_admins_load_and_unload_in_vllms_own_words(server):
     for path in ("/etc", str(Path(folder) / ".." / ".." / ".."), "someone/some-repo"):
         with pytest.raises(openai.NotFoundError, match="not in the store"):
             admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": path}, cast_to=str)
-    # A line is written once its answer has gone out, so the last may be a moment late.
-    deadline = time.monotonic() + 10
-    while len(audit := posts_in_audit(server)) < before + 5 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    done = audit[before:]
+    done = posts(server.lines("audit.jsonl", lambda rows: len(posts(rows)) >= before + 5))[before:]
     assert [(row["target"], row["status"]) for row in done[:2]] == [("calm", 200), (f"calm from {folder}", 200)]
     assert [row["status"] for row in done[2:]] == [404] * 3
 
 
-def posts_in_audit(server):
-    rows = [json.loads(line) for line in (server.logs / "audit.jsonl").read_text().splitlines()]
+def posts(rows):
     return [row for row in rows if row["method"] == "POST"]
