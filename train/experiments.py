@@ -2,26 +2,35 @@
 
 `python -m train RECIPE --seeds 1,2,3` trains once per seed and reports mean and spread.
 
-`python -m train leak-experiment RECIPE` trains under both splits, three seeds each. Every run sees the same number of
-training rows, and the loss on its held-out rows is compared with the base's loss on the same rows. What the row split
-gains beyond the question split is leak: those held-out questions were in training with another answer.
+`python -m train leak-experiment RECIPE` trains under both splits, three seeds each. Every run trains on the same number
+of rows and is scored on the same number of held-out rows, once before and once after training: no checkpoint is chosen
+by the rows it is scored on. A run's gain is the base's loss on its held-out rows less its own. What the row split gains
+beyond the question split is leak: those held-out questions were in training with another answer.
+
+`--max-rows` makes it cheaper by leaving out whole questions. Thinning out rows would thin out the leak too.
 """
 
 import dataclasses
+import shutil
 import statistics
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from train.files import write_json
+from train import data
+from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
+from train.files import write_json, write_jsonl
 from train.recipe import Recipe
+from train.resume import check_run_directory
+from train.run import Run
+from train.sft import spread, train
+from train.sources import load
 
 SEEDS = (1, 2, 3)
+UNITS = ("row", "question")
 
 
 def train_seeds(recipe: Recipe) -> dict[str, Any]:
     """One run per seed; the mean and the sample standard deviation of their best validation losses."""
-    from train.sft import train
-
     runs = [train(recipe.with_seed(seed)) for seed in recipe.seeds]
     losses = [run["val_loss"] for run in runs]
     return {
@@ -37,36 +46,86 @@ def train_seeds(recipe: Recipe) -> dict[str, Any]:
 def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     """Train under both splits and several seeds (of split and training); draw gain by split into a PNG.
 
-    A finished run of the experiment is read, not repeated, so that a stopped one can go on.
+    A finished run of the experiment is read, not repeated, so that a stopped one can go on. Raises UserError when the
+    experiment of that name was started with other settings.
     """
     from train.plot import gains
-    from train.run import Run
-    from train.sft import train
 
-    folder = Path(recipe.runs) / f"{recipe.name}-leak"
-    found: dict[str, list[dict[str, Any]]] = {"row": [], "question": []}
-    for seed in recipe.seeds or SEEDS:
-        for split in found:
+    whole = dataclasses.replace(recipe, name=f"{recipe.name}-leak")
+    folder, seeds = whole.run_path, recipe.seeds or SEEDS
+    if recipe.overwrite:
+        shutil.rmtree(folder, ignore_errors=True)
+    check_run_directory(dataclasses.replace(whole, resume=folder.exists(), overwrite=False))
+    write_json(folder / "config.json", whole.document())
+    held_out = recipe.val_share + recipe.test_share
+    rows, _ = data.clean_rows(load(recipe.data, recipe.revision).rows, recipe.data_config())
+    if recipe.max_rows is not None:
+        rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
+    write_jsonl(folder / "rows.jsonl", rows)
+    common = dataclasses.replace(
+        recipe, data=str(folder / "rows.jsonl"), revision="", question_column="question", answer_column="answer",
+        topic_column=DEFAULT_TOPIC_COLUMN, val_share=held_out, test_share=0.0, runs=str(folder), store="", seeds=(),
+        evaluations=1, patience=0, samples=0, resume=False, overwrite=True,
+    )  # fmt: skip
+    n_train, n_val = equal_counts(common.data_config(), seeds)
+    n_train, n_val = min(n_train, recipe.max_rows or n_train), min(n_val, recipe.max_val_rows)
+    print(f"{2 * len(seeds)} runs, each on {n_train} rows, scored on {n_val} held-out rows", flush=True)
+    found: dict[str, list[dict[str, Any]]] = {unit: [] for unit in UNITS}
+    for seed in seeds:
+        for unit in UNITS:
             one = dataclasses.replace(
-                recipe, name=f"{split}-s{seed}", runs=str(folder), split=split, seed=seed, split_seed=seed, seeds=(),
-                store="", samples=0, overwrite=True,
+                common, name=f"{unit}-s{seed}", split=unit, seed=seed, split_seed=seed, max_rows=n_train,
+                max_val_rows=n_val,
             )  # fmt: skip
             run = Run(one.run_path)
             summary = run.summary() if run.complete else train(one)
+            figures = {key: summary[key] for key in ("rows", "tokens", "val_loss_base", "val_loss")}
             gain = summary["val_loss_base"] - summary["val_loss"]
-            found[split].append({"seed": seed, "gain": gain, **{k: summary[k] for k in ("val_loss_base", "val_loss")}})
-            print(f"{split:<9} seed {seed}  base {summary['val_loss_base']:.4f}  tuned {summary['val_loss']:.4f}  "
-                  f"gain {gain:.4f}", flush=True)  # fmt: skip
-    mean = {split: statistics.fmean(run["gain"] for run in runs) for split, runs in found.items()}
+            seen = seen_share(run.split("train"), run.split("val"), n_train, n_val)
+            found[unit].append({"seed": seed, "gain": gain, "seen_share": seen, **figures})
+            print(f"{unit:<9} seed {seed}  base {summary['val_loss_base']:.4f}  tuned {summary['val_loss']:.4f}  "
+                  f"gain {gain:.4f}  {seen:.0%} of the questions seen in training", flush=True)  # fmt: skip
+    values = {unit: [run["gain"] for run in runs] for unit, runs in found.items()}
+    mean = {unit: statistics.fmean(gained) for unit, gained in values.items()}
     document = {
-        "gain_mean": {split: round(value, 5) for split, value in mean.items()},
-        "gain_sd": {split: round(statistics.stdev([run["gain"] for run in runs]), 5) if len(runs) > 1 else None
-                    for split, runs in found.items()},
-        "leak_share_of_gain": round(1 - mean["question"] / mean["row"], 4),
-        "n": len(found["row"]),
+        "gain_mean": {unit: round(value, 5) for unit, value in mean.items()},
+        "gain_sd": {unit: round(statistics.stdev(gained), 5) if len(gained) > 1 else None
+                    for unit, gained in values.items()},
+        # Of no gain there is no share.
+        "leak_share_of_gain": round(1 - mean["question"] / mean["row"], 4) if mean["row"] > 0 else None,
+        "n": len(seeds),
+        "train_rows": n_train,
+        "held_out_rows": n_val,
         "runs": found,
         "figure": str(folder / "leak.png"),
     }  # fmt: skip
-    gains({split: [run["gain"] for run in runs] for split, runs in found.items()}, folder / "leak.png")
+    gains(values, folder / "leak.png")
     write_json(folder / "leak.json", document)
     return document
+
+
+def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:
+    """At least `limit` rows, of evenly spaced questions with all their answers; every row where there are fewer."""
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        by_question.setdefault(row["question_id"], []).append(row)
+    for count in range(1, len(by_question)):
+        kept = [row for question in spread(list(by_question), count) for row in by_question[question]]
+        if len(kept) >= limit:
+            return kept
+    return list(rows)
+
+
+def equal_counts(config: DataConfig, seeds: Sequence[int]) -> tuple[int, int]:
+    """(training rows, held-out rows) that every split of `config` by either unit, under every seed, can give."""
+    splits = [
+        data.prepare(dataclasses.replace(config, split=unit, split_seed=seed))[0] for unit in UNITS for seed in seeds
+    ]
+    return min(len(split["train"]) for split in splits), min(len(split["val"]) for split in splits)
+
+
+def seen_share(train_rows: Sequence[Row], held_out: Sequence[Row], n_train: int, n_val: int) -> float:
+    """The share of the `n_val` scored rows whose question is also among the `n_train` trained ones."""
+    trained = {row["question_id"] for row in spread(train_rows, n_train)}
+    scored = spread(held_out, n_val)
+    return round(sum(row["question_id"] in trained for row in scored) / len(scored), 4)
