@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from tests.tiny import tiny_base
 from train.fast_lora import fuse_lora
@@ -58,15 +58,37 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("kind", "heads"), [("llama", (2, 1)), ("llama", (4, 2)), ("gemma3", (2, 1))])
-def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, heads):
-    """Loss and every adapter gradient agree with padded rows, full logits and PEFT's own layers, to rounding."""
-    base = tiny_base(tmp_path / "base", kind)
+def with_config(base, **changes):
+    """The base again, random, with its config changed."""
     config = AutoConfig.from_pretrained(base)
-    config.num_attention_heads, config.num_key_value_heads = heads
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    return base
+
+
+SLIDES_THEN_SEES_ALL = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        ("gemma3", {}),
+        # Rows of 40, 33 and 21 tokens: windows that end inside the opening, inside the row, and beyond short rows.
+        ("gemma3", {"sliding_window": 5, "layer_types": SLIDES_THEN_SEES_ALL}),
+        ("gemma3", {"sliding_window": 16, "layer_types": SLIDES_THEN_SEES_ALL}),
+        ("gemma3", {"sliding_window": 30, "layer_types": SLIDES_THEN_SEES_ALL}),
+    ],
+)
+def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, changes):
+    """Loss and every adapter gradient agree with padded rows, full logits and PEFT's own layers, to rounding."""
+    base = with_config(tiny_base(tmp_path / "base", kind), **changes)
     inputs = batch()
     slow, fast = adapted(base), adapted(base)
+    assert why_not(fast.get_base_model(), "cpu", 40) is None
     register()
     fast.get_base_model().set_attn_implementation(ATTENTION)
     add_answer_loss(fast.get_base_model())
@@ -81,6 +103,17 @@ def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, heads):
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_window_counts(tmp_path):
+    """By transformers' own path the same weights score otherwise without it: the test above would see it lost."""
+    base = tiny_base(tmp_path / "base", "gemma3")
+    narrow, wide = (
+        slow_loss(adapted(with_config(base, sliding_window=window, layer_types=SLIDES_THEN_SEES_ALL)), batch()).item()
+        for window in (16, 4096)
+    )
+
+    assert narrow != pytest.approx(wide, rel=1e-3)
 
 
 def test_a_batch_becomes_one_line_without_padding():
@@ -131,7 +164,7 @@ def test_answer_loss_matches_cross_entropy(softcap):
 
 
 def test_says_where_it_does_not_apply(tmp_path):
-    """A GPU, eager attention and soft-capped scores are left to TRL, with the reason."""
+    """A GPU, eager attention, soft-capped scores and windows that no layer names are left to TRL, with the reason."""
     base = tiny_base(tmp_path / "base", "gemma2")
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
 
@@ -139,3 +172,9 @@ def test_says_where_it_does_not_apply(tmp_path):
     assert "attn_logit_softcapping" in why_not(model, "cpu", 512)
     model.set_attn_implementation("eager")
     assert "eager" in why_not(model, "cpu", 512)
+    mistral = AutoModelForCausalLM.from_config(
+        MistralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                      num_key_value_heads=1, sliding_window=16)
+    )  # fmt: skip
+    assert why_not(mistral, "cpu", 16) is None
+    assert "window of 16" in why_not(mistral, "cpu", 17)

@@ -58,8 +58,11 @@ def why_not(model: Any, device: str, max_length: int) -> str | None:
         return "the base is quantised"
     if config._attn_implementation != "sdpa":
         return f"attention is {config._attn_implementation}"
-    if (getattr(config, "sliding_window", None) or max_length) < max_length:
-        return f"rows of {max_length} tokens may exceed the model's attention window of {config.sliding_window}"
+    attention = [module for module in model.modules() if hasattr(module, "is_causal")]
+    if (getattr(config, "sliding_window", None) or max_length) < max_length and not all(
+        hasattr(module, "sliding_window") for module in attention
+    ):
+        return f"rows may exceed the attention window of {config.sliding_window}, and no layer says whether it slides"
     for key in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef",
                 "attn_logit_softcapping", "attention_dropout"):  # fmt: skip
         if getattr(config, key, None) not in (None, 0.0, 1.0):

@@ -68,10 +68,11 @@ class RowAttention(torch.autograd.Function):
     """Causal attention of each row to the opening and to itself.
 
     query (K, G, T, D): G query heads to each of K key heads; key, value (K, T, D). Returns (K, G, T, D).
+    window: how many tokens a token sees, itself included, on a sliding layer; None sees all before it.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, scale: float, rows: Rows) -> Any:
+    def forward(ctx: Any, query: Any, key: Any, value: Any, scale: float, rows: Rows, window: int | None) -> Any:
         out = torch.empty_like(query)
         weights = []
         for start, end, opening in _blocks(rows):
@@ -79,7 +80,7 @@ class RowAttention(torch.autograd.Function):
             keys, values = _with_opening(key, start, end, opening), _with_opening(value, start, end, opening)
             scores = (_heads(query, start, end) @ keys.transpose(1, 2)).float().mul_(scale)
             scores = scores.view(*query.shape[:2], n, opening + n)
-            scores.add_(_hide_future(n, opening))
+            scores.add_(_hidden(n, opening, window if window is not None and window < opening + n else None))
             share = torch.softmax(scores, dim=-1).to(query.dtype).flatten(1, 2)
             out[:, :, start:end] = (share @ values).view(*query.shape[:2], n, -1)
             weights.append(share)
@@ -109,7 +110,7 @@ class RowAttention(torch.autograd.Function):
             ):
                 total[:, :opening] += part[:, :opening]
                 total[:, start:end] += part[:, opening:]
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def register() -> None:
@@ -125,20 +126,25 @@ def register() -> None:
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
         _, heads, length, size = query.shape
         grouped = query.reshape(key.shape[1], -1, length, size)
-        out = RowAttention.apply(grouped, key[0], value[0], kwargs["scaling"], rows)
+        # The layer's own attribute: some models say it to the mask only, and not in the call.
+        window = getattr(module, "sliding_window", None)
+        out = RowAttention.apply(grouped, key[0], value[0], kwargs["scaling"], rows, window)
         return out.view(1, heads, length, size).transpose(1, 2), None
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-@functools.lru_cache(maxsize=16)
-def _hide_future(n: int, opening: int) -> torch.Tensor:
-    """(n, opening + n): 0 where a row's token may look, minus infinity on its own later tokens.
+@functools.lru_cache(maxsize=64)
+def _hidden(n: int, opening: int, window: int | None) -> torch.Tensor:
+    """(n, opening + n): 0 where a row's token may look; minus infinity on later tokens and beyond `window`.
 
-    Added, not filled in: adding runs on all cores, and every layer needs the same table.
+    A row goes on where the opening ends, so column j is position j and row i is position opening + i.
+    Added, not filled in: adding runs on all cores, and every layer of a kind needs the same table.
     """
-    return torch.full((n, opening + n), float("-inf")).triu_(opening + 1)
+    table = torch.full((n, opening + n), float("-inf"))
+    hidden = table.triu(opening + 1)
+    return hidden if window is None else hidden + table.tril(opening - window)
 
 
 def _blocks(rows: Rows) -> list[tuple[int, int, int]]:
