@@ -56,6 +56,7 @@ def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("times: 2", "name is needed: who to greet"),
         ("- a\n- b", "holds list"),
         ("a: [", "is not YAML"),
+        ("on: 1", "unknown key True"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path, text, said):

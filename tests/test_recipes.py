@@ -1,13 +1,15 @@
 """The shipped recipes, and the checks that come before training."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.tiny import tiny_base
 from train.command import load_config
 from train.errors import UserError
-from train.hardware import Machine, plan
+from train.hardware import Machine, machine, plan
 from train.preflight import check, needed_rank
 from train.recipe import RECIPES, Recipe
 
@@ -96,6 +98,43 @@ def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said)
 
     assert not found[failed].ok
     assert said in found[failed].seen
+
+
+def test_sharding_without_a_gpu_is_refused(monkeypatch):
+    """What accelerate launch says of FSDP is seen; on a CPU, where it would shard nothing, the run is refused."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert machine().sharded
+
+    with pytest.raises(UserError, match=r"on GPUs only; use train/accelerate/ddp\.yaml"):
+        plan(Recipe(), replace(CPU, sharded=True))
+    assert plan(Recipe(), replace(GPU, sharded=True)).device == "cuda"
+
+
+def with_long_questions(path: Path, n_long: int) -> str:
+    """A file of 200 rows, of which so many have questions of more than 200 tokens."""
+    rows = [
+        {
+            "Context": f"question {n}" + " and so on" * 100 * (n < n_long),
+            "Response": f"breathe and talk to friend {n}",
+        }
+        for n in range(200)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_few_rows_without_an_answer_are_left_out(llama, tmp_path):
+    """Two rows in 200 whose prompt alone fills max_length are counted, and refused by --strict; three are too many."""
+    shape = {"max_length": 200, "max_rows": None, "val_share": 0.0, "test_share": 0.0}
+    two, three = (with_long_questions(tmp_path / f"{n}.jsonl", n) for n in (2, 3))
+
+    passed = findings(llama, tmp_path, data=two, **shape)["rows"]
+    assert passed.ok
+    assert "2 left out" in passed.seen
+    assert "--strict allows none" in findings(llama, tmp_path, data=two, strict=True, **shape)["rows"].seen
+    refused = findings(llama, tmp_path, data=three, **shape)["rows"]
+    assert not refused.ok
+    assert "more than 1% of the rows; raise max_length" in refused.seen
 
 
 def test_sdpa_is_refused_for_gemma_2(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,13 @@ BREACHES = {
     "symlink": (_symlink, "symbolic link"),
     "no config": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}"),
     "half a file": (lambda f: os.truncate(f / WEIGHTS, 900), "not a whole safetensors file"),
+    # A sparse file: it takes no room.
+    "giant weights": (lambda f: os.truncate(f / WEIGHTS, (4 << 30) + 1), "at most 4,294,967,296 are allowed"),
+    "giant config": (lambda f: (f / CONFIG).write_text(" " * ((1 << 20) + 1)), "at most 1,048,576 are allowed"),
+    "bottomless header": (
+        lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000),
+        "not a whole safetensors file",
+    ),
     "other method": (lambda f: _rewrite_config(f, peft_type="LOHA"), "only 'LORA'"),
     "DoRA": (lambda f: _rewrite_config(f, use_dora=True), "use_dora"),
     "base-changing init": (lambda f: _rewrite_config(f, init_lora_weights="pissa"), "also changes the base"),
@@ -150,6 +158,13 @@ def test_a_bad_adapter_is_refused_and_nothing_is_left(breach, base, adapter, tmp
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "store").exists() or list((tmp_path / "store").iterdir()) == []
     assert not Path("pwned").exists()
+
+
+def test_a_system_text_has_its_bound(base, adapter, tmp_path):
+    """It is put before every question: 8,000 characters pass, one more does not."""
+    shelves.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8000)
+    with pytest.raises(UserError, match="8001 characters; at most 8000"):
+        shelves.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8001)
 
 
 @pytest.mark.parametrize("name", ["../evil", "UPPER", "", "a/b", ".hidden", "a" * 65, "a@b", "tiny"])

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from tests.tiny import tiny_base
 from train.errors import UserError
-from train.files import read_json, read_jsonl
+from train.files import read_json, read_jsonl, write_json
 from train.recipe import Recipe
 from train.store import find
 
@@ -111,6 +112,97 @@ def test_the_card_is_filled_from_the_run(finished):
     assert f"{summary['val_loss_base']:.4f} before, {summary['val_loss']:.4f} after" in card
     assert "More Information Needed" not in card
     assert "crisis" in card
+
+
+def evaluation(stamp: str, value: float) -> dict:
+    """A summary.json as eval writes it (eval/summary.py), of one metric, with one yardstick and one alarm."""
+    return {
+        "format": 1, "run": "tiny", "stamp": stamp, "questions": 10, "samples_per_question": 1, "references": 23,
+        "arms": {
+            "tiny-llama": {"kind": "base", "rows": 10, "errors": 0, "empty": 0, "cut": 10, "retries": 0, "tokens": 960,
+                           "metrics": {"bits_per_byte": {"value": 1.2926, "low": 1.2588, "high": 1.329, "n": 10}}},
+            "tiny": {"kind": "adapter", "rows": 10, "errors": 0, "empty": 0, "cut": 9, "retries": 0, "tokens": 940,
+                     "metrics": {"bits_per_byte": {"value": value, "low": None, "high": None, "n": 1},
+                                 "rouge_1": {"value": 0.332, "low": 0.314, "high": 0.347, "n": 10}}},
+            "human": {"kind": "yardstick", "rows": 0, "errors": 0, "empty": 0, "cut": 0, "retries": 0, "tokens": 0,
+                      "metrics": {"rouge_1": {"value": 0.4, "low": 0.3, "high": 0.5, "n": 10}}},
+        },
+        "differences": [], "topics": {}, "seen": {}, "alarms": ["tiny: 9 of 10 answers were cut"], "plan": {},
+    }  # fmt: skip
+
+
+def test_the_card_tells_the_latest_evaluation(finished, tmp_path):
+    """Without one it says so; with two, the newer one's values, intervals and alarms; a push sends that card."""
+    from train.card import card_text
+    from train.push import Push, push
+    from train.run import Run
+
+    recipe, _ = finished
+    run = Run(tmp_path / "tiny")
+    shutil.copytree(recipe.run_path, run.path)
+    assert "No evaluation of generated answers was run." in card_text(run)
+    for stamp, value in (("20260101T000000Z", 1.5), ("20260102T000000Z", 1.1474)):
+        write_json(run.path / "eval" / stamp / "summary.json", evaluation(stamp, value))
+
+    push(Push(str(run.path), "org/gentle", dry_run=True))
+
+    card = (run.path / "adapter" / "README.md").read_text().partition("## Evaluation\n")[2]
+    assert "10 held-out questions (evaluation 20260102T000000Z)" in card
+    assert "| metric | tiny-llama | tiny |\n|---|---|---|\n" in card
+    assert "| bits per byte | 1.29 (1.26 to 1.33) | 1.15 |\n| rouge 1 | - | 0.332 (0.314 to 0.347) |\n" in card
+    assert "- tiny: 9 of 10 answers were cut" in card
+    assert "No evaluation" not in card
+
+
+def test_rows_without_an_answer_are_left_out_and_said(base, tmp_path, capsys):
+    """One row in a hundred has a prompt that fills max_length: the summary, the card and a line say so."""
+    from train.sft import train
+
+    rows = [
+        {
+            "Context": f"question {n}" + " and so on" * 100 * (n == 7),
+            "Response": f"breathe and talk to friend {n}",
+        }
+        for n in range(100)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe_for(base, tmp_path, data=str(data), max_length=200, max_rows=None, val_share=0.0, test_share=0.0,
+                        max_steps=2, store="")  # fmt: skip
+
+    done = train(recipe)
+
+    assert (done["rows"], done["rows_left_out"]) == (99, 1)
+    assert "1 of 100 training rows left out" in capsys.readouterr().err
+    assert "Left out of training: 1 rows" in (recipe.run_path / "adapter" / "README.md").read_text()
+
+
+def test_early_stopping_keeps_the_best_checkpoint(base, tmp_path):
+    """Six rows learnt by heart: validation loss falls, then rises; two evaluations later the run ends, at its best."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.bench import mean_answer_loss
+    from train.run import Run
+    from train.sft import examples, spread, train
+
+    recipe = recipe_for(base, tmp_path, max_rows=6, max_val_rows=8, epochs=30.0, evaluations=15, patience=2,
+                        learning_rate=0.02, samples=0, store="")  # fmt: skip
+    done = train(recipe)
+
+    logged = read_jsonl(recipe.run_path / "metrics.jsonl")
+    val = {row["step"]: row["val_loss"] for row in logged if "val_loss" in row}
+    best = min(val, key=val.get)
+    # Two steps an epoch, sixty in all; an evaluation every four.
+    assert 0 < best < done["steps"] == best + 8 < 60
+    assert (done["best_step"], done["val_loss"]) == (best, val[best])
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    kept = PeftModel.from_pretrained(plain, str(recipe.run_path / "adapter"))
+    rows = examples(spread(Run(recipe.run_path).split("val"), 8), recipe.system)
+    found = mean_answer_loss(kept, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
+    # In bfloat16 both losses carry some noise; what tells the checkpoints apart is larger.
+    assert abs(found - val[best]) < (val[done["steps"]] - val[best]) / 2
 
 
 def test_an_existing_run_is_not_touched(finished):

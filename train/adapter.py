@@ -70,7 +70,7 @@ def tensor_shapes(path: Path) -> dict[str, Shape]:
         return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); save the adapter again") from error
 
 

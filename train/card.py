@@ -120,7 +120,10 @@ def _training(
                                if name in ("torch", "transformers", "trl", "peft"))),
         ("seed", str(recipe["seed"])),
     ]  # fmt: skip
-    notes = [f"Asked {d['asked']}, used {d['used']}, because {d['because']}." for d in done["downgrades"]]
+    notes = []
+    if n := done.get("rows_left_out"):
+        notes.append(f"Left out of training: {n} rows whose prompt alone fills {recipe['max_length']} tokens.")
+    notes += [f"Asked {d['asked']}, used {d['used']}, because {d['because']}." for d in done["downgrades"]]
     table = [f"| {key} | {value} |" for key, value in rows]
     title = ["## Training details", "", "The loss counted answer tokens only.", "", "| | |", "|---|---|"]
     return [*title, *table, "", *notes, ""]
@@ -135,22 +138,35 @@ def _scores(run: Run, done: dict[str, Any]) -> list[str]:
             "",
         ]
     found = sorted((run.path / "eval").glob("*/summary.json"))
-    if found:
-        lines += [f"Held-out answers ({found[-1].parent.name}):", "", *_flat(read_json(found[-1])), ""]
-    else:
-        lines += ["No evaluation of generated answers was run.", ""]
-    return lines
+    return [*lines, *(_answers(read_json(found[-1])) if found else ["No evaluation of generated answers was run."]), ""]
 
 
-def _flat(document: dict[str, Any], prefix: str = "") -> list[str]:
-    """Every number of an eval summary as one list line."""
-    lines: list[str] = []
-    for key, value in document.items():
-        if isinstance(value, dict):
-            lines += _flat(value, f"{prefix}{key} / ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            lines.append(f"- {prefix}{key}: {value:.4g}")
-    return lines
+def _answers(summary: dict[str, Any]) -> list[str]:
+    """An evaluation (its format is in eval/summary.py): metrics by arms, yardsticks left out, and its alarms."""
+    arms = {name: arm for name, arm in summary["arms"].items() if arm["kind"] != "yardstick"}
+    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["metrics"]))
+    table = [
+        f"| {metric.replace('_', ' ')} | {' | '.join(_cell(arm['metrics'].get(metric)) for arm in arms.values())} |"
+        for metric in metrics
+    ]
+    return [
+        f"Answers to {summary['questions']} held-out questions (evaluation {summary['stamp']}): value and 95 % "
+        "interval. The scores say how like human answers they are, not whether they help.",
+        "",
+        f"| metric | {' | '.join(arms)} |",
+        "|---" * (len(arms) + 1) + "|",
+        *table,
+        "",
+        *(f"- {alarm}" for alarm in summary["alarms"]),
+    ]
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    """A value with its interval; an arm may lack a metric, and a single question has no interval."""
+    if value is None:
+        return "-"
+    interval = "" if value["low"] is None else f" ({value['low']:.3g} to {value['high']:.3g})"
+    return f"{value['value']:.3g}{interval}"
 
 
 def _provenance(run: Run) -> dict[str, Any]:

