@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -79,16 +80,28 @@ class Layer:
             entry.b[: len(packed.b)] = [b.data_ptr() for b in packed.b]
 
     def _pack(self, slot: int) -> Packed:
-        a_parts, b_parts = [], []
-        for a_all, b_all, n_out in zip(self.a_stacked, self.b_stacked, self.n_out, strict=True):
-            a, b = a_all[slot, 0], b_all[slot, 0]
-            used = (a != 0).any(dim=1).nonzero()
-            rank = int(used[-1]) + 1 if len(used) else 0
-            a_parts.append(a[:rank].t())
-            b_parts.append(torch.nn.functional.pad(b[:n_out, :rank].t(), (0, -n_out % LANES)).contiguous())
-        a_joined = torch.cat(a_parts, dim=1)
-        a_padded = torch.nn.functional.pad(a_joined, (0, -a_joined.shape[1] % LANES)).contiguous()
-        return Packed(a_padded, tuple(b_parts), tuple(part.shape[0] for part in b_parts))
+        # In numpy: torch would wake its threads for each of a model's hundreds of slices, and running answers wait.
+        a_used = [_used_rows(_bits(a_all[slot, 0])) for a_all in self.a_stacked]
+        ranks = tuple(len(rows) for rows in a_used)
+        a_packed = np.zeros((a_used[0].shape[1], -(-sum(ranks) // LANES) * LANES), a_used[0].dtype)
+        a_packed[:, : sum(ranks)] = np.concatenate(a_used).T
+        b_packed = []
+        for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True):
+            b = np.zeros((rank, -(-n_out // LANES) * LANES), a_packed.dtype)
+            b[:, :n_out] = _bits(b_all[slot, 0])[:n_out, :rank].T
+            b_packed.append(torch.from_numpy(b).view(b_all.dtype))
+        return Packed(torch.from_numpy(a_packed).view(self.a_stacked[0].dtype), tuple(b_packed), ranks)
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory as whole numbers of the same size: numpy knows no bfloat16."""
+    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+
+
+def _used_rows(a: np.ndarray) -> np.ndarray:
+    """The rows up to the adapter's own rank; those after it are zero."""
+    used = np.flatnonzero(a.any(axis=1))
+    return a[: used[-1] + 1 if len(used) else 0]
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):

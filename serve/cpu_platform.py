@@ -7,29 +7,22 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from serve.cpu_ops import PROVIDER
+from serve.launch import START_METHOD
 
 # The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
 _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
-COMPILE = "COUNSEL_CPU_COMPILE"  # 1: compile although LoRA is on
-
 
 class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
-    """vLLM's CPU platform with LoRA grouped by adapter, and either eager kernels or torch.compile beside it."""
+    """vLLM's CPU platform with LoRA grouped by adapter, compiled layer by layer, or eager with vLLM's C++ kernels."""
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
         return "serve.cpu_lora.GroupedPunicaWrapper"
 
     @classmethod
-    def apply_config_platform_defaults(cls, vllm_config: Any) -> None:
-        """Decide on eager before operators are chosen: stock decides after, and runs an eager model's norms, rotary
-        embeddings and activations in the form meant for the compiler."""
-        from vllm.config import CompilationMode
-
-        super().apply_config_platform_defaults(vllm_config)
-        if vllm_config.lora_config is not None and os.environ.get(COMPILE) != "1":
-            vllm_config.compilation_config.mode = CompilationMode.NONE
+    def get_pass_manager_cls(cls) -> str:
+        return "serve.cpu_passes.CpuPassManager"
 
     @classmethod
     def get_default_ir_op_priority(cls, vllm_config: Any) -> Any:
@@ -43,10 +36,23 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        # Stock turns compilation off here when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
+        """Let vLLM adapt its config to a CPU, and take back three of its decisions: see the comments."""
+        from vllm.config import CompilationMode
+
+        compilation = vllm_config.compilation_config
+        mode, start_method = compilation.mode, os.environ.get(START_METHOD)
+        # Stock turns compilation off when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
         # operator a layer. LoRA decides nothing else in there.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
         try:
             super().check_and_update_config(vllm_config)
         finally:
             vllm_config.lora_config = lora_config
+        if start_method is not None:
+            # Stock insists on new interpreters, which import everything again, whatever was chosen.
+            os.environ[START_METHOD] = start_method
+        if mode == CompilationMode.VLLM_COMPILE:
+            # Stock compiles the whole model as one graph, and fails to read it back from its own cache. Cut at the
+            # attention, as on a GPU, the layers share one graph: a third of the time, once, and 5 s from then on.
+            compilation.mode = mode
+            compilation.compile_sizes = []

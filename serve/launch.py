@@ -5,6 +5,7 @@ Pure: it starts nothing and reads only the base's config.json. A choice can be o
 the variable before the start.
 """
 
+import json
 import os
 import shlex
 import sys
@@ -19,9 +20,11 @@ from train.files import read_json
 
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 CONTEXT_CAP_TOKENS = 4096
 REQUEST_TOKENS = 1024
 BLOCK_TOKENS = 32
+FEW_CORES = 4
 GIB = 1 << 30
 
 
@@ -61,6 +64,7 @@ def plan(
     chosen.flag("--api-server-count", "1")
     _lora(chosen, config, ranks)
     _shape(chosen, config, base, machine)
+    _compile(chosen, config, machine)
     chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
     chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
     if machine.device == "cpu":
@@ -70,6 +74,19 @@ def plan(
         chosen.argv += shlex.split(config.vllm_args)
         chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
     return Plan((sys.executable, "-m", "serve.entry", *chosen.argv), chosen.env, tuple(chosen.reasons))
+
+
+def gate_flags(config: ServeConfig) -> tuple[str, ...]:
+    """vLLM's flags that put our gate in front of it and close what it would leave open."""
+    return (
+        *("--middleware", "serve.gateway.Gateway"),
+        *("--allowed-origins", json.dumps(config.cors)),
+        *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
+        # A small model asked for JSON may write blanks for ever where the grammar lets it.
+        *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
+        "--disable-fastapi-docs",
+        "--disable-uvicorn-access-log",
+    )
 
 
 class _Choices:
@@ -153,20 +170,34 @@ def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machi
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
 
 
+def _compile(chosen: _Choices, config: ServeConfig, machine: Machine) -> None:
+    if not config.compile:
+        chosen.flag("--enforce-eager", why="no-compile: ready sooner, slower answers")
+    elif machine.device == "cpu" and machine.compiler is None:
+        chosen.flag("--enforce-eager", why="compiling needs g++, which is not here (Debian: apt install g++)")
+
+
 def _threads(chosen: _Choices, machine: Machine) -> None:
-    if len(machine.cpus) <= 4:
-        chosen.variable(
-            "VLLM_CPU_OMP_THREADS_BIND",
-            ",".join(map(str, machine.cpus)),
-            f"all {len(machine.cpus)} cores compute; vLLM would keep one back, which is too dear on so few",
-        )
-    else:
-        chosen.variable("VLLM_CPU_OMP_THREADS_BIND", "auto", "vLLM binds one thread a core and keeps one core back")
+    if len(machine.cpus) > FEW_CORES:
+        chosen.variable(THREADS_BIND, "auto", "vLLM binds one thread a core and keeps one core back")
+        return
+    why = f"all {len(machine.cpus)} cores compute; vLLM would keep one back, which is too dear on so few"
+    chosen.variable(THREADS_BIND, ",".join(map(str, machine.cpus)), why)
+    # GCC's OpenMP hangs in a forked process, and Intel's binds it to all cores in their order, whatever was asked for.
+    if _intel_openmp(chosen, machine) and THREADS_BIND in chosen.env:
+        why = "the engine's processes inherit what the first one imported: ready in half the time"
+        chosen.variable(START_METHOD, "fork", why)
+
+
+def _intel_openmp(chosen: _Choices, machine: Machine) -> bool:
+    # vLLM refuses to start with two OpenMPs.
+    return machine.openmp is not None and "libgomp" not in chosen.environ.get("LD_PRELOAD", "")
 
 
 def _preload(chosen: _Choices, machine: Machine) -> None:
     libraries, whys = [], []
-    if machine.openmp:
+    preloaded = chosen.environ.get("LD_PRELOAD", "")
+    if _intel_openmp(chosen, machine):
         libraries.append(str(machine.openmp))
         whys.append("Intel's OpenMP wakes its threads faster than GCC's")
     if machine.tcmalloc:
@@ -181,6 +212,6 @@ def _preload(chosen: _Choices, machine: Machine) -> None:
         chosen.variable("MALLOC_TRIM_THRESHOLD_", str(GIB), "as above")
     if libraries:
         # The user's own preloads stay, after ours.
-        mine = ":".join([*libraries, *filter(None, [chosen.environ.get("LD_PRELOAD")])])
+        mine = ":".join([*libraries, *filter(None, [preloaded])])
         chosen.env["LD_PRELOAD"] = mine
         chosen.reasons.append(Reason(f"LD_PRELOAD={mine}", "; ".join(whys)))

@@ -1,5 +1,7 @@
 """The CPU LoRA arithmetic inside vLLM's real engine, on a tiny random Llama in float32, against PEFT."""
 
+import os
+
 import pytest
 
 from tests.greedy import greedy_ids
@@ -25,17 +27,21 @@ def model(tmp_path_factory):
     return base, paths
 
 
-@pytest.fixture(scope="module")
-def engine(model):
-    """Both slots are taken by the two adapters, so that no slot is empty when base rows come by."""
+@pytest.fixture(scope="module", params=["compiled", "eager"])
+def engine(model, request):
+    """Compiled and eager. Both slots are taken by the two adapters, so that no slot is empty when base rows come by."""
     vllm = pytest.importorskip("vllm")
     base, _ = model
-    started = vllm.LLM(
-        str(base), dtype="float32", enable_lora=True, max_loras=2, max_lora_rank=8, max_model_len=256, max_num_seqs=16,
-        kv_cache_memory_bytes=64 << 20, block_size=32, enable_prefix_caching=False,
-    )  # fmt: skip
-    yield started
-    started.llm_engine.engine_core.shutdown()
+    with pytest.MonkeyPatch.context() as kept:
+        # vLLM preloads its OpenMP for every child of this process; later tests start servers of their own.
+        kept.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+        started = vllm.LLM(
+            str(base), dtype="float32", enable_lora=True, max_loras=2, max_lora_rank=8, max_model_len=256,
+            max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32, enable_prefix_caching=False,
+            enforce_eager=request.param == "eager",
+        )  # fmt: skip
+        yield started
+        started.llm_engine.engine_core.shutdown()
 
 
 def said(engine, model, picks, prompt_logprobs=None):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
     made = plan(ServeConfig(), base, SMALL, environ={})
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so"
+    assert made.env["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
     assert made.env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert "apt install libtcmalloc-minimal4" in made.explain()
     assert made.argv[1:3] == ("-m", "serve.entry")
@@ -50,6 +52,22 @@ def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     assert made.env["LD_PRELOAD"] == "/usr/lib/libtcmalloc_minimal.so.4"
     assert not any(name.startswith("MALLOC_") for name in made.env)
+
+
+@pytest.mark.parametrize("environ", [{"LD_PRELOAD": "/lib/libgomp.so.1"}, {"VLLM_CPU_OMP_THREADS_BIND": "1"}])
+def test_no_engine_is_forked_where_that_hangs_or_binds_wrongly(base, environ):
+    """GCC's OpenMP does not outlive a fork, and Intel's forgets whose cores were asked for."""
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in plan(ServeConfig(), base, SMALL, environ=environ).env
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in plan(ServeConfig(), base, replace(SMALL, openmp=None), environ={}).env
+
+
+def test_without_a_compiler_the_model_stays_eager(base):
+    """Compiling is vLLM's default here too; no g++ turns it off and says what to install, and so does --no-compile."""
+    assert "--enforce-eager" not in plan(ServeConfig(), base, SMALL, environ={}).argv
+    assert "--enforce-eager" in plan(ServeConfig(compile=False), base, SMALL, environ={}).argv
+    without = plan(ServeConfig(), base, replace(SMALL, compiler=None), environ={})
+    assert "--enforce-eager" in without.argv
+    assert "apt install g++" in without.explain()
 
 
 def test_a_gpu_gets_vllms_defaults(base):
@@ -72,6 +90,7 @@ def test_every_choice_can_be_overridden(base):
     assert "VLLM_CPU_OMP_THREADS_BIND" not in made.env
     assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so:/mine.so"
     assert "VLLM_CPU_OMP_THREADS_BIND=1: set in your environment" in made.explain()
+    assert "LD_PRELOAD" not in plan(config, base, SMALL, environ={"LD_PRELOAD": "/lib/libgomp.so.1"}).env
 
 
 def test_an_adapter_above_the_largest_rank_is_foretold(base):
