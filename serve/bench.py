@@ -3,9 +3,11 @@
     python -m serve.bench --quick
 
 Four servers of one base and 16 random adapters: `stock` (vLLM as it starts), `tuned` (our launch, vLLM's LoRA),
-`no_lora` (our launch, LoRA off, so that vLLM compiles) and `ours`. They start one after the other, timed; while one is
-measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms in turn; a ratio is the
-median of the rounds' own ratios. Nothing is streamed, every answer has its full length, and no prompt repeats.
+`no_lora` (our launch, LoRA off, so that vLLM compiles) and `ours`; and llama.cpp's, where it is installed. `ours` and
+`stock` are started twice, in turn and timed: our first start compiles when this machine never served the model like
+that. While one server is measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms
+in turn; a ratio is the median of the rounds' own ratios. Nothing is streamed, every answer has its full length, and no
+prompt repeats.
 
 Writes <out>/bench.json (every measurement: arm, cell, round, tokens_s), bench.png, and each server's log.
 """
@@ -21,23 +23,24 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from serve import bench_llama_cpp
 from serve.client import make_async_client
 from serve.config import ServeConfig
 from serve.launch import PLUGINS, TARGET_MODULES, plan
 from serve.machine import look
+from serve.server import health
 from train.catalog import Base, resolve
 from train.command import Command, Result, main, option
 from train.errors import UserError
 from train.files import write_json
 from train.run import provenance
 
-N_ADAPTERS = 16
+ADAPTERS = tuple(f"a{i}" for i in range(16))
+LLAMA_CPP = "llama_cpp"
 START_S = 900
 WORDS = ("lonely", "since", "we", "moved", "work", "is", "hard", "what", "can", "help", "me", "sleep", "talk", "friend")
 
@@ -71,8 +74,8 @@ class Cell(NamedTuple):
         if self.adapters == 0:
             return [base] * self.concurrency
         if self.adapters == -1:
-            return ["a0"] * self.concurrency
-        names = [base, *(f"a{i}" for i in range(self.adapters))]
+            return [ADAPTERS[0]] * self.concurrency
+        names = [base, *ADAPTERS[: self.adapters]]
         return list(itertools.islice(itertools.cycle(names), self.concurrency))
 
 
@@ -101,7 +104,7 @@ class Arm:
                 [*argv, "--host", "127.0.0.1", "--port", str(port)],
                 env={**os.environ, **env}, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        while not self._answers():
+        while health(self.url, within_s=2) != "up":
             if self.process.poll() is not None or time.monotonic() - started_s > START_S:
                 self.kill()
                 raise UserError(f"the {name} server did not start; see {log}")
@@ -109,12 +112,18 @@ class Arm:
         self.ready_s = time.monotonic() - started_s
         print(f"{name}: ready after {self.ready_s:.1f} s", file=sys.stderr)
 
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as reply:
-                return reply.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
+    def record(self, ready_s: dict[str, list[float]]) -> Self:
+        """Note under the arm's name how long its start took."""
+        ready_s.setdefault(self.name, []).append(self.ready_s)
+        return self
+
+    def extra(self, model: str) -> dict[str, Any]:
+        """Beyond OpenAI's fields: every answer has its full length, and llama.cpp knows adapters by number."""
+        if self.name != LLAMA_CPP:
+            return {"ignore_eos": True}
+        # The base is asked for in so many words: by default all adapters were seen to be computed.
+        chosen = (ADAPTERS.index(model), 1.0) if model in ADAPTERS else (0, 0.0)
+        return {"ignore_eos": True, "lora": [{"id": chosen[0], "scale": chosen[1]}]}
 
     def pause(self) -> None:
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -136,12 +145,17 @@ def bench(config: BenchConfig) -> Result:
     rows: list[dict[str, Any]] = []
     ready: dict[str, list[float]] = {}
     for rank in ranks:
-        folders = [_random_adapter(base, out / "adapters" / f"r{rank}-{i}", rank, seed=i) for i in range(N_ADAPTERS)]
+        folders = [_random_adapter(base, out / "adapters" / f"r{rank}-{i}", rank, seed=i) for i in range(len(ADAPTERS))]
         arms: list[Arm] = []
         try:
-            for name, (argv, env) in launches(base, folders, rank).items():
-                arms.append(Arm(name, argv, env, out / f"{name}-r{rank}.log"))
-                ready.setdefault(name, []).append(arms[-1].ready_s)
+            planned = launches(base, folders, rank)
+            peer = bench_llama_cpp.server_argv(base, folders, len(look().cpus), out)
+            if peer:
+                planned[LLAMA_CPP] = peer, {}
+            for name in ("ours", "stock"):
+                Arm(name, *planned[name], out / f"{name}-r{rank}-first.log").record(ready).kill()
+            for name, (argv, env) in planned.items():
+                arms.append(Arm(name, argv, env, out / f"{name}-r{rank}.log").record(ready))
                 arms[-1].pause()
             rows += _measure(arms, base.name, QUICK if config.quick else FULL, rank, rounds)
         finally:
@@ -158,7 +172,7 @@ def bench(config: BenchConfig) -> Result:
 def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Each arm's command line and environment. All have the same context and key-value memory, to fit side by side."""
     entry = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
-    named = [f"a{i}={folder}" for i, folder in enumerate(adapters)]
+    named = [f"{name}={folder}" for name, folder in zip(ADAPTERS, adapters, strict=True)]
     lora = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-cpu-loras", str(len(adapters)),
             "--max-lora-rank", str(rank), "--lora-modules", *named]  # fmt: skip
     same = ["--model", str(base.path), "--served-model-name", base.name, "--max-model-len", "2048",
@@ -169,10 +183,10 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
     without = [*same, *("--block-size", "32"), *("--max-num-seqs", "64"), *("--max-num-batched-tokens", "512")]
     stock_plugins = {"VLLM_PLUGINS": ""}
     return {
+        "ours": ([*entry, *tuned, *lora], {**made.env, "VLLM_PLUGINS": ",".join(PLUGINS[:2])}),
         "stock": ([*entry, *same, *lora], stock_plugins),
         "tuned": ([*entry, *tuned, *lora], {**made.env, **stock_plugins}),
         "no_lora": ([*entry, *without], {**made.env, **stock_plugins}),
-        "ours": ([*entry, *tuned, *lora], {**made.env, "VLLM_PLUGINS": ",".join(PLUGINS[:2])}),
     }
 
 
@@ -180,13 +194,14 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
     rows = []
     for turn in range(rounds + 1):
         for cell, arm in itertools.product(cells, arms):
-            # The stock arms are slow and steady: a warm-up and one round of each cell is what time allows.
-            if (arm.name == "no_lora" and cell.adapters) or (arm.name in ("stock", "tuned") and turn > 1):
+            # vLLM's own LoRA is slow: beyond the cells the targets are about, one round of it is what time allows.
+            once = arm.name == "tuned" or (arm.name == "stock" and cell not in QUICK)
+            if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
                 continue
             if turn == 0 and arm.name in ("stock", "tuned"):
                 cell = cell._replace(new_tokens=2)
             arm.resume()
-            tokens_s = asyncio.run(_tokens_per_s(arm.url, cell, base, seed=turn))
+            tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn))
             arm.pause()
             if turn:
                 rows.append({"arm": arm.name, "rank": rank, "cell": cell.name, "round": turn, "tokens_s": tokens_s})
@@ -194,16 +209,16 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
     return rows
 
 
-async def _tokens_per_s(url: str, cell: Cell, base: str, seed: int) -> float:
+async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int) -> float:
     """New tokens per second over the whole load, or prompt tokens where the cell is about prompts."""
-    client = make_async_client(f"{url}/v1", "none")
+    client = make_async_client(f"{arm.url}/v1", "none")
     words = random.Random(seed)
     prompts = [" ".join(words.choices(WORDS, k=cell.prompt_words)) for _ in range(cell.concurrency)]
     started_s = time.perf_counter()
     replies = await asyncio.gather(
         *(
             client.completions.create(
-                model=model, prompt=prompt, max_tokens=cell.new_tokens, temperature=0, extra_body={"ignore_eos": True}
+                model=model, prompt=prompt, max_tokens=cell.new_tokens, temperature=0, extra_body=arm.extra(model)
             )
             for model, prompt in zip(cell.models(base), prompts, strict=True)
         )
@@ -235,7 +250,10 @@ def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[
         "mixed16_c32_vs_base": ratio(("ours", "mixed16_c32"), ("ours", "base_c32")),
         "base_vs_no_lora": ratio(("ours", "base_c32"), ("no_lora", "base_c32")),
         "adapter_c1_vs_base_no_lora": ratio(("ours", "adapter_c1"), ("no_lora", "base_c1")),
-        "ready_vs_stock": round(statistics.median(ready_s["ours"]) / statistics.median(ready_s["stock"]), 3),
+        "mixed4_c32_vs_llama_cpp": ratio(("ours", "mixed4_c32"), (LLAMA_CPP, "mixed4_c32")),
+        "adapter_c1_vs_llama_cpp": ratio(("ours", "adapter_c1"), (LLAMA_CPP, "adapter_c1")),
+        "ready_vs_stock": round(statistics.median(ready_s["ours"][1:]) / statistics.median(ready_s["stock"]), 3),
+        "ready_first_vs_stock": round(ready_s["ours"][0] / statistics.median(ready_s["stock"]), 3),
     }
 
 
@@ -264,9 +282,11 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     cells = list(dict.fromkeys(cell for cell, _ in grouped))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     figure, axes = plt.subplots(figsize=(max(7, len(cells)), 4))
+    width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
         shown = [(at, grouped[cell, arm]) for at, cell in enumerate(cells) if (cell, arm) in grouped]
-        axes.bar([at + 0.2 * (i - 1.5) for at, _ in shown], [statistics.median(v) for _, v in shown], 0.2, label=arm)
+        places = [at + width * (i - (len(arms) - 1) / 2) for at, _ in shown]
+        axes.bar(places, [statistics.median(values) for _, values in shown], width, label=arm)
     axes.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
     axes.set_ylabel("tokens per second")
     axes.set_title(f"adapters of rank {rank}")
