@@ -90,10 +90,10 @@ class AdaptersPlugin:
             config=config,
             plane=plane,
             keys=keys,
-            limits=Limits(per_key=config.key_running, total=config.queued),
+            limits=Limits(config.key_running, config.key_queued, config.queued),
             meters=meters,
             journal=Journal(config.log_dir),
-            fold_system=await asyncio.to_thread(_drops_system, Path(args.model)),
+            fold_system=await asyncio.to_thread(drops_system, Path(args.model)),
         )
         await plane.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
@@ -141,7 +141,7 @@ class VllmEngine:
         await self.client.remove_lora(request.lora_int_id)
 
 
-def _drops_system(model: Path) -> bool:
+def drops_system(model: Path) -> bool:
     """Whether the base's chat template refuses a system turn, or loses it without a word."""
     from jinja2 import TemplateError
     from transformers import AutoTokenizer

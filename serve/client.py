@@ -5,11 +5,14 @@ Retries are off: a measurement or a test must see every failure.
 
 import os
 import time
+import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import openai
+
+from train.errors import UserError
 
 API_KEY = "COUNSEL_API_KEY"
 BASE_URL = "http://127.0.0.1:8000/v1"
@@ -35,12 +38,28 @@ class Reply:
 
 def make_client(base_url: str = BASE_URL, api_key: str = "", timeout_s: float = 600.0) -> openai.OpenAI:
     """A client without retries. `api_key` defaults to $COUNSEL_API_KEY; `timeout_s` bounds the wait for each byte."""
-    return openai.OpenAI(base_url=base_url, api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s))
+    return openai.OpenAI(
+        base_url=checked_url(base_url), api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s)
+    )
 
 
 def make_async_client(base_url: str = BASE_URL, api_key: str = "", timeout_s: float = 600.0) -> openai.AsyncOpenAI:
     """`make_client` for asyncio."""
-    return openai.AsyncOpenAI(base_url=base_url, api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s))
+    return openai.AsyncOpenAI(
+        base_url=checked_url(base_url), api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s)
+    )
+
+
+def checked_url(url: str) -> str:
+    """`url`, if it is one that a client can call; raises UserError otherwise."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise UserError(f"url is {url!r}; it must be like {BASE_URL}")
+    return url
 
 
 def timed_reply(client: openai.OpenAI, model: str, messages: Iterable[Any], max_tokens: int, **sampling: Any) -> Reply:

@@ -34,15 +34,17 @@ class ServeConfig:
     context_tokens: int | None = option(None, "longest prompt + answer in tokens (default: the model's, at most 4096)")
     running: int | None = option(None, "requests decoded together (default: by the machine)")
     dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)}")
+    compile: bool = option(True, "compile the model: faster answers, half a minute at a model's first start")
     kv_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
     vllm_args: str = option("", "further vLLM flags, which win over the launch plan, such as '--block-size 64'")
     # Who may ask, and how much
-    keys: str = option("", "file of hashed keys, made with `python -m serve keys`; reread when it changes")
+    keys: str = option("", "file of hashed keys, made with `python -m serve key`; reread when it changes")
     cors: tuple[str, ...] = option((), "origins that browsers may call from, comma-separated (default: none)")
     max_body_kb: int = option(1024, "largest request body in KiB")
     max_completion_tokens: int = option(1024, "most tokens one answer may have")
-    key_running: int = option(64, "requests in flight per key before 429")
-    queued: int = option(256, "requests in flight on the whole server before 503")
+    key_running: int = option(64, "answers in the engine at a time per key; further ones wait their turn")
+    key_queued: int = option(64, "answers that may wait for their turn per key before 429")
+    queued: int = option(256, "answers running or waiting on the whole server before 503")
     # Life
     logs: str = option("runs/serve", "folder for <port>/server.log, requests.jsonl and audit.jsonl")
     start_s: float = option(900.0, "seconds the server may take to get ready")
@@ -53,7 +55,7 @@ class ServeConfig:
         for name in ("slots", "host_adapters", "max_body_kb", "max_completion_tokens", "key_running", "queued"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("drain_s", "restarts", "port"):
+        for name in ("drain_s", "restarts", "port", "key_queued"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.port > 65535:
@@ -68,10 +70,7 @@ class ServeConfig:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     @property
     def log_dir(self) -> Path:
@@ -79,6 +78,14 @@ class ServeConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine to itself."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def from_environment() -> ServeConfig:

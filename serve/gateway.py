@@ -5,16 +5,18 @@ Only the routes below exist; each has a role. What passes is bounded (body, toke
 its text (serve/journal.py). Bodies are parsed on the generating routes alone; streams pass through byte for byte.
 """
 
+import asyncio
 import json
 import re
 import time
+import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.bodies import CHAT, COMPLETIONS, RESPONSES, n_sequences, prepare, wants_usage
-from serve.config import ServeConfig
+from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, n_sequences, prepare, wants_usage
+from serve.config import ServeConfig, is_loopback
 from serve.journal import Journal
 from serve.keys import ADMIN, USER, Key, KeyRing
 from serve.limits import Limits
@@ -25,6 +27,7 @@ from serve.plane import Plane
 ANYONE = "anyone"
 ROUTES = {
     ("GET", "/health"): ANYONE,
+    ("GET", "/version"): USER,
     ("GET", "/v1/models"): USER,
     ("POST", CHAT): USER,
     ("POST", COMPLETIONS): USER,
@@ -43,7 +46,13 @@ _USAGE = re.compile(rb'"(?:prompt|input)_tokens":(\d+).*?"(?:completion|output)_
 _ONE_MODEL = re.compile(r"/v1/models/[A-Za-z0-9._@/-]{1,200}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
+# What we write ourselves, and what vLLM would take its scheduling from.
+_NOT_PASSED_ON = (b"content-length", b"transfer-encoding", b"x-request-id", b"x-vllm-priority",
+                  b"x-data-parallel-rank", b"x-session-id")  # fmt: skip
+MAX_PATH = 256
+
 Message = MutableMapping[str, Any]
+Headers = dict[bytes, bytes]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -99,29 +108,59 @@ class Gateway:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        visit = Visit(request_id, scope["method"], scope["path"])
+        visit = Visit(request_id, scope["method"], scope["path"][:MAX_PATH])
         send = _stamped(send, visit)
         try:
-            role = _role(service, visit)
+            if service.keys.open:
+                _refuse_foreign_name(headers)
+            role = _role(service, visit, headers)
             visit.key = _key(service, role, headers)
             if role == ADMIN and visit.key.role != ADMIN:
                 raise Refusal(403, "this needs an admin key")
             if service.draining:
                 raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
-            if visit.path in GENERATING:
+            if visit.method == "POST" and visit.path in GENERATING:
                 await self._generate(service, visit, scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         except Refusal as refusal:
             visit.status, visit.code = refusal.status, refusal.code
             service.meters.refusals.labels(str(refusal.status), refusal.code).inc()
-            await _refuse(send, refusal)
+            await _refuse(send, refusal, _permission(service, headers))
         finally:
             _write_down(service, visit, scope.get(TARGET, ""))
 
     async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
-        body = _parse(await _read(receive, service.config.max_body_kb << 10))
-        plane, limits = service.plane, service.limits
+        limits, caller = service.limits, visit.key.name
+        # It counts from its first byte, as one until it is read: bodies take memory.
+        arriving = limits.enter(caller, 1)
+        try:
+            body = _parse(await _read(receive, service.config.max_body_kb << 10))
+        finally:
+            limits.leave(caller, 1, arriving)
+        weight = n_sequences(visit.path, body)
+        turn = limits.enter(caller, weight)
+        service.meters.in_flight.inc(weight)
+        try:
+            await _wait(turn, receive)
+            await self._answer(service, visit, body, scope, receive, send)
+        finally:
+            limits.leave(caller, weight, turn)
+            service.meters.in_flight.dec(weight)
+        service.meters.answered(
+            visit.adapter,
+            visit.status,
+            visit.prompt_tokens,
+            visit.completion_tokens,
+            visit.ttft_s,
+            time.monotonic() - visit.started_s,
+            visit.streamed,
+        )
+
+    async def _answer(
+        self, service: Service, visit: Visit, body: Body, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        plane = service.plane
         model = body.get("model")
         manifest = None
         if isinstance(model, str) and model not in ("", plane.base_name):
@@ -136,37 +175,25 @@ class Gateway:
             max_completion_tokens=service.config.max_completion_tokens,
             fold_system=service.fold_system,
         )
-        weight = n_sequences(visit.path, body)
-        limits.enter(visit.key.name, weight)
-        service.meters.in_flight.inc(weight)
         try:
-            resident = await plane.acquire(manifest) if manifest else None
-            try:
-                scope, receive = _with_body(scope, receive, json.dumps(ready).encode(), visit.request_id)
-                watched = _watched(send, visit, hide_usage=visit.streamed and not wants_usage(visit.path, body))
-                await self.app(scope, receive, watched)
-            finally:
-                if resident is not None:
-                    plane.release(resident)
+            raw = json.dumps(ready, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Refusal(400, "a text holds half a surrogate pair, which is no character") from error
+        resident = await plane.acquire(manifest) if manifest else None
+        try:
+            scope, receive = _with_body(scope, receive, raw, visit.request_id)
+            await self.app(scope, receive, _watched(send, visit, visit.streamed and not wants_usage(visit.path, body)))
         finally:
-            limits.leave(visit.key.name, weight)
-            service.meters.in_flight.dec(weight)
-        service.meters.answered(
-            visit.adapter,
-            visit.status,
-            visit.prompt_tokens,
-            visit.completion_tokens,
-            visit.ttft_s,
-            time.monotonic() - visit.started_s,
-            visit.streamed,
-        )
+            if resident is not None:
+                plane.release(resident)
 
 
-def _role(service: Service, visit: Visit) -> str:
-    role = ROUTES.get((visit.method, visit.path))
-    if visit.method == "OPTIONS" and service.config.cors:
-        # A browser asks beforehand, without a key; vLLM's CORS middleware answers.
+def _role(service: Service, visit: Visit, headers: Headers) -> str:
+    asked = headers.get(b"access-control-request-method", b"").decode("latin-1")
+    if visit.method == "OPTIONS" and service.config.cors and asked and b"origin" in headers:
+        # A browser asks beforehand, without a key, whether it may; vLLM's CORS middleware answers by itself.
         return ANYONE
+    role = ROUTES.get((visit.method, visit.path))
     if role is None and visit.method == "GET" and _ONE_MODEL.fullmatch(visit.path):
         role = USER
     if role is None:
@@ -179,7 +206,21 @@ def _role(service: Service, visit: Visit) -> str:
     return role
 
 
-def _key(service: Service, role: str, headers: dict[bytes, bytes]) -> Key:
+def _refuse_foreign_name(headers: Headers) -> None:
+    """Raise Refusal 403 unless the request names this machine as localhost.
+
+    Without keys, being on this machine is the only pass, and a web page can borrow it: the name of its host may be made
+    to mean 127.0.0.1 once the page is loaded (DNS rebinding). The browser still sends that name.
+    """
+    try:
+        name = urllib.parse.urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+    except ValueError:
+        name = None
+    if not is_loopback(name or ""):
+        raise Refusal(403, f"a server without keys answers to localhost only, not to {name!r}; start it with --keys")
+
+
+def _key(service: Service, role: str, headers: Headers) -> Key:
     if role == ANYONE:
         return ANONYMOUS
     scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
@@ -208,9 +249,27 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
             return b"".join(parts)
 
 
-def _parse(raw: bytes) -> dict[str, Any]:
+async def _wait(turn: asyncio.Future[None], receive: Receive) -> None:
+    """Until it is this request's turn. Raises Refusal when the caller hangs up first."""
+    if turn.done():
+        return
+    gone = asyncio.create_task(_hung_up(receive))
     try:
-        body = json.loads(raw)
+        await asyncio.wait((turn, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if not turn.done():
+        raise Refusal(400, "the caller hung up before its turn")
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _parse(raw: bytes) -> Body:
+    try:
+        body = json.loads(raw, parse_constant=_no_number, parse_int=_int64)
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
@@ -218,10 +277,22 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def _no_number(word: str) -> None:
+    # Python reads NaN and Infinity as numbers; JSON has neither.
+    raise ValueError(f"{word} is no number")
+
+
+def _int64(digits: str) -> int:
+    # Beyond this vLLM registers a request that it then cannot hand to its engine, and never forgets it.
+    value = int(digits)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{digits[:30]} does not fit 64 bits")
+    return value
+
+
 def _with_body(scope: Scope, receive: Receive, body: bytes, request_id: str) -> tuple[Scope, Receive]:
     """The same request with another body; after it, what the caller does next (hang up) comes through."""
-    ours = (b"content-length", b"transfer-encoding", b"x-request-id")
-    headers = [(name, value) for name, value in scope["headers"] if name not in ours]
+    headers = [(name, value) for name, value in scope["headers"] if name not in _NOT_PASSED_ON]
     headers += [(b"content-length", str(len(body)).encode()), (b"x-request-id", request_id.encode())]
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -264,9 +335,17 @@ def _watched(send: Send, visit: Visit, hide_usage: bool) -> Send:
     return watched
 
 
-async def _refuse(send: Send, refusal: Refusal) -> None:
+def _permission(service: Service, headers: Headers) -> list[tuple[bytes, bytes]]:
+    """What lets a browser's page read a refusal; vLLM's CORS middleware sees only what passed the gate."""
+    origin = headers.get(b"origin", b"")
+    if origin and ("*" in service.config.cors or origin.decode("latin-1") in service.config.cors):
+        return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+    return []
+
+
+async def _refuse(send: Send, refusal: Refusal, permission: list[tuple[bytes, bytes]]) -> None:
     body = refusal.body()
-    headers = [(name.encode(), value.encode()) for name, value in refusal.headers().items()]
+    headers = [(name.encode(), value.encode()) for name, value in refusal.headers().items()] + permission
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -282,7 +361,7 @@ def _write_down(service: Service, visit: Visit, target: str) -> None:
         "path": visit.path,
         "status": visit.status,
     }
-    if ROUTES.get((visit.method, visit.path)) == ADMIN:
+    if ROUTES.get((visit.method, visit.path)) == ADMIN and visit.key is not ANONYMOUS:
         service.journal.audit(**row, target=target)
     duration_s = round(time.monotonic() - visit.started_s, 4)
     if visit.path in GENERATING:

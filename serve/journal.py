@@ -2,21 +2,28 @@
 
 requests.jsonl: time_utc request_id key method path adapter status code streamed prompt_tokens completion_tokens ttft_s
 duration_s. audit.jsonl, for admin actions: time_utc request_id key method path status target.
+
+requests.jsonl holds strangers' attempts too, so it is bounded: at 64 MiB it becomes requests.jsonl.1, and the one
+before that is gone. Only who has a key gets into audit.jsonl, which is kept whole.
 """
 
 import datetime
 import json
+import logging
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+MAX_BYTES = 64 << 20
 
 
 class Journal:
-    """Two append-only files in one folder."""
+    """Two files in one folder; a line is whole in its file as soon as it is written."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._requests = _open(folder / "requests.jsonl")
-        self._audit = _open(folder / "audit.jsonl")
+        self._requests = RotatingFileHandler(folder / "requests.jsonl", maxBytes=MAX_BYTES, backupCount=1, delay=False)
+        self._audit = logging.FileHandler(folder / "audit.jsonl")
 
     def request(self, **row: Any) -> None:
         """Write down a finished or refused request."""
@@ -27,11 +34,7 @@ class Journal:
         _write(self._audit, row)
 
 
-def _open(path: Path) -> TextIO:
-    # Line-buffered: a line is whole in the file as soon as it is written.
-    return path.open("a", buffering=1, encoding="utf-8")
-
-
-def _write(file: TextIO, row: dict[str, Any]) -> None:
+def _write(file: logging.FileHandler, row: dict[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    file.write(json.dumps({"time_utc": now, **row}, ensure_ascii=False) + "\n")
+    # In ASCII: half a surrogate pair, which a caller may send, has no UTF-8, and its line would be missing.
+    file.emit(logging.makeLogRecord({"msg": json.dumps({"time_utc": now, **row})}))

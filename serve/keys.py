@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ USER, ADMIN = "user", "admin"
 ROLES = (USER, ADMIN)
 ENVIRONMENT = {USER: "COUNSEL_USER_KEYS", ADMIN: "COUNSEL_ADMIN_KEYS"}
 RECHECK_S = 1.0
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 log = logging.getLogger("vllm.counsel")
 
@@ -52,6 +55,8 @@ class KeyRing:
     @property
     def open(self) -> bool:
         """Whether no key is needed. Keys that are added later close the ring; keys that vanish never open it."""
+        if self._started_open:
+            self._reread()
         return self._started_open and not self._keys
 
     def find(self, token: str) -> Key | None:
@@ -94,12 +99,14 @@ def read_keys(path: Path) -> list[Key]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the key file {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is no key file: {error}") from error
     keys = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) != 3 or words[0] not in ROLES or len(words[2]) != 64:
+        if len(words) != 3 or words[0] not in ROLES or not _DIGEST.fullmatch(words[2]):
             raise UserError(f"{str(path)!r} line {number} is not `role name sha256` with role user or admin")
         keys.append(Key(*words))
     return keys

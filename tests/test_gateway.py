@@ -1,19 +1,26 @@
 """The gate: who may pass where, what is too much, and how a refusal reads to the official SDK."""
 
+import concurrent.futures
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
 import httpx
 import openai
 import pytest
 
 from serve.client import make_client
 from serve.gateway import ROUTES
-from tests.conftest import Served
+from serve.keys import USER, add_key
+from tests.conftest import ORIGIN, Served
 
 ASK = [{"role": "user", "content": "what can help me sleep"}]
 # What vLLM mounts beside the API, and what it would mount in its development mode: none of it exists here.
 CLOSED = [
     ("GET", "/adapters"), ("POST", "/adapters"), ("DELETE", "/adapters/gentle"), ("POST", "/invocations"),
     ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/docs"), ("GET", "/redoc"), ("GET", "/openapi.json"),
-    ("GET", "/ping"), ("POST", "/ping"), ("GET", "/version"), ("GET", "/load"), ("GET", "/server_info"),
+    ("GET", "/ping"), ("POST", "/ping"), ("GET", "/load"), ("GET", "/server_info"),
     ("POST", "/generative_scoring"), ("POST", "/scale_elastic_ep"), ("POST", "/sleep"), ("POST", "/collective_rpc"),
     ("POST", "/reset_prefix_cache"), ("POST", "/v1/messages"), ("POST", "/v1/embeddings"),
     ("GET", "/v1/responses/resp_1"), ("POST", "/v1/responses/resp_1/cancel"), ("POST", "/inference/v1/generate"),
@@ -22,7 +29,7 @@ CLOSED = [
 
 
 def call(served: Served, method: str, path: str, key: str = "", **rest: object) -> httpx.Response:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     return httpx.request(method, served.base_url.removesuffix("/v1") + path, headers=headers, timeout=60, **rest)
 
 
@@ -82,21 +89,62 @@ def test_a_body_that_is_no_json_object_is_a_400(server, raw):
     assert call(server, "GET", "/health").status_code == 200
 
 
-def test_more_at_once_than_a_key_may_have_is_a_429_with_retry_after(server):
-    """While 64 answers run for a key the next is turned away with a time to wait; then it is served."""
-    client = server.client()
-    stream = client.chat.completions.create(
-        model="calm", messages=ASK, n=64, max_completion_tokens=48, stream=True, extra_body={"ignore_eos": True}
-    )
+def metric(served: Served, name: str) -> float:
+    """The value of a series without regard to its labels."""
+    text = call(served, "GET", "/metrics", served.admin_key).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)
+
+
+def wait_for(promise: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not promise():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_bursts_wait_their_turn_up_to_429_for_a_key_and_503_for_the_server(server):
+    """64 answers run for a key, 16 wait for a turn and get it, a 17th is a 429; the whole server takes 96, then 503."""
+    client, other = server.client(), make_client(server.base_url, server.admin_key)
+    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 256, "extra_body": {"ignore_eos": True}}
+    stream = client.chat.completions.create(**ask, n=64, stream=True)
     # All 64 count from the first piece of the first answer to the last piece of the last.
     pieces = [next(stream)]
-    with pytest.raises(openai.RateLimitError) as refusal:
-        client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
-    pieces += stream
-    assert refusal.value.response.headers["retry-after"] == "1"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.chat.completions.create, **{**ask, "max_completion_tokens": 1}, n=16)
+        wait_for(lambda: metric(server, "counsel_sequences_in_flight") == 80)
+        with pytest.raises(openai.RateLimitError, match="64 answers running of 64 and 16 waiting of 16") as of_key:
+            client.chat.completions.create(**ask)
+        with pytest.raises(openai.InternalServerError, match="80 answers running or waiting") as of_server:
+            other.chat.completions.create(**ask, n=17)
+        assert len(other.chat.completions.create(**{**ask, "max_completion_tokens": 1}, n=2).choices) == 2
+        assert not waiting.done()
+        pieces += stream
+        assert len(waiting.result().choices) == 16
+    assert (of_key.value.status_code, of_key.value.response.headers["retry-after"]) == (429, "1")
+    assert (of_server.value.status_code, of_server.value.response.headers["retry-after"]) == (503, "2")
     finished = [choice.index for piece in pieces for choice in piece.choices if choice.finish_reason]
     assert sorted(finished) == list(range(64))
-    client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
+
+
+def test_a_caller_who_hangs_up_in_the_queue_leaves_it(server):
+    """Its place is free at once, and the engine never sees the request."""
+    stream = server.client().chat.completions.create(
+        model="calm", messages=ASK, n=64, max_completion_tokens=256, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(stream)
+    with pytest.raises(openai.APITimeoutError):
+        make_client(server.base_url, server.user_key, timeout_s=0.3).chat.completions.create(
+            model="calm", messages=ASK, n=16
+        )
+    wait_for(lambda: metric(server, "counsel_sequences_in_flight") <= 64)
+    stream.close()
+    wait_for(lambda: metric(server, "counsel_sequences_in_flight") == 0)
+
+
+def test_a_key_made_while_the_server_runs_is_known_to_it(server):
+    """The key file is reread within seconds; no restart."""
+    late = add_key(Path(server.server.config.keys), USER, "late")
+    wait_for(lambda: call(server, "GET", "/v1/models", late).status_code == 200)
 
 
 def test_a_stream_shows_usage_only_to_those_who_asked(server):
@@ -107,7 +155,7 @@ def test_a_stream_shows_usage_only_to_those_who_asked(server):
     asked = list(client.chat.completions.create(**ask, stream_options={"include_usage": True}))
     assert all(chunk.usage is None and chunk.choices for chunk in plain)
     assert asked[-1].usage.completion_tokens == 4
-    server.lines("requests.jsonl", lambda rows: [row["completion_tokens"] for row in rows[-2:]] == [4, 4])
+    server.lines("requests.jsonl", lambda rows: [row.get("completion_tokens") for row in rows[-2:]] == [4, 4])
 
 
 def test_what_is_written_down_holds_no_text(server):
@@ -122,6 +170,11 @@ def test_what_is_written_down_holds_no_text(server):
         extra_headers={"X-Request-Id": given},
     )
     assert response.headers["x-request-id"] == given
+    # A field that is refused is not quoted either.
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="calm", messages=[{"role": "user", "content": {"text": secret}}])
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(model="calm", messages=ASK, extra_body={"temperature": secret})
     rows = server.lines("requests.jsonl", lambda rows: any(row["request_id"] == given for row in rows))
     row = next(row for row in rows if row["request_id"] == given)
     assert (row["key"], row["adapter"].split("@")[0], row["status"]) == ("tests", "calm", 200)
@@ -155,10 +208,91 @@ def test_metrics_tell_adapters_apart(server):
         assert series in text
 
 
-def test_browsers_of_other_origins_get_no_permission(server):
-    """Cross-origin calls are off unless an origin is named."""
-    response = httpx.get(
-        server.base_url + "/models",
-        headers={"Authorization": f"Bearer {server.user_key}", "Origin": "https://elsewhere.example"},
-    )
-    assert "access-control-allow-origin" not in response.headers
+def test_browsers_may_call_from_origins_that_are_named_and_from_no_others(server):
+    """Preflight, answer and refusal carry the permission for the one configured origin, and for no other."""
+    allow = "access-control-allow-origin"
+    for origin, permission in ((ORIGIN, ORIGIN), ("https://elsewhere.example", None)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,content-type"
+        before = httpx.options(server.base_url + "/chat/completions", headers=asked)
+        assert before.headers.get(allow) == permission
+        assert before.status_code == (200 if permission else 400)
+        for key, status in ((server.user_key, 200), ("nobody", 401)):
+            headers = {"Authorization": f"Bearer {key}", "Origin": origin}
+            response = httpx.get(server.base_url + "/models", headers=headers)
+            assert (response.status_code, response.headers.get(allow)) == (status, permission)
+
+
+def test_options_without_a_preflight_pass_no_gate(server):
+    """Only a browser's preflight needs no key: a bare OPTIONS must not reach what stands behind, such as /metrics."""
+    for headers in ({}, {"Origin": ORIGIN}, {"Access-Control-Request-Method": "GET"}):
+        response = httpx.options(server.base_url.removesuffix("/v1") + "/metrics", headers=headers)
+        assert response.status_code == 405
+        assert "vllm:" not in response.text
+
+
+def test_websockets_are_closed(server):
+    """No route of the list is a websocket, so none opens, whoever asks."""
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Authorization": f"Bearer {server.admin_key}"}
+    response = httpx.get(server.base_url + "/realtime", headers=upgrade)
+    assert response.status_code == 403
+
+
+def test_what_one_key_asked_is_in_no_other_keys_prefix_cache(server):
+    """The same long prompt again is read from the cache for the same key, and computed anew for another."""
+
+    def hits_of(key: str) -> float:
+        queries, hits = (metric(server, f"vllm:prefix_cache_{name}_total") for name in ("queries", "hits"))
+        messages = [{"role": "user", "content": "thank you for sharing this with me " * 12}]
+        reply = make_client(server.base_url, key).chat.completions.create(
+            model="calm", messages=messages, max_completion_tokens=1
+        )
+        # The engine's figures arrive a moment after the answer.
+        wait_for(lambda: metric(server, "vllm:prefix_cache_queries_total") >= queries + reply.usage.prompt_tokens)
+        return metric(server, "vllm:prefix_cache_hits_total") - hits
+
+    assert [hits_of(key) > 0 for key in (server.user_key, server.user_key, server.admin_key)] == [False, True, False]
+
+
+HUGE = 10**12
+HOSTILE = [
+    {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": float("nan")}, {"min_p": float("nan")},
+    {"presence_penalty": float("nan")}, {"frequency_penalty": float("inf")}, {"repetition_penalty": float("nan")},
+    {"n": "64"}, {"n": 64.0}, {"n": True}, {"n": -1}, {"n": 0}, {"n": HUGE}, {"max_completion_tokens": "5000"},
+    {"max_tokens": 5000.0}, {"max_tokens": -1}, {"seed": HUGE**2}, {"top_k": HUGE}, {"top_k": -7},
+    {"min_tokens": 2, "stop_token_ids": [HUGE]}, {"min_tokens": 2, "stop_token_ids": [100_000]},
+    {"min_tokens": 2, "stop_token_ids": [-100_000]}, {"allowed_token_ids": [100_000]}, {"allowed_token_ids": [-1]},
+    {"allowed_token_ids": []}, {"bad_words": [""]}, {"bad_words": ["\ud800"]}, {"logit_bias": {"100000": 1}},
+    {"logit_bias": {"-5": 1}}, {"logit_bias": {"5": float("nan")}}, {"logprobs": True, "top_logprobs": 1000},
+    {"logprobs": True, "top_logprobs": -1}, {"prompt_logprobs": 10_000}, {"prompt_logprobs": -1},
+    {"stop": [""]}, {"stop": ["a"] * 5000}, {"truncate_prompt_tokens": -5}, {"priority": -HUGE}, {"stream": "maybe"},
+    {"messages": []}, {"messages": [{}]}, {"messages": "hi"}, {"messages": [{"role": "user", "content": "\ud800"}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {"chat_template": "{{ ''.__class__.__mro__ }}"}, {"cache_salt": 5}, {"cache_salt": ["x"]}, {"stream_options": 5},
+    {"response_format": {"type": "json_schema"}}, {"structured_outputs": {"regex": "("}},
+    {"structured_outputs": {"grammar": "root ::= root"}}, {"structured_outputs": {"choice": []}},
+    {"structured_outputs": {"json": {"$ref": "#"}}}, {"tools": [{}]}, {"tool_choice": "required"},
+    {"use_beam_search": True, "n": 3}, {"logits_processors": ["os.system"]}, {"kv_transfer_params": {"x": 1}},
+    {"vllm_xargs": {"x": 1}}, {"request_id": "x" * 3000}, {"thinking_token_budget": -3}, {"model": 5},
+    {"model": "\ud800"}, {"logprob_token_ids": [100_000]}, {"return_tokens_as_token_ids": 3},
+    {"add_generation_prompt": "x"}, {"mm_processor_kwargs": {"x": 1}}, {"documents": [1]},
+    {"echo": True, "continue_final_message": True}, {"top_k": HUGE**2, "temperature": 1}, {"priority": HUGE**2},
+    {"bad_words": ["a" * 50_000]}, {"stream": "false"}, {"background": True}, {"store": "false"},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}]},
+]  # fmt: skip
+
+
+def test_no_request_ends_the_engine(server):
+    """Whatever a key holder puts into a field, the answer is an answer or a 4xx, and the next caller gets an answer."""
+    odd = {}
+    for fields in HOSTILE:
+        body = json.dumps({"model": "calm", "messages": ASK, "max_completion_tokens": 3, **fields})
+        try:
+            response = call(server, "POST", "/v1/chat/completions", server.user_key, content=body)
+        except httpx.TransportError as error:
+            pytest.fail(f"{str(fields)[:80]} got no answer: {error!r}; before it: {odd}")
+        if response.status_code >= 500:
+            odd[str(fields)[:80]] = response.text[:200]
+    assert odd == {}
+    server.client().chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
