@@ -17,15 +17,14 @@ def serve(config: ServeConfig) -> Result:
     signal.signal(signal.SIGTERM, _as_interrupt)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
-    n_restarts = 0
     try:
         server.start()
-        n_restarts = supervise(server, threading.Event())
+        supervise(server, threading.Event())
     except KeyboardInterrupt:
         print("stopping: running requests may end first", file=sys.stderr)
     finally:
         server.stop()
-    return Result({"base_url": server.base_url, "log": str(server.log), "restarts": n_restarts})
+    return Result({"base_url": server.base_url, "log": str(server.log), "restarts": server.restarts})
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ evicts by itself, and never reads an adapter's files in the middle of a step.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -29,6 +30,7 @@ POLL_S = 0.25
 # A request that was cut short may linger in the engine for a step after its connection closed.
 SETTLE_S = 0.5
 ROOM_WAIT_S = 30.0
+RETRY_S = 1.0
 
 
 class Engine(Protocol):
@@ -78,6 +80,8 @@ class Plane:
         self.failed: dict[str, str] = {}
         self.residents: dict[str, Resident] = {}
         self._stamps: dict[str, int] = {}
+        self._complaints: dict[str, str] = {}
+        self._behind, self._swapping = set[str](), set[str]()
         self._refreshing, self._one_load = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -153,12 +157,15 @@ class Plane:
         """Hold a version in the engine, loading it if need be. Pair with `release`. Raises Refusal when it cannot."""
         resident = self.residents.get(manifest.id) or self._admit(manifest)
         resident.in_flight += 1
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release, resident)
             # Shielded: a caller who hangs up must not cancel the load that others wait for.
             await asyncio.shield(resident.loading)
-        except BaseException:
-            self.release(resident)
-            raise
+            undo.pop_all()
+        shelf = self.shelves.get(manifest.name)
+        if shelf is not None and shelf.current == manifest.version:
+            # From now on its name means it until the next one is loaded, and not just published.
+            self.serving.setdefault(manifest.name, manifest.version)
         return resident
 
     def release(self, resident: Resident) -> None:
@@ -177,24 +184,31 @@ class Plane:
 
     async def _load(self, manifest: Manifest) -> None:
         started_s = time.monotonic()
-        try:
-            async with self._one_load:
-                await self._make_room(manifest)
-                await self.engine.load(manifest, shelves.version_dir(self.store, manifest))
-        except Refusal as refusal:
-            del self.residents[manifest.id]
-            self.on_event("fail", manifest, time.monotonic() - started_s)
-            log.warning("could not load %s: %s", manifest.id, refusal.message)
-            raise
+        with contextlib.ExitStack() as undo:
+            # However it fails, nothing that is not in the engine may look as if it were.
+            undo.callback(self.residents.__delitem__, manifest.id)
+            try:
+                async with self._one_load:
+                    await self._make_room(manifest, give_up_s=started_s + ROOM_WAIT_S)
+                    await self.engine.load(manifest, shelves.version_dir(self.store, manifest))
+            except Refusal as refusal:
+                self.on_event("fail", manifest, time.monotonic() - started_s)
+                log.warning("could not load %s: %s", manifest.id, refusal.message)
+                raise
+            undo.pop_all()
         self.on_event("load", manifest, time.monotonic() - started_s)
 
-    async def _make_room(self, manifest: Manifest) -> None:
-        """Evict the least recently used until one more fits; Refusal 503 when all stay busy."""
-        give_up_s = time.monotonic() + ROOM_WAIT_S
+    async def _make_room(self, manifest: Manifest, give_up_s: float) -> None:
+        """Evict the least recently used until one more fits; Refusal 503 when all stay busy, or are pinned."""
         while sum(resident.loading.done() for resident in self.residents.values()) >= self.capacity:
-            idle = [r for r in self.residents.values() if r.idle_s >= SETTLE_S and not self._pinned(r.manifest)]
+            others = [r for r in self.residents.values() if r.loading.done() and not self._pinned(r.manifest)]
+            idle = [r for r in others if r.idle_s >= SETTLE_S]
             if idle:
                 await self._unload(min(idle, key=lambda r: r.idle_since_s), "evict")
+            elif not others:
+                raise Refusal(
+                    503, f"no room for {manifest.id}: all {self.capacity} adapters are pinned", retry_after_s=60
+                )
             elif time.monotonic() > give_up_s:
                 raise Refusal(503, f"no room for {manifest.id}: all {self.capacity} adapters are busy", retry_after_s=5)
             else:
@@ -218,7 +232,13 @@ class Plane:
         resident.retiring = True
         while resident.idle_s < SETTLE_S:
             await asyncio.sleep(0.05)
-        if self.residents.get(served_id) is resident:
+        if self.residents.get(served_id) is not resident:
+            return
+        manifest = resident.manifest
+        if self.meaning(manifest.name) == manifest and self.why_not(manifest) is None:
+            # Its name was rolled back to it while it drained.
+            resident.retiring = False
+        else:
             await self._unload(resident, "unload")
 
     # The store
@@ -252,10 +272,17 @@ class Plane:
                     self.shelves.pop(name, None)
                     self.serving.pop(name, None)
                 if swap:
+                    self._behind.add(name)
                     self._follow(before, shelf)
+            self._catch_up()
 
     def _read_changes(self) -> dict[str, Shelf]:
-        changed, seen = {}, shelves.names(self.store)
+        changed: dict[str, Shelf] = {}
+        try:
+            seen = shelves.names(self.store)
+        except OSError as error:
+            self._complain(str(self.store), error)
+            return changed
         for name in seen:
             folder = self.store / name
             try:
@@ -263,9 +290,10 @@ class Plane:
                 if self._stamps.get(name) == stamp:
                     continue
                 changed[name] = shelves.read_shelf(self.store, name)
-            except (UserError, FileNotFoundError) as error:
-                log.warning("left %s in the store as it was: %s", name, error)
+            except (UserError, OSError) as error:
+                self._complain(name, error)
                 continue
+            self._complaints.pop(name, None)
             # A folder changed within the clock's grain may change again unseen: read it once more next time.
             fresh = time.time_ns() - stamp < 100_000_000
             self._stamps[name] = -1 if fresh else stamp
@@ -273,6 +301,12 @@ class Plane:
             del self._stamps[name]
             changed[name] = Shelf(name, None, {}, pinned=False)
         return changed
+
+    def _complain(self, name: str, error: Exception) -> None:
+        """Log what is wrong once, not four times a second until it is mended."""
+        if self._complaints.get(name) != str(error):
+            self._complaints[name] = str(error)
+            log.warning("left %s in the store as it was: %s", name, error)
 
     def _follow(self, before: Shelf | None, after: Shelf) -> None:
         for version, manifest in (before.versions if before else {}).items():
@@ -284,8 +318,17 @@ class Plane:
         if before is not None and before.current != after.current:
             # Publishing or rolling back anew ends an admin's unload.
             self.withdrawn.discard(current.id)
-        if self.serving.get(after.name) != after.current and self.why_not(current) is None:
-            self._spawn(self._swap(current))
+
+    def _catch_up(self) -> None:
+        """Swap in what changed, and again what there was no room for."""
+        for name in list(self._behind - self._swapping):
+            shelf = self.shelves.get(name)
+            current = shelf.versions.get(shelf.current or "") if shelf else None
+            if current is None or self.serving.get(name) == current.version or self.why_not(current) is not None:
+                self._behind.discard(name)
+            else:
+                self._swapping.add(name)
+                self._spawn(self._swap(current))
 
     async def _forget(self, manifest: Manifest) -> None:
         await self.retire(manifest.id)
@@ -296,6 +339,9 @@ class Plane:
     async def _swap(self, manifest: Manifest) -> None:
         old = self.meaning(manifest.name)
         await self._try_serving(manifest)
+        if self.serving.get(manifest.name) != manifest.version and self.why_not(manifest) is None:
+            await asyncio.sleep(RETRY_S)
+        self._swapping.discard(manifest.name)
         if old is not None and old != manifest and self.meaning(manifest.name) == manifest:
             await self.retire(old.id)
 
@@ -316,7 +362,3 @@ class Plane:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _unknown(message: str) -> Refusal:
-    return Refusal(404, message, param="model", code="model_not_found")

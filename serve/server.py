@@ -8,7 +8,7 @@ The child's output goes to `<logs>/<port>/server.log`; when it dies, the reason 
 
 import contextlib
 import dataclasses
-import json
+import http.client
 import os
 import re
 import signal
@@ -16,11 +16,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Literal
 
 from serve import config as configs
 from serve import launch, machine
@@ -33,6 +32,9 @@ from train.errors import UserError
 POLL_S = 0.2
 SAY_EVERY_S = 5.0
 STOP_S = 15.0
+HEALTH_S = 5.0
+
+Health = Literal["up", "down", "silent"]
 
 # What vLLM logs on its way up -> what we say; the last one seen holds.
 _PHASES = (
@@ -58,6 +60,7 @@ class Server:
         self.quiet = quiet
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_s = 0.0
+        self._n_starts = 0
 
     @property
     def base_url(self) -> str:
@@ -74,18 +77,18 @@ class Server:
         """The API process's id, None before it was started."""
         return self.process.pid if self.process else None
 
+    @property
+    def restarts(self) -> int:
+        """How often it was started again after the first time."""
+        return max(0, self._n_starts - 1)
+
     def plan(self) -> launch.Plan:
         """What will be started, and why so."""
-        ranks = [
-            manifest.rank
-            for name in shelves.names(Path(self.config.store))
-            for manifest in shelves.read_shelf(Path(self.config.store), name).versions.values()
-        ]
-        return launch.plan(self.config, self.base, machine.look(), ranks)
+        return launch.plan(self.config, self.base, machine.look(), _ranks(Path(self.config.store)))
 
     def command(self) -> tuple[str, ...]:
         """The child's whole command line."""
-        return (*self.plan().argv, *gate_flags(self.config))
+        return (*self.plan().argv, *launch.gate_flags(self.config))
 
     def start(self) -> None:
         """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
@@ -94,10 +97,7 @@ class Server:
         self._say(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
         started_s = time.monotonic()
         # One file for one start, so that a reason found there is of this one; the one before is kept.
-        if self.log.exists():
-            self.log.replace(self.log.with_suffix(".previous.log"))
         if self.log.is_file():
-            # A restart must not wipe out why the last one died.
             self.log.replace(self.log.with_name("server.previous.log"))
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -110,23 +110,25 @@ class Server:
                 # Ctrl-C is for us; we then tell the child.
                 start_new_session=True,
             )
-        try:
+        self._n_starts += 1
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.kill)
             self._wait_until_ready(started_s)
-        except BaseException:
-            self.kill()
-            raise
+            undo.pop_all()
         self.ready_s = time.monotonic() - started_s
         self._say(f"ready after {self.ready_s:.0f} s: {self.base_url}")
 
     def stop(self) -> None:
-        """Let running requests end within `drain_s`, then end the child; kill what is left after that."""
-        if self.process is None or self.process.poll() is not None:
+        """Let running requests end within `drain_s`, then end the child; kill what is left, at once if interrupted."""
+        if self.process is None:
             return
-        # The gate turns new requests away and, once the running ones have ended, sends itself SIGTERM.
-        self.process.send_signal(signal.SIGUSR1 if self.ready_s else signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(self.config.drain_s + STOP_S)
-        self.kill()
+        try:
+            # The gate turns new requests away and, once the running ones have ended, sends itself SIGTERM.
+            self.process.send_signal(signal.SIGUSR1 if self.ready_s else signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(self.config.drain_s + STOP_S)
+        finally:
+            self.kill()
 
     def kill(self) -> None:
         """End the child and every process it started, now."""
@@ -136,6 +138,10 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         _close(self.process.stdin)
+
+    def health(self, within_s: float) -> Health:
+        """What this server's `/health` says."""
+        return health(self.base_url, within_s)
 
     def died(self) -> str | None:
         """Why the child is gone, in one line; None while it runs."""
@@ -154,7 +160,7 @@ class Server:
 
     def _wait_until_ready(self, started_s: float) -> None:
         said_s = time.monotonic()
-        while not _healthy(self.base_url):
+        while self.health(HEALTH_S) != "up":
             reason = self.died()
             if reason is not None:
                 raise UserError(f"the server did not start: {reason} (log: {self.log})")
@@ -170,17 +176,20 @@ class Server:
             print(line, file=sys.stderr, flush=True)
 
 
-def gate_flags(config: ServeConfig) -> tuple[str, ...]:
-    """vLLM's flags that put our gate in front of it and close what it would leave open."""
-    return (
-        *("--middleware", "serve.gateway.Gateway"),
-        *("--allowed-origins", json.dumps(config.cors)),
-        *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
-        # A small model asked for JSON may write blanks for ever where the grammar lets it.
-        *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
-        "--disable-fastapi-docs",
-        "--disable-uvicorn-access-log",
-    )
+def health(url: str, within_s: float) -> Health:
+    """What `/health` at an address says: "up"; "down", it refuses or the engine is dead; or "silent" for `within_s`."""
+    address = urllib.parse.urlsplit(url)
+    # Not urllib: a proxy set for the way out would be asked for this machine too.
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=within_s)
+    try:
+        connection.request("GET", "/health")
+        return "up" if connection.getresponse().status == 200 else "down"
+    except TimeoutError:
+        return "silent"
+    except (OSError, http.client.HTTPException):
+        return "down"
+    finally:
+        connection.close()
 
 
 def reason_in(log: Path) -> str | None:
@@ -193,12 +202,21 @@ def reason_in(log: Path) -> str | None:
     return None
 
 
+def _ranks(store: Path) -> list[int]:
+    ranks = []
+    for name in shelves.names(store):
+        # One broken version must not keep the others from being served: the child leaves it out and logs why.
+        with contextlib.suppress(UserError, FileNotFoundError):
+            ranks += [manifest.rank for manifest in shelves.read_shelf(store, name).versions.values()]
+    return ranks
+
+
 def _refuse_open_door(config: ServeConfig) -> None:
     keys = KeyRing(Path(config.keys) if config.keys else None)
     if keys.open and not config.loopback:
         raise UserError(
             f"host {config.host} can be reached by others, and no keys are set; make one with "
-            "`python -m serve key --keys keys.txt --name NAME` and start with --keys keys.txt, or use --host 127.0.0.1"
+            "`python -m serve key NAME --keys keys.txt` and start with --keys keys.txt, or use --host 127.0.0.1"
         )
 
 
@@ -215,14 +233,6 @@ def _free_port(config: ServeConfig) -> int:
                 "stop what listens there, or take another with --port (0: any free one)"
             ) from error
         return int(probe.getsockname()[1])
-
-
-def _healthy(base_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(base_url.removesuffix("/v1") + "/health", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def _phase(log: Path) -> str:

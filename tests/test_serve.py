@@ -104,6 +104,45 @@ def test_more_adapters_than_the_engine_holds_take_turns(server, tmp_path):
         shelves.remove(server.store, name)
 
 
+def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_name(server, tmp_path):
+    """Seven adapters for four places: the pinned one is never unloaded to make room, nor is the version after it."""
+    names = [f"passing{n}" for n in range(5)]
+    for n, name in enumerate(names):
+        server.publish(name, tiny_adapter(server.base.path, tmp_path / name, seed=40 + n))
+
+    def others_pass(kept: shelves.Manifest) -> set[str]:
+        states = set()
+        for name in names:
+            ask(server, name)
+            states |= {row["state"] for row in rows_of_admin(server) if row["id"] == kept.id}
+        return states
+
+    first = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept1", seed=50))
+    shelves.pin(server.store, "kept", pinned=True)
+    ask(server, "kept")
+    wait_until(lambda: all(row["pinned"] for row in rows_of_admin(server) if row["id"] == first.id), within_s=2)
+    assert others_pass(first) == {"loaded"}
+
+    second = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept2", seed=51))
+    wait_until(lambda: states_of(server).get(second.id) == "loaded", within_s=5)
+    wait_until(lambda: states_of(server).get(first.id) == "published", within_s=5)
+    assert others_pass(second) == {"loaded"}
+    shelves.pin(server.store, "kept", pinned=False)
+    wait_until(lambda: not any(row["pinned"] for row in rows_of_admin(server)), within_s=2)
+    others_pass(second)
+    assert states_of(server)[second.id] == "published"
+    for name in (*names, "kept"):
+        shelves.remove(server.store, name)
+
+
+def rows_of_admin(served: Served) -> list[dict[str, object]]:
+    return make_client(served.base_url, served.admin_key).get("/adapters", cast_to=dict)["data"]
+
+
+def states_of(served: Served) -> dict[str, str]:
+    return {row["id"]: row["state"] for row in rows_of_admin(served)}
+
+
 def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_never_served(server, tmp_path):
     """A manifest of another base is refused by name, not answered as this base."""
     from tests.tiny import tiny_base
@@ -114,8 +153,7 @@ def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_ne
     with pytest.raises(openai.NotFoundError, match="made for base other"):
         ask(server, "stranger")
     assert "stranger" not in model_ids(server)
-    rows = make_client(server.base_url, server.admin_key).get("/adapters", cast_to=dict)["data"]
-    assert [row["state"] for row in rows if row["id"] == manifest.id] == ["refused"]
+    assert states_of(server)[manifest.id] == "refused"
     shelves.remove(server.store, "stranger")
 
 

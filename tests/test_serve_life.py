@@ -1,17 +1,23 @@
 """The life of a server as a user starts it: ready, killed, back with its adapters, told to stop while it answers."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
 
+from serve import supervise
 from serve.client import make_client
 from serve.server import Server
 from tests.conftest import tiny_config
@@ -24,12 +30,66 @@ ASK = [{"role": "user", "content": "listen"}]
 LONG = {"ignore_eos": True}
 
 
-def start(base: Base, folder: Path, port: int, *flags: str) -> subprocess.Popen[str]:
-    """`python -m serve` as a user runs it, with a store of one adapter."""
-    words = [sys.executable, "-m", "serve", "--model", str(base.path), "--store", str(folder / "store")]
+SERVE = ("-m", "serve")
+# The same command with less patience for a child that hangs: 4 misses of 5 s, 1 s apart.
+IMPATIENT = (
+    "-c",
+    "import sys, serve.supervise as s; s.HEALTH_EVERY_S, s.HEALTH_WAIT_S, s.HEALTH_MISSES = 1.0, 5.0, 4\n"
+    "from serve.__main__ import COMMANDS; from train.command import main; sys.exit(main('serve', COMMANDS))",
+)
+
+
+class Small(Server):
+    """A server whose child is no vLLM, but a few lines that answer /health: it is ready in a moment."""
+
+    code = (
+        "import http.server, sys\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
+    )
+
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-c", self.code, str(self.config.port))
+
+
+class Doomed(Small):
+    """A server whose child dies with a reason."""
+
+    code = "raise ValueError('no weights')"
+
+
+def start(base: Base, folder: Path, port: int, *flags: str, how: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
+    """`python -m serve` as a user runs it in a terminal (a process group of its own), with a store of one adapter."""
+    words = [sys.executable, *how, "--model", str(base.path), "--store", str(folder / "store")]
     words += ["--port", str(port), "--logs", str(folder / "logs"), "--dtype", "float32", "--context-tokens", "512"]
-    words += ["--kv-gb", "0.1", "--running", "8", *flags]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words += ["--kv-gb", "0.1", "--running", "8", "--no-compile", *flags]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def until(promise: Callable[[], bool], within_s: float = 60) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not promise():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; a dead one that nobody has collected yet does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], within_s: float = 600) -> None:
@@ -48,37 +108,90 @@ def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], 
 @pytest.mark.slow
 def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_model, tmp_path):
     """The worker is killed: the server is back, adapter included. SIGTERM: what runs ends, what comes is refused."""
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
-    process = start(tiny_model, tmp_path, port, "--drain-s", "20")
-    client = make_client(f"http://127.0.0.1:{port}/v1")
+    process = start(tiny_model, tmp_path, port, "--drain-s", "90")
+    address = f"http://127.0.0.1:{port}"
+    client = make_client(f"{address}/v1")
+
+    def is_refused() -> bool:
+        try:
+            client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
+        except (openai.InternalServerError, openai.APIConnectionError):
+            return True
+        return False
+
     try:
         wait_for(client, "calm", process)
+        # Nothing was said of CORS, so no page of another origin may read an answer.
+        origin = {"Origin": "https://elsewhere.example"}
+        assert "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers=origin).headers
+        asked = {**origin, "Access-Control-Request-Method": "POST"}
+        assert httpx.options(f"{address}/v1/chat/completions", headers=asked).status_code == 405
+
+        # Without keys, no name of another machine is good, wherever it may point: browsers can be led here by one.
+        for host, status in (
+            ("evil.example", 403),
+            (f"evil.example:{port}", 403),
+            ("", 403),
+            (f"localhost:{port}", 200),
+        ):
+            assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
+
         children = psutil.Process(process.pid).children(recursive=True)
         max(children, key=lambda child: child.memory_info().rss).kill()
         with pytest.raises(openai.OpenAIError):
             client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=300, extra_body=LONG)
         wait_for(client, "calm", process)
 
-        long = {"model": "calm", "messages": ASK, "max_completion_tokens": 300, "extra_body": LONG}
+        # 60 answers, 8 at a time: seconds of work, so that they run when the signal comes.
+        long = {"model": "calm", "messages": ASK, "max_completion_tokens": 450, "n": 12, "extra_body": LONG}
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            running = [pool.submit(client.chat.completions.create, **long) for _ in range(4)]
-            time.sleep(1)
+            running = [pool.submit(client.chat.completions.create, **long) for _ in range(5)]
+            # On two cores that compute, this process itself may stand still for seconds, and miss the moment.
+            until(
+                lambda: (
+                    "counsel_sequences_in_flight 60.0" in httpx.get(f"{address}/metrics").text
+                    or all(answer.done() for answer in running)
+                )
+            )
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
-                client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
-            assert [answer.result().usage.completion_tokens for answer in running] == [300] * 4
+            until(is_refused)
+            assert [answer.result().usage.completion_tokens for answer in running] == [12 * 450] * 5
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 0, err
     assert out.splitlines()[-1].endswith('"restarts": 1}')
     assert "starting it again" in err
-    assert not [child for child in children if psutil.pid_exists(child.pid)]
+    until(lambda: not any(map(is_alive, children)))
+
+
+@pytest.mark.slow
+def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_path):
+    """The API process stops without ending: the server is back. Ctrl-C: one line, status 0, nothing left running."""
+    port = free_port()
+    shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
+    process = start(tiny_model, tmp_path, port, how=IMPATIENT)
+    client = make_client(f"http://127.0.0.1:{port}/v1", timeout_s=10)
+    try:
+        # Not at its first answer: until the command itself has seen it ready, it waits for it, however long it hangs.
+        assert any("ready after" in line for line in process.stderr)
+        seen = psutil.Process(process.pid).children(recursive=True)
+        psutil.Process(process.pid).children()[0].suspend()
+        wait_for(client, "calm", process)
+        seen += psutil.Process(process.pid).children(recursive=True)
+        # As a terminal does: to the whole foreground group.
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.splitlines()[-1].endswith('"restarts": 1}')
+    assert "it hangs: no answer from /health" in err
+    assert err.splitlines()[-1] == "stopping: running requests may end first"
+    assert "Traceback" not in err
+    until(lambda: not any(map(is_alive, seen)))
 
 
 @pytest.mark.slow
@@ -103,13 +216,48 @@ def test_a_server_ends_with_its_parent(tiny_model, tmp_path):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())
-    left = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    left = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    deadline_s = time.monotonic() + 120
-    while [one for one in left if psutil.pid_exists(one)]:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.2)
+    until(lambda: not any(map(is_alive, left)), within_s=120)
+
+
+def test_a_child_that_answers_no_more_is_killed_and_replaced(tiny_model, tmp_path, monkeypatch):
+    """A stopped process neither ends nor answers; the parent notices by /health."""
+    for name, value in (("HEALTH_EVERY_S", 0.1), ("HEALTH_WAIT_S", 0.5), ("HEALTH_MISSES", 3), ("FIRST_PAUSE_S", 0.1)):
+        monkeypatch.setattr(supervise, name, value)
+    server, stop = Small(tiny_config(tmp_path, tiny_model.path), quiet=True), threading.Event()
+    with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as after:
+        server.start()
+        after.callback(server.kill)
+        after.callback(stop.set)
+        first = psutil.Process(server.pid)
+        keeper = pool.submit(supervise.supervise, server, stop)
+        first.suspend()
+        until(lambda: server.pid != first.pid and server.health(5) == "up")
+        stop.set()
+        keeper.result()
+        assert server.restarts >= 1
+        assert not is_alive(first)
+
+
+def test_a_server_that_keeps_dying_is_given_up_with_its_reason(tiny_model, tmp_path, monkeypatch, capsys):
+    """Two restarts are allowed; the third death ends it, in the child's own words."""
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.01)
+    server = Doomed(tiny_config(tmp_path, tiny_model.path, restarts=2), quiet=True)
+    with pytest.raises(UserError, match="did not start: ValueError: no weights"):
+        server.start()
+    with pytest.raises(UserError, match="failed 3 times in 10 min; last: ValueError: no weights"):
+        supervise.supervise(server, threading.Event())
+    assert capsys.readouterr().err.count("starting it again") == 2
+
+
+def test_a_broken_version_in_the_store_does_not_keep_the_server_from_starting(tiny_model, tmp_path):
+    """The plan looks at ranks for a hint only."""
+    broken = tmp_path / "store" / "broken" / ("0" * 12)
+    broken.mkdir(parents=True)
+    (broken / "manifest.json").write_text("{")
+    assert Server(tiny_config(tmp_path, tiny_model.path), quiet=True).plan().argv
 
 
 def test_stopping_what_never_started_is_no_error(tiny_model, tmp_path):
