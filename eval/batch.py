@@ -1,48 +1,76 @@
-"""Answer an OpenAI Batch file on any OpenAI-compatible server: several models in one file, results as they come.
+"""Answer an OpenAI Batch file, several models in one: on any OpenAI-compatible server, or on an engine of its own.
 
     python -m eval batch requests.jsonl answers.jsonl --url http://127.0.0.1:8000/v1
+    python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --store store
+    python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --shard 1/4     -> answers-1-of-4.jsonl
 
 Input, one request a line, as the Batch API defines it: `custom_id` (its own), `method` (`POST`), `url`
 (`/v1/chat/completions` or `/v1/completions`) and `body`. Output, one line each, in the order they finish: `id`,
-`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}).
+`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}). Both ways of
+answering give the same rows.
 
-Killed and given again, it goes on: no request is lost or answered twice, and those that failed are sent again.
+Killed and given again, it goes on: no request is lost or answered twice, and those that failed are sent again. A
+request's shard depends on its `custom_id` alone; shards are merged by putting their files one after the other.
 """
 
 import asyncio
+import contextlib
+import dataclasses
+import hashlib
 import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import openai
+from typing import Any, NamedTuple
 
 from eval.config import BatchConfig
 from eval.online import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog
-from serve.client import make_async_client
-from train.command import Result
+from serve.client import BASE_URL, make_async_client
+from serve.config import ServeConfig
+from serve.offline import OfflineEngine
+from train.command import Result, load_config
 from train.errors import UserError
 from train.files import read_jsonl
 
 URLS = ("/v1/chat/completions", "/v1/completions")
+SERVER_CONCURRENCY = 32
+# Well above what an engine decodes together: it must never wait for the next request.
+ENGINE_CONCURRENCY = 2048
+
+
+class Reply(NamedTuple):
+    """The body that answers one request, or why there is none."""
+
+    body: dict[str, Any] | None
+    error: str | None
+
+
+Ask = Callable[[Row], Awaitable[Reply]]
 
 
 def batch(config: BatchConfig) -> Result:
     """Answer every request that the output lacks; exit status 1 when some failed."""
     requests = read_requests(Path(config.requests))
-    with RowLog(Path(config.answers), ("custom_id",)) as log:
+    path = Path(config.answers)
+    if config.part is not None:
+        k, n = config.part
+        requests = [request for request in requests if shard_of(request["custom_id"], n) == k]
+        path = path.with_name(f"{path.stem}-{k}-of-{n}{path.suffix}")
+    with RowLog(path, ("custom_id",)) as log:
         ids = {request["custom_id"] for request in requests}
         strangers = [key[0] for key in log.done if key[0] not in ids]
         if strangers:
-            raise UserError(f"{config.answers!r} answers {strangers[0]!r}, which {config.requests!r} does not ask")
+            raise UserError(f"{str(path)!r} answers {strangers[0]!r}, which {config.requests!r} does not ask here")
         if log.done:
             print(f"{len(log.done)} of {len(requests)} are answered already", file=sys.stderr)
-        progress = Progress(len(requests), len(log.done))
-        asyncio.run(_answer(config, [r for r in requests if (r["custom_id"],) not in log.done], log, progress))
+        todo = [request for request in requests if (request["custom_id"],) not in log.done]
+        if todo:
+            progress = Progress(len(requests), len(log.done))
+            asyncio.run(_answer_on(config, todo, log, progress))
         failed = sum(row["error"] is not None for row in log.done.values())
-    print(f"{len(requests) - failed} answered, {failed} failed: {config.answers}")
-    document = {"requests": len(requests), "failed": failed, "answers": config.answers}
+    print(f"{len(requests) - failed} answered, {failed} failed: {path}")
+    document = {"requests": len(requests), "failed": failed, "answers": str(path)}
     return Result(document, 1 if failed else 0)
 
 
@@ -65,24 +93,72 @@ def read_requests(path: Path) -> list[Row]:
     return requests
 
 
-async def _answer(config: BatchConfig, requests: list[Row], log: RowLog, progress: Progress) -> None:
-    async with make_async_client(config.url, timeout_s=config.timeout_s) as client:
-
-        async def answer(request: Row) -> None:
-            log.append(await _reply(client, request))
-            progress.step(request["body"]["model"])
-
-        # By model: an adapter then stays loaded, and no batch mixes more of them than it must.
-        ordered = sorted(requests, key=lambda request: str(request["body"]["model"]))
-        await run_bounded([partial(answer, request) for request in ordered], config.concurrency)
+def shard_of(custom_id: str, n: int) -> int:
+    """Which of `n` shards, from 1, a request is in: by the hash of its name, whatever else the file holds."""
+    return int(hashlib.sha256(custom_id.encode()).hexdigest(), 16) % n + 1
 
 
-async def _reply(client: openai.AsyncOpenAI, request: Row) -> Row:
-    """The output line of one request. The body is passed on as it is, so fields unknown to the client survive."""
-    path = request["url"].removeprefix("/v1")
-    outcome = await attempt(lambda: client.post(path, body=request["body"], cast_to=object))
-    line: dict[str, Any] = {"id": f"batch_req_{request['custom_id']}", "custom_id": request["custom_id"]}
-    if outcome.error is not None:
-        return line | {"response": None, "error": {"code": "failed", "message": outcome.error}}
-    body: Any = outcome.response
-    return line | {"response": {"status_code": 200, "request_id": body.get("id"), "body": body}, "error": None}
+async def answer_all(ask: Ask, requests: Sequence[Row], log: RowLog, progress: Progress, concurrency: int) -> None:
+    """Append the answer to each request as it comes, `concurrency` in flight."""
+
+    async def answer(request: Row) -> None:
+        log.append(_line(request, await ask(request)))
+        progress.step(request["body"]["model"])
+
+    # By model: an adapter then stays loaded, and no batch mixes more of them than it must.
+    ordered = sorted(requests, key=lambda request: str(request["body"]["model"]))
+    await run_bounded([partial(answer, request) for request in ordered], concurrency)
+
+
+async def _answer_on(config: BatchConfig, requests: Sequence[Row], log: RowLog, progress: Progress) -> None:
+    if config.base:
+        answering, concurrency = engine_answers(engine_for(config, requests, log.path)), ENGINE_CONCURRENCY
+    else:
+        answering, concurrency = _server_answers(config), SERVER_CONCURRENCY
+    async with answering as ask:
+        await answer_all(ask, requests, log, progress, config.concurrency or concurrency)
+
+
+@contextlib.asynccontextmanager
+async def _server_answers(config: BatchConfig) -> AsyncIterator[Ask]:
+    async with make_async_client(config.url or BASE_URL, timeout_s=config.timeout_s) as client:
+
+        async def ask(request: Row) -> Reply:
+            # The body is passed on as it is, so fields unknown to the client survive.
+            path = request["url"].removeprefix("/v1")
+            outcome = await attempt(lambda: client.post(path, body=request["body"], cast_to=object))
+            return Reply(outcome.response, outcome.error)
+
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def engine_answers(engine: OfflineEngine) -> AsyncIterator[Ask]:
+    """Start the engine, and ask it instead of a server."""
+    async with engine:
+
+        async def ask(request: Row) -> Reply:
+            answer = await engine.ask(request["url"], request["body"])
+            if answer.status == 200:
+                return Reply(answer.body, None)
+            return Reply(None, f"{answer.status}: {' '.join(answer.body['error']['message'].split())[:300]}")
+
+        yield ask
+
+
+def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> OfflineEngine:
+    """An engine for these requests; its log is beside the answers."""
+    settings = load_config(ServeConfig, config.engine or None, {"model": config.base, "store": config.store or None})
+    # Room for each: the requests of all of them may wait at once.
+    models = len({str(request["body"]["model"]) for request in requests})
+    settings = dataclasses.replace(settings, host_adapters=max(settings.host_adapters, models))
+    return OfflineEngine(settings, answers.with_suffix(".log"))
+
+
+def _line(request: Row, reply: Reply) -> Row:
+    """The output line of one request."""
+    line: Row = {"id": f"batch_req_{request['custom_id']}", "custom_id": request["custom_id"]}
+    if reply.body is None:
+        return line | {"response": None, "error": {"code": "failed", "message": reply.error}}
+    response = {"status_code": 200, "request_id": reply.body.get("id"), "body": reply.body}
+    return line | {"response": response, "error": None}

@@ -61,6 +61,9 @@ class RowLog:
             self._lock.close()
             raise UserError(f"{str(path)!r} is being written by another process; wait for it to end") from error
         rows = read_rows(path)
+        strange = next((number for number, row in enumerate(rows, 1) if not {"error", *key} <= row.keys()), None)
+        if strange:
+            raise UserError(f"line {strange} of {str(path)!r} is no row of ours; name another file")
         kept = [row for row in rows if row["error"] in (None, *FINAL_ERRORS)]
         self.done: dict[Key, Row] = {self._key_of(row): row for row in kept}
         if len(self.done) != len(kept):

@@ -1,9 +1,22 @@
 """What transformers and PEFT answer, for tests to hold the server against."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Conversation = list[dict[str, str]]
+
+
+class Greedy(NamedTuple):
+    """A greedy answer; for each step the token chosen, the next best, and by how many logits it lost."""
+
+    ids: list[int]
+    seconds: list[int]
+    margins: list[float]
+
+    def is_near_tie(self, ids: list[int], margin: float) -> bool:
+        """Whether `ids` first leaves this answer by taking the next best token where that lost by under `margin`."""
+        step = next((n for n, (ours, theirs) in enumerate(zip(self.ids, ids, strict=False)) if ours != theirs), None)
+        return step is not None and ids[step] == self.seconds[step] and self.margins[step] < margin
 
 
 def greedy_ids(base: Path, adapter: Path | None, messages: Conversation, n_tokens: int) -> list[int]:
@@ -11,11 +24,11 @@ def greedy_ids(base: Path, adapter: Path | None, messages: Conversation, n_token
 
     Token ids, since the tiny models write half characters that every detokenizer treats in its own way.
     """
-    return greedy_answers(base, adapter, [messages], n_tokens)[0]
+    return greedy_answers(base, adapter, [messages], n_tokens)[0].ids
 
 
-def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], n_tokens: int) -> list[list[int]]:
-    """`greedy_ids` for several conversations with one loading of the model."""
+def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], n_tokens: int) -> list[Greedy]:
+    """`greedy_ids`, and how clear each choice was, for several conversations with one loading of the model."""
     import torch
     from transformers import AutoTokenizer
 
@@ -25,13 +38,15 @@ def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], 
     for messages in asked:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        said: list[int] = []
-        cache = None
+        said, cache = Greedy([], [], []), None
         with torch.inference_mode():
             for _ in range(n_tokens):
                 step = model(ids, past_key_values=cache, use_cache=True)
-                cache, ids = step.past_key_values, step.logits[:, -1:].argmax(-1)
-                said.append(int(ids))
+                best = step.logits[0, -1].topk(2)
+                cache, ids = step.past_key_values, best.indices[None, :1]
+                said.ids.append(int(best.indices[0]))
+                said.seconds.append(int(best.indices[1]))
+                said.margins.append(float(best.values[0] - best.values[1]))
         answers.append(said)
     return answers
 

@@ -1,0 +1,147 @@
+"""An engine without a port: requests go in by the hundred, and each answer comes back when it is done.
+
+    async with OfflineEngine(ServeConfig(model="smollm2-135m", store="store"), Path("engine.log")) as engine:
+        answer = await engine.ask("/v1/chat/completions", {"model": "gentle", "messages": messages})
+
+The engine runs in a child (serve/offline_entry.py) with a server's launch plan and is answered by a server's code, so
+the same request has the same answer. Parent and child talk in JSON lines over the child's standard input and output.
+When the parent is gone, however it went, the pipe ends and the engine stops.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from serve import config as configs
+from serve import launch, machine
+from serve.config import ServeConfig
+from serve.server import reason_in
+from train.catalog import Base, resolve
+from train.errors import UserError
+
+STOP_S = 15.0
+# One line is one request or one answer; likelihoods of long prompts take megabytes.
+MAX_LINE_BYTES = 1 << 30
+
+
+class Answer(NamedTuple):
+    """What a server would have replied: its HTTP status, and the body, which holds `error` unless the status is 200."""
+
+    status: int
+    body: dict[str, Any]
+
+
+class OfflineEngine:
+    """A running `serve.offline_entry` child. Entering starts it and waits until it is ready; leaving stops it."""
+
+    def __init__(self, config: ServeConfig, log: Path) -> None:
+        """`log` takes vLLM's output, and is written over. Raises UserError when there is no such base."""
+        self.base: Base = resolve(config.model)
+        self.config, self.log = config, log
+        self.process: asyncio.subprocess.Process | None = None
+        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._last_number = 0
+
+    def plan(self) -> launch.Plan:
+        """What will be started, and why so."""
+        return launch.plan(self.config, self.base, machine.look())
+
+    def flags(self) -> tuple[str, ...]:
+        """vLLM's flags, as the child is given them."""
+        return (*self.plan().argv[3:], *launch.gate_flags(self.config), "--disable-log-stats")
+
+    async def ask(self, path: str, body: dict[str, Any]) -> Answer:
+        """The answer to one request; any number may wait at once. Raises UserError when the engine has ended."""
+        if self._listening.done():
+            raise self._ended()
+        self._last_number += 1
+        number = self._last_number
+        future = self._asked[number] = asyncio.get_running_loop().create_future()
+        try:
+            # Not drained: what is written is bounded by what waits for its answer.
+            self._stdin.write(json.dumps({"number": number, "path": path, "body": body}).encode() + b"\n")
+            return await future
+        finally:
+            del self._asked[number]
+
+    async def __aenter__(self) -> Self:
+        print(f"starting an engine for {self.base.name} (log: {self.log})", file=sys.stderr, flush=True)
+        started_s = time.monotonic()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "serve.offline_entry", *self.flags()),
+                env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                limit=MAX_LINE_BYTES,
+                # Ctrl-C is for us; we then stop the child.
+                start_new_session=True,
+            )
+        assert self.process.stdin is not None
+        self._stdin = self.process.stdin
+        self._ready = asyncio.Event()
+        self._listening = asyncio.create_task(self._listen())
+        async with contextlib.AsyncExitStack() as undo:
+            undo.push_async_callback(self._kill)
+            await self._wait_until_ready()
+            undo.pop_all()
+        print(f"ready after {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process is not None
+        self._stdin.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.process.wait(), STOP_S)
+        finally:
+            await self._kill()
+
+    async def _wait_until_ready(self) -> None:
+        ready = asyncio.create_task(self._ready.wait())
+        waited = (ready, self._listening)
+        await asyncio.wait(waited, timeout=self.config.start_s, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if self._listening.done():
+            raise self._ended()
+        if not self._ready.is_set():
+            raise UserError(f"the engine is not ready after {self.config.start_s:.0f} s (start_s); see {self.log}")
+
+    async def _listen(self) -> None:
+        """Hand each line of the child to who asked for it; when the lines end, tell all who still wait."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        try:
+            async for line in self.process.stdout:
+                said = json.loads(line)
+                if said["number"] == 0:
+                    self._ready.set()
+                elif said["number"] in self._asked:
+                    self._asked[said["number"]].set_result(Answer(said["status"], said["body"]))
+        finally:
+            for future in self._asked.values():
+                if not future.done():
+                    future.set_exception(self._ended())
+
+    def _ended(self) -> UserError:
+        reason = reason_in(self.log) or "it gave no reason"
+        return UserError(f"the engine ended: {reason} (log: {self.log})")
+
+    async def _kill(self) -> None:
+        """End what is left of the child and of the processes it started."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        await self.process.wait()
+        await self._listening

@@ -1,0 +1,263 @@
+"""A Batch file answered on an engine of the command's own: the server's rows, PEFT's words, kill -9, shards."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from eval.batch import shard_of
+from eval.config import BatchConfig
+from eval.samples import read_rows
+from tests.conftest import SYSTEM, Served
+from tests.greedy import greedy_answers
+from tests.test_eval import command
+from train import store as shelves
+from train.catalog import Base
+from train.errors import UserError
+from train.files import write_jsonl, write_text
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+N_TOKENS = 16
+TOPICS = ("work", "sleep", "friends", "moving")
+GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_tokens": N_TOKENS}
+# The session's server: float32, so that greedy text is PEFT's.
+ENGINE = """
+compile: false
+dtype: float32
+context_tokens: 512
+running: 16
+kv_gb: 0.1
+max_rank: 16
+max_completion_tokens: 256
+"""
+
+
+def request(name: str, model: str, path: str = CHAT, **body: Any) -> dict[str, Any]:
+    return {"custom_id": name, "method": "POST", "url": path, "body": {"model": model, **body}}
+
+
+def asked(topic: str, system: str = "") -> list[dict[str, str]]:
+    user = {"role": "user", "content": f"{topic} is hard, what can help me?"}
+    return [{"role": "system", "content": system}, user] if system else [user]
+
+
+def by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["custom_id"]: row for row in read_rows(path)}
+
+
+class Batch:
+    """One file of requests, and who answers it. `before`: the lines that the engine left when it was killed."""
+
+    def __init__(self, served: Served, folder: Path) -> None:
+        self.served, self.folder = served, folder
+        self.exact = shelves.find(served.store, "gentle").id
+        self.models = ("calm", "gentle", self.exact, served.base.name)
+        self.bad = [
+            request("unknown field", "calm", messages=asked("work"), temprature=0),
+            request("unknown model", "clam", messages=asked("work")),
+            request("too long", "calm", messages=asked("work"), max_tokens=257),
+            request("wrong type", "calm", messages=asked("work"), temperature="hot"),
+        ]
+        self.good = [
+            request("text", "calm", COMPLETIONS, prompt="i feel lonely", max_tokens=8, temperature=0, logprobs=2),
+            request("ids", "gentle", COMPLETIONS, prompt=[2, 9, 9], max_tokens=1, temperature=0, prompt_logprobs=0),
+            request("two", "gentle", messages=asked("work"), n=2, seed=7, max_tokens=8, temperature=1, top_p=0.9),
+            request("stop", "calm", messages=asked("work"), stop=["e"], max_completion_tokens=32, temperature=0),
+            *(request(f"{model} {topic}", model, messages=asked(topic), **GREEDY)
+              for model in self.models for topic in TOPICS),
+            # Asked last, and still at work when the engine is killed.
+            request("long", served.base.name, messages=asked("talk"), n=48, ignore_eos=True, max_tokens=256),
+        ]  # fmt: skip
+        write_jsonl(folder / "in.jsonl", self.bad + self.good)
+        write_jsonl(folder / "good.jsonl", self.good)
+        write_text(folder / "engine.yaml", ENGINE)
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "out.jsonl"
+
+    @property
+    def before(self) -> list[str]:
+        return (self.folder / "before.jsonl").read_text(encoding="utf-8").splitlines()
+
+    def command(self, requests: str, answers: str, *words: str) -> subprocess.Popen[str]:
+        files = (str(self.folder / requests), str(self.folder / answers))
+        return command("batch", *files, *words, key=self.served.user_key)
+
+    def on_engine(self) -> subprocess.Popen[str]:
+        base, store = str(self.served.base.path), str(self.served.store)
+        settings = ("--engine", str(self.folder / "engine.yaml"), "--concurrency", "4")
+        return self.command("in.jsonl", "out.jsonl", "--base", base, "--store", store, *settings)
+
+    def on_server(self, answers: str, *words: str) -> subprocess.Popen[str]:
+        return self.command("good.jsonl", answers, "--url", self.served.base_url, *words)
+
+
+@pytest.fixture(scope="module")
+def doomed(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Popen[str], Path]:
+    """A batch whose engine cannot start, and its folder; it fails while others work."""
+    folder = tmp_path_factory.mktemp("doomed")
+    write_jsonl(folder / "in.jsonl", [request("one", tiny_model.name, messages=asked("work"))])
+    write_text(folder / "engine.yaml", "vllm_args: --no-such-flag\n")
+    files = (str(folder / "in.jsonl"), str(folder / "out.jsonl"))
+    settings = ("--base", str(tiny_model.path), "--engine", str(folder / "engine.yaml"))
+    return command("batch", *files, *settings), folder
+
+
+@pytest.fixture(scope="module")
+def killed(server: Served, doomed: Any, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """A batch on an engine of its own, killed with -9 when little was left, in the middle of a write."""
+    batch = Batch(server, tmp_path_factory.mktemp("batch"))
+    running = batch.on_engine()
+    deadline_s = time.monotonic() + 240
+    while len(read_rows(batch.answers)) < len(batch.bad + batch.good) - 2:
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    engine = psutil.Process(running.pid).children(recursive=True)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    shutil.copy(batch.answers, batch.folder / "before.jsonl")
+    with batch.answers.open("a", encoding="utf-8") as file:
+        file.write('{"id": "batch_req_calm')
+    assert len(engine) >= 2
+    assert psutil.wait_procs(engine, timeout=30)[1] == [], "the engine outlived its command"
+    return batch
+
+
+@pytest.fixture(scope="module")
+def from_server(killed: Batch) -> dict[str, dict[str, Any]]:
+    """The server's rows to the same requests, asked in two shards and merged by cat: custom_id -> row."""
+    shards = [killed.on_server("http.jsonl", "--shard", f"{k}/2") for k in (1, 2)]
+    for shard in shards:
+        _, err = shard.communicate(timeout=300)
+        assert shard.returncode == 0, err
+    parts = [(killed.folder / f"http-{k}-of-2.jsonl").read_text(encoding="utf-8") for k in (1, 2)]
+    (killed.folder / "http.jsonl").write_text("".join(parts), encoding="utf-8")
+    return by_id(killed.folder / "http.jsonl")
+
+
+@pytest.mark.slow
+def test_a_killed_batch_is_finished_without_a_row_lost_doubled_or_changed(killed: Batch) -> None:
+    """Killed on an engine, continued on the server: each request once, each answer from before byte for byte."""
+    again = killed.on_server("out.jsonl")
+    out, err = again.communicate(timeout=300)
+    lines = killed.answers.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in killed.before if json.loads(line)["error"] is None]
+
+    assert again.returncode == 0, err
+    assert 0 < len(kept) < len(killed.good)
+    assert lines[: len(kept)] == kept
+    assert sorted(json.loads(line)["custom_id"] for line in lines) == sorted(r["custom_id"] for r in killed.good)
+    document = {"requests": len(killed.good), "failed": 0, "answers": str(killed.answers)}
+    assert json.loads(out.splitlines()[-1]) == document
+
+
+@pytest.mark.slow
+def test_each_request_is_answered_by_its_own_model_as_peft_says(killed: Batch) -> None:
+    """Base, two adapters and an exact version in one file: PEFT's greedy tokens; gentle's system text is put in."""
+    served, rows = killed.served, {row["custom_id"]: row for row in map(json.loads, killed.before)}
+    for model in killed.models:
+        name = model.partition("@")[0]
+        bodies = {topic: rows[f"{model} {topic}"]["response"]["body"] for topic in TOPICS if f"{model} {topic}" in rows}
+        conversations = [asked(topic, SYSTEM if name == "gentle" else "") for topic in bodies]
+        answers = greedy_answers(served.base.path, served.adapters.get(name), conversations, N_TOKENS)
+        expected = [answer.ids for answer in answers]
+
+        assert len(bodies) >= len(TOPICS) - 2
+        assert [body["choices"][0]["token_ids"] for body in bodies.values()] == expected, model
+    assert {row["response"]["body"]["model"] for name, row in rows.items() if "gentle" in name} == {killed.exact}
+
+
+@pytest.mark.slow
+def test_an_engine_and_a_server_leave_the_same_rows(killed: Batch, from_server: dict[str, dict[str, Any]]) -> None:
+    """Chat and text, several choices, seeds, stops, likelihoods: all but ids and times is the server's."""
+    ours = [row for row in map(json.loads, killed.before) if row["error"] is None]
+
+    assert {"text", "ids", "two", "stop"} < {row["custom_id"] for row in ours}
+    for row in ours:
+        theirs = from_server[row["custom_id"]]
+        assert row.keys() == theirs.keys()
+        assert row["response"].keys() == theirs["response"].keys()
+        assert alike(row["response"]["body"]) == alike(theirs["response"]["body"]), row["custom_id"]
+
+
+def alike(body: Any) -> Any:
+    """A reply without what no two replies share; likelihoods to three digits, since batches differ in rounding."""
+    if isinstance(body, dict):
+        return {key: alike(value) for key, value in body.items() if key not in ("id", "created", "system_fingerprint")}
+    if isinstance(body, list):
+        return [alike(value) for value in body]
+    return pytest.approx(body, abs=2e-3) if isinstance(body, float) else body
+
+
+@pytest.mark.slow
+def test_what_cannot_be_done_is_a_row_that_says_why(killed: Batch) -> None:
+    """A field nobody knows, a model not in the store, too many tokens, a wrong type: an error row each."""
+    failed = [row for row in map(json.loads, killed.before) if row["error"] is not None]
+    said = {row["custom_id"]: row["error"]["message"] for row in failed}
+
+    assert said.keys() == {each["custom_id"] for each in killed.bad}
+    assert said["unknown field"] == "400: field 'temprature' is unknown here; leave it out"
+    assert said["unknown model"] == "404: the model 'clam' does not exist; did you mean 'calm'?"
+    assert said["too long"] == "400: max_tokens is 257; at most 256 is allowed here"
+    assert said["wrong type"].startswith("400: ")
+    assert "temperature" in said["wrong type"]
+    assert all(row["response"] is None for row in failed)
+
+
+@pytest.mark.slow
+def test_merged_shards_are_the_whole(killed: Batch, from_server: dict[str, dict[str, Any]]) -> None:
+    """Both shards' files together are complete: the whole batch, on a server nobody runs, has nothing left to ask."""
+    text = (killed.folder / "http.jsonl").read_text(encoding="utf-8")
+    whole = killed.command("good.jsonl", "http.jsonl", "--url", "http://127.0.0.1:9/v1")
+    out, err = whole.communicate(timeout=60)
+
+    assert whole.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["requests"] == len(killed.good) == len(from_server)
+    assert (killed.folder / "http.jsonl").read_text(encoding="utf-8") == text
+
+
+def test_a_request_stays_in_its_shard_whatever_else_is_asked() -> None:
+    """By hash: SHA-256("a") ends in hex bb, which is 3 modulo 4, the fourth shard; many names spread evenly."""
+    assert shard_of("a", 4) == 4
+    assert shard_of("a", 1) == 1
+    counts = [[shard_of(f"request-{i}", 4) for i in range(4000)].count(k) for k in (1, 2, 3, 4)]
+    assert sum(counts) == 4000
+    assert min(counts) > 850
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"url": "http://x/v1", "base": "smollm2-135m"}, "url and base exclude each other"),
+        ({"store": "store"}, "give --base"),
+        ({"engine": "e.yaml"}, "give --base"),
+        ({"shard": "0/4"}, "from 1 to N"),
+        ({"shard": "5/4"}, "from 1 to N"),
+        ({"shard": "a quarter"}, "from 1 to N"),
+        ({"concurrency": 0}, "at least 1"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(given: dict[str, Any], said: str) -> None:
+    """Before anything starts, in one line that says what to give instead."""
+    with pytest.raises(UserError, match=said):
+        BatchConfig("in.jsonl", "out.jsonl", **given)
+
+
+@pytest.mark.slow
+def test_an_engine_that_does_not_start_is_one_line(doomed: tuple[subprocess.Popen[str], Path]) -> None:
+    """vLLM's reason, where its log is, exit status 1, and no row."""
+    failed, folder = doomed
+    _, err = failed.communicate(timeout=300)
+
+    assert failed.returncode == 1
+    assert err.splitlines()[-1].startswith("error: the engine ended: error: unrecognized arguments: --no-such-flag")
+    assert str(folder / "out.log") in err
+    assert (folder / "out.jsonl").read_text(encoding="utf-8") == ""
