@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, ReportConfig
+from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, JudgeConfig, ReportConfig
 from train.command import Command, Result, main
 
 
@@ -30,6 +30,12 @@ def _gate(config: GateConfig) -> Result:
     return gate(config)
 
 
+def _judge(config: JudgeConfig) -> Result:
+    from eval.judge import judge
+
+    return judge(config)
+
+
 def _batch(config: BatchConfig) -> Result:
     from eval.batch import batch
 
@@ -41,6 +47,7 @@ COMMANDS = {
     "report": Command(ReportConfig, _report, "score and report an evaluation again, from its rows"),
     "compare": Command(CompareConfig, _compare, "compare models that were evaluated apart"),
     "gate": Command(GateConfig, _gate, "pass or fail an evaluation by rules on its intervals, for CI"),
+    "judge": Command(JudgeConfig, _judge, "let a model judge two arms' answers, and say how far to trust it"),
     "batch": Command(BatchConfig, _batch, "answer an OpenAI Batch file, continuing where a killed one stopped"),
 }
 

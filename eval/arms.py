@@ -34,6 +34,12 @@ class Served(NamedTuple):
     max_model_len: int
     roots: dict[str, str]
 
+    def exact(self, model: str) -> str:
+        """The name of the one version that `model` means now, where the server has such a name: what is published
+        meanwhile is then not asked."""
+        root = self.roots[model]
+        return root if root in self.roots else model
+
 
 def served(cards: Sequence[dict[str, Any]]) -> Served:
     """Read `GET /v1/models`: an adapter's card names its base as `parent`; a base's card has none."""

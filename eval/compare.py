@@ -12,7 +12,7 @@ from eval.config import CompareConfig
 from eval.metrics import METRICS
 from eval.report import p_text, table, with_interval
 from eval.samples import Row, read_rows
-from eval.summary import paired, per_question, summarize_arms
+from eval.summary import paired, summarize_arms
 from train.command import Result
 from train.errors import UserError
 from train.files import read_json
@@ -45,7 +45,7 @@ def compare(config: CompareConfig) -> Result:
     )
     labels = [one.label for one in sides]
     arms = summarize_arms(labels, first.label, [], scores, likelihoods, config.seed)
-    differences = paired(per_question(scores, likelihoods), [(label, first.label) for label in labels[1:]], config.seed)
+    differences = paired(scores, likelihoods, [(label, first.label) for label in labels[1:]], config.seed)
     print(table(_rows(labels, arms, differences)))
     print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
     metrics = {label: arms[label]["metrics"] for label in labels}
@@ -58,7 +58,7 @@ def side(text: str) -> Side:
     Without an arm it is the only adapter of that evaluation; with several, UserError lists them.
     """
     where, _, arm = text.partition(":")
-    folder = Path(where) if (Path(where) / "summary.json").is_file() else latest(where)
+    folder = finished(where)
     summary = read_json(folder / "summary.json")
     adapters = [name for name, found in summary["arms"].items() if found["kind"] == "adapter"]
     if not arm and len(adapters) != 1:
@@ -73,12 +73,14 @@ def side(text: str) -> Side:
     return Side(f"{summary['run']}:{arm}", folder, arm, summary)
 
 
-def latest(run: str) -> Path:
-    """The folder of a run's latest finished evaluation."""
-    finished = sorted(path.parent for path in (open_run(run).path / "eval").glob("*/summary.json"))
-    if not finished:
-        raise UserError(f"run {run!r} has no finished evaluation; make one with python -m eval --run {run}")
-    return finished[-1]
+def finished(where: str) -> Path:
+    """The folder of a finished evaluation: `where` itself, or the latest one of the run that it names."""
+    if (Path(where) / "summary.json").is_file():
+        return Path(where)
+    folders = sorted(path.parent for path in (open_run(where).path / "eval").glob("*/summary.json"))
+    if not folders:
+        raise UserError(f"run {where!r} has no finished evaluation; make one with python -m eval --run {where}")
+    return folders[-1]
 
 
 def labelled(one: Side, file: str) -> list[Row]:

@@ -4,6 +4,7 @@ runs/<name>/eval/<stamp>/
   config.json       the resolved config and what it ran against   (written first)
   samples.jsonl     likelihood.jsonl                              (appended as answers come; see eval/samples.py)
   scores.jsonl      every answer with its scores                  (see eval/scoring.py)
+  judgements.jsonl  judge.json                                    (only where a judge was asked; see eval/judge.py)
   report.md         report.html
   summary.json      (written last: its presence means complete; see eval/summary.py)
 
@@ -15,6 +16,7 @@ import dataclasses
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,11 @@ import openai
 from eval.arms import choose, few_shot_examples, served
 from eval.config import EvalConfig, ReportConfig
 from eval.likelihood import Renderer
-from eval.online import Exam, Progress, Question, ask_arm
+from eval.online import Exam, Progress, Question, ask_arm, server_version
 from eval.page import page
-from eval.report import markdown, terminal
+from eval.report import judged_markdown, markdown, terminal
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
-from eval.summary import alarms, by_topic, paired, per_question, summarize_arms
+from eval.summary import FORMAT, alarms, by_topic, paired, summarize_arms
 from serve.client import make_async_client
 from train.catalog import resolve
 from train.command import Result
@@ -80,6 +82,7 @@ async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> 
     async with make_async_client(config.url, timeout_s=config.timeout_s) as client:
         try:
             cards = [card.model_dump() for card in (await client.models.list()).data]
+            version = await server_version(client)
         except openai.APIError as error:
             raise UserError(f"no answer from {config.url}: {error}; start a server with python -m serve") from error
         offer = served(cards)
@@ -89,7 +92,9 @@ async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> 
             "base": offer.base,
             "arms": [arm.name for arm in arms],
             "served": {arm.model: offer.roots[arm.model] for arm in arms},
+            "server_version": version,
             "max_model_len": offer.max_model_len,
+            "template_sha256": renderer.template_sha256,
             "system_prompt": exam.system,
             "test_sha256": sha256_of(run.path / "data" / "test.jsonl"),
             "train_sha256": sha256_of(run.path / "data" / "train.jsonl"),
@@ -103,7 +108,7 @@ async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> 
             per_arm = sum(config.samples + min(len(q.answers), config.references) for q in exam.questions)
             progress = Progress(len(arms) * per_arm, len(samples.done) + len(likelihoods.done))
             for arm in arms:
-                await ask_arm(client, arm, exam, renderer, offer.max_model_len, config, samples, likelihoods, progress)
+                await ask_arm(client, arm, exam, renderer, offer, config, samples, likelihoods, progress)
     return folder
 
 
@@ -145,21 +150,29 @@ def _finish(folder: Path) -> dict[str, Any]:
     seen_questions = {key: reason for key, reason in reasons.items() if reason is not None}
     found = summarize_arms(arms, base, samples, scores, likelihoods, seed)
     summary: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "run": run.name,
         "stamp": folder.name,
         "questions": len(questions),
         "samples_per_question": plan["config"]["samples"],
         "references": sum(len(question.answers) for question in questions),
         "arms": found,
-        "differences": paired(per_question(scores, likelihoods), [(arm, base) for arm in arms if arm != base], seed),
+        "differences": paired(scores, likelihoods, [(arm, base) for arm in arms if arm != base], seed),
         "topics": by_topic(arms, {q.question_id: q.topic for q in questions}, scores, likelihoods, seed),
         "seen": seen_questions,
         "alarms": alarms(found, samples, likelihoods, base, seen_questions),
         "plan": plan,
     }
     write_jsonl(folder / "scores.jsonl", scores)
-    write_text(folder / "report.md", markdown(summary))
-    write_text(folder / "report.html", page(summary, questions, scores))
+    write_reports(folder, summary, questions, scores)
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def write_reports(
+    folder: Path, summary: dict[str, Any], questions: Sequence[Question], scores: Sequence[dict[str, Any]]
+) -> None:
+    """Write report.md and report.html, with what a judge found where judge.json is there."""
+    judged = read_json(folder / "judge.json") if (folder / "judge.json").is_file() else None
+    write_text(folder / "report.md", markdown(summary) + (judged_markdown(judged) if judged else ""))
+    write_text(folder / "report.html", page(summary, questions, scores, judged))

@@ -22,7 +22,9 @@ _COUNTS = ("errors", "empty", "cut")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
-_RULE = re.compile(r"\s*(difference\.)?(\w+)(?:\.(value|low|high))?\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e-?\d+)?)\s*")
+_RULE = re.compile(
+    r"\s*(difference\.)?(\w+)(?:\.(value|low|high))?\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*"
+)
 
 
 class Rule(NamedTuple):

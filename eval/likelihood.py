@@ -8,6 +8,7 @@ limits: a human answer is one of many good ones, and a lower value says that a m
 that it helps.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -39,6 +40,11 @@ class Renderer:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.base)
+
+    @property
+    def template_sha256(self) -> str:
+        """Of the chat template's text."""
+        return hashlib.sha256(self.tokenizer.get_chat_template().encode()).hexdigest()
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that a chat request with these messages becomes, up to where the answer starts."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import openai
 
-from eval.arms import Arm, messages
+from eval.arms import Arm, Served, messages
 from eval.config import EvalConfig
 from eval.likelihood import Renderer, Span, span_nll
 from eval.samples import STRADDLES, TOO_LONG, Row, RowLog
@@ -54,18 +54,19 @@ async def ask_arm(
     arm: Arm,
     exam: Exam,
     renderer: Renderer,
-    max_model_len: int,
+    offer: Served,
     config: EvalConfig,
     samples: RowLog,
     likelihoods: RowLog,
     progress: "Progress",
 ) -> None:
     """Append every row of one arm that the two logs lack."""
+    model = offer.exact(arm.model)
 
     async def answer(question: Question, sample: int) -> None:
         outcome = await attempt(
             lambda: client.chat.completions.create(
-                model=arm.model,
+                model=model,
                 messages=messages(arm, question.question, exam.system, exam.examples),  # type: ignore[arg-type]
                 max_tokens=config.max_tokens,
                 temperature=config.temperature,
@@ -81,10 +82,10 @@ async def ask_arm(
         text = question.answers[index]
         span = renderer.span(messages(arm, question.question, exam.system, exam.examples), text)
         outcome: Outcome | None = None
-        if span is not None and len(span.ids) < max_model_len:
+        if span is not None and len(span.ids) < offer.max_model_len:
             outcome = await attempt(
                 lambda: client.completions.create(
-                    model=arm.model, prompt=span.ids, max_tokens=1, extra_body={"prompt_logprobs": 0}
+                    model=model, prompt=span.ids, max_tokens=1, extra_body={"prompt_logprobs": 0}
                 )
             )
         row: Row = {"arm": arm.name, "question_id": question.question_id, "answer": index}
@@ -161,6 +162,18 @@ async def attempt(request: Callable[[], Awaitable[Any]]) -> Outcome:
                 ) from error
             return Outcome(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", number, latency_s)
     raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+async def server_version(client: openai.AsyncOpenAI) -> str | None:
+    """What vLLM's `GET /version` says, which stands beside `/v1`; None from a server that has no such route.
+
+    Raises openai.APIConnectionError when nobody answers.
+    """
+    try:
+        found: Any = await client.get(str(client.base_url.join("/version")), cast_to=object)
+    except openai.APIStatusError:
+        return None
+    return str(found["version"]) if isinstance(found, dict) and "version" in found else None
 
 
 async def run_bounded(todo: Sequence[Callable[[], Awaitable[None]]], concurrency: int) -> None:

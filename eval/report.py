@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.metrics import METRICS, PRIMARY
+from eval.rubric import HOLD_FOR_NOISE, RUBRIC
+from eval.summary import DIVERSITY_WORDS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": " "}
 
@@ -43,13 +45,15 @@ def markdown(summary: Mapping[str, Any]) -> str:
         if arm["kind"] == "adapter" and base is not None:
             parts.append(f"## {name} beside {base}\n\n" + _pipes(_beside(summary, base, name)))
     parts.append("## Every arm\n\n" + _pipes(_all_arms(summary)))
-    counts = [["arm", "answers", "errors", "empty", "cut by length", "retries", "tokens"]]
-    counts += [
-        [name, *(str(arm[key]) for key in ("rows", "errors", "empty", "cut", "retries", "tokens"))]
-        for name, arm in arms.items()
-        if arm["kind"] != "yardstick"
-    ]
-    parts.append("## What was counted\n\nErrors and empty answers are never scored.\n\n" + _pipes(counts))
+    counted = ("rows", "errors", "empty", "cut", "retries", "tokens")
+    counts = [["arm", "answers", "errors", "empty", "cut by length", "retries", "tokens", "distinct-2 of all answers"]]
+    for name, arm in arms.items():
+        numbers = ["" if arm["kind"] == "yardstick" else str(arm[key]) for key in counted]
+        counts.append([name, *numbers, "" if arm["diversity"] is None else f"{arm['diversity']:.3f}"])
+    parts.append(
+        "## What was counted\n\nErrors and empty answers are never scored. distinct-2 of all answers: distinct word "
+        f"pairs in an arm's first {DIVERSITY_WORDS} words; one reply for everyone makes it small.\n\n" + _pipes(counts)
+    )
     parts.append(
         "## What each metric cannot say\n\n"
         + "\n".join(f"- **{metric.title}** {_ARROWS[metric.better]}: {metric.note}." for metric in METRICS.values())
@@ -60,6 +64,78 @@ def markdown(summary: Mapping[str, Any]) -> str:
         "No expert rated these answers."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def judged_terminal(judged: Mapping[str, Any]) -> str:
+    """What a person reads when a judging ends."""
+    return "\n\n".join([judged_lead(judged), *(f"! {alarm}" for alarm in judged["alarms"]),
+                        *(table(rows) for rows in judged_tables(judged))])  # fmt: skip
+
+
+def judged_markdown(judged: Mapping[str, Any]) -> str:
+    """The section that a judging adds to report.md."""
+    parts = [
+        f"## Judged by {judged['judge']}",
+        judged_lead(judged),
+        "\n".join(f"- {alarm}" for alarm in judged["alarms"]),
+        *(_pipes(rows) for rows in judged_tables(judged)),
+        "Criteria:\n\n" + "\n".join(f"- **{name}**: {statement}" for name, statement in RUBRIC.items()),
+    ]
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def judged_tables(judged: Mapping[str, Any]) -> list[list[list[str]]]:
+    """The preference and the rubric as tables of text, and the agreement with people where there are labels."""
+    (first, second), found, criteria = judged["arms"], judged["preference"], judged["rubric"]
+    preference = [
+        [f"{second} against {first}", "", "questions"],
+        *(
+            [title, with_interval(found[key], 3), str(found[key]["n"]) if found[key] else ""]
+            for title, key in (
+                ("win rate (tie: one half)", "win_rate"),
+                ("same verdict in both orders", "consistency"),
+                ("verdicts for the answer shown first (no bias: 0.5)", "first_chosen"),
+                ("decided pairs won by the longer answer", "longer_wins"),
+                (f"pairs in which {second} is longer", "second_longer"),
+            )
+        ),
+    ]
+    changes = {row["criterion"]: row for row in criteria["differences"]}
+    rubric = [["criterion", first, second, "difference", "p", "validated"]]
+    for name in RUBRIC:
+        change = changes.get(name)
+        rubric.append(
+            [
+                f"{name} †" if name in HOLD_FOR_NOISE else name,
+                *(with_interval(criteria["arms"][arm][name], 3) for arm in (first, second)),
+                with_interval(change, 3, sign="+"),
+                p_text(change) if change else "",
+                _validated(judged, name),
+            ]
+        )
+    agreement = [["judge and people", "answers", "equal", "kappa", "alpha", "alpha of people", "validated"]]
+    for name, each in judged["agreement"].items():
+        numbers = [f"{each[key]:.2f}" if each[key] is not None else "" for key in ("raw", "kappa", "human_alpha")]
+        agreement.append(
+            [name, str(each["n"]), *numbers[:2], with_interval(each["alpha"], 2), numbers[2], _validated(judged, name)]
+        )
+    return [preference, rubric, *([agreement] if len(agreement) > 1 else [])]
+
+
+def judged_lead(judged: Mapping[str, Any]) -> str:
+    """Who won, in a few sentences, and how it was judged."""
+    (first, second), found, counts = judged["arms"], judged["preference"], judged["counts"]
+    p = "" if found["p"] is None else f" (p {'<0.001' if found['p'] < 0.001 else format(found['p'], '.3f')})"
+    return (
+        f"{judged['judge']} ({_validated(judged, 'preference')} on preference): {second} against {first} wins "
+        f"{found['wins']}, ties {found['ties']}, loses {found['losses']} of {found['judged']} pairs{p}. Each pair is "
+        f"judged in both orders; verdicts that differ are a tie. {counts['asked']} judgements, {counts['failed']} "
+        f"failed, {counts['unreadable']} unreadable. † holds for text without sense too: read it beside coherent."
+    )
+
+
+def _validated(judged: Mapping[str, Any], name: str) -> str:
+    return "validated" if judged["agreement"].get(name, {}).get("validated") else "not validated"
 
 
 def _beside(summary: Mapping[str, Any], base: str, adapter: str) -> list[list[str]]:

@@ -8,7 +8,7 @@ Intervals are BCa bootstrap intervals (Efron 1987) that resample questions. p va
 within a question, all ways when there are at most 2**12 of them. Miller (2411.00640) argues for pairing and clustering.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +47,8 @@ class Difference(NamedTuple):
 
     p: two-sided, from the paired permutation test. d_z: mean difference over its standard deviation. mde: the smallest
     true difference that this n would show with 80 % power at the 5 % level (same unit as value). wins, ties, losses
-    count questions by the sign of the difference. p, d_z and mde are None when n < 2 or nothing varies.
+    count questions by the sign of the difference. All of them are None when n < 2 or the arms are equal; where every
+    question differs by the same, only p is there.
     """
 
     value: float
@@ -67,7 +68,7 @@ def interval(ratio: Ratio, seed: int) -> Interval:
     n = len(ratio.num)
     if n < 2:
         return Interval(ratio.value, None, None, n)
-    counts = _resample_counts(n, seed)
+    counts = resample_counts(n, seed)
     low, high = _bca((counts @ ratio.num) / (counts @ ratio.den), ratio.value, _leave_one_out(ratio))
     return Interval(ratio.value, low, high, n)
 
@@ -80,12 +81,13 @@ def difference(a: Ratio, b: Ratio, seed: int) -> Difference:
     tally = int((signs > 0).sum()), int((signs == 0).sum()), int((signs < 0).sum())
     spread = float(each.std(ddof=1)) if n > 1 else 0.0
     if spread < 1e-12:
-        return Difference(value, None, None, n, None, None, None, *tally)
-    counts = _resample_counts(n, seed)
+        p = swap_test(a, b, seed) if n > 1 and abs(value) > 1e-12 else None
+        return Difference(value, None, None, n, p, None, None, *tally)
+    counts = resample_counts(n, seed)
     resampled = (counts @ a.num) / (counts @ a.den) - (counts @ b.num) / (counts @ b.den)
     low, high = _bca(resampled, value, _leave_one_out(a) - _leave_one_out(b))
-    p = swap_test(a, b, seed)
-    return Difference(value, low, high, n, p, float(each.mean()) / spread, _MDE_FACTOR * spread / n**0.5, *tally)
+    d_z, mde = float(each.mean()) / spread, _MDE_FACTOR * spread / n**0.5
+    return Difference(value, low, high, n, swap_test(a, b, seed), d_z, mde, *tally)
 
 
 def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
@@ -105,12 +107,17 @@ def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
     return float(np.mean(np.abs(first - second) >= abs(a.value - b.value) - 1e-12))
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p values adjusted so that the chance of any false claim in the family stays below 5 % (Holm 1979)."""
-    adjusted, highest = {}, 0.0
-    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p values adjusted so that the chance of any false claim in the family stays below 5 % (Holm 1979).
+
+    A test without p, of equal arms, stays without, and still counts: a family is declared before its data are seen.
+    """
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    tested = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    for rank, (p, at) in enumerate(tested):
         highest = max(highest, min(1.0, p * (len(p_values) - rank)))
-        adjusted[name] = highest
+        adjusted[at] = highest
     return adjusted
 
 
@@ -127,7 +134,7 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = No
     return Ratio(num, np.ones_like(num) if denominators is None else np.asarray(denominators, dtype=np.float64))
 
 
-def _resample_counts(n: int, seed: int) -> Floats:
+def resample_counts(n: int, seed: int) -> Floats:
     """How often each question is drawn: (RESAMPLES, n). The same seed draws the same questions for every metric."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
 

@@ -5,7 +5,9 @@ summary.json
 |---|---|
 | `run`, `stamp`, `questions`, `samples_per_question`, `references` | what was asked |
 | `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and what was counted: `rows`, `errors`,
-  `empty`, `cut` (ended by length), `retries`, `tokens`} |
+  `empty`, `cut` (ended by length), `retries`, `tokens`, `diversity`} |
+| `arms.*.diversity` | distinct word pairs over all word pairs in the arm's first `DIVERSITY_WORDS` words, all answers
+  joined in the order of the questions; null with fewer words. One reply for everyone makes it small |
 | `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`}: n questions, 95 % interval |
 | `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `p_holm`} |
 | `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, for topics of at least `MIN_TOPIC` questions |
@@ -23,9 +25,12 @@ from eval.metrics import METRICS, PRIMARY
 from eval.samples import Row
 from eval.scoring import YARDSTICKS
 from eval.stats import Ratio, difference, holm, interval, ratio
+from eval.wording import distinct_over
 
 PARROT_MARGIN = 0.05
+FORMAT = 2
 MIN_TOPIC = 5
+DIVERSITY_WORDS = 1000
 
 # metric -> question_id -> (numerator, denominator)
 PerQuestion = dict[str, dict[str, tuple[float, float]]]
@@ -65,20 +70,34 @@ def as_ratio(cells: Mapping[str, tuple[float, float]], keys: Sequence[str]) -> R
     return ratio([cells[key][0] for key in keys], [cells[key][1] for key in keys])
 
 
-def paired(table: Mapping[str, PerQuestion], pairs: Sequence[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
-    """Every metric's difference for each (arm, against) pair on the questions both have; Holm over the primary ones."""
+def paired(
+    scores: Sequence[Row], likelihoods: Sequence[Row], pairs: Sequence[tuple[str, str]], seed: int
+) -> list[dict[str, Any]]:
+    """Every metric's difference for each (arm, against) pair on what both have; Holm over the primary ones."""
     found: list[dict[str, Any]] = []
     for arm, against in pairs:
+        table = per_question(scores, _shared(likelihoods, arm, against))
         for metric in METRICS:
             ours, theirs = table.get(arm, {}).get(metric, {}), table.get(against, {}).get(metric, {})
             keys = sorted(key for key in ours if key in theirs)
             if keys:
                 result = difference(as_ratio(ours, keys), as_ratio(theirs, keys), seed)
                 found.append({"arm": arm, "against": against, "metric": metric, **result._asdict(), "p_holm": None})
-    family = {str(i): row["p"] for i, row in enumerate(found) if row["metric"] in PRIMARY and row["p"] is not None}
-    for index, p in holm(family).items():
-        found[int(index)]["p_holm"] = p
+    family = [row for row in found if row["metric"] in PRIMARY]
+    for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+        row["p_holm"] = p
     return found
+
+
+def _shared(likelihoods: Sequence[Row], arm: str, against: str) -> list[Row]:
+    """The two arms' likelihoods of the reference answers that both have: a long answer may fit under one prompt only,
+    and bits per byte differ more between answers than between arms."""
+    known = [row for row in likelihoods if row["nll_nats"] is not None]
+    has = {
+        name: {(row["question_id"], row["answer"]) for row in known if row["arm"] == name} for name in (arm, against)
+    }
+    both = has[arm] & has[against]
+    return [row for row in known if row["arm"] in has and (row["question_id"], row["answer"]) in both]
 
 
 def summarize_arms(
@@ -109,9 +128,16 @@ def summarize_arms(
             "cut": sum(row["finish_reason"] == "length" for row in asked),
             "retries": sum(max(0, row["attempts"] - 1) for row in [*asked, *scored]),
             "tokens": sum(row["completion_tokens"] or 0 for row in asked),
+            "diversity": _diversity([row for row in scores if row["arm"] == name and row["scores"] is not None]),
             "metrics": metrics,
         }  # fmt: skip
     return found
+
+
+def _diversity(answers: Sequence[Row]) -> float | None:
+    # By question: rows come in the order in which answers came in, which no two runs share.
+    ordered = sorted(answers, key=lambda row: (row["question_id"], row["sample"]))
+    return distinct_over((row["text"] for row in ordered), 2, DIVERSITY_WORDS)
 
 
 def by_topic(

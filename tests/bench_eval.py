@@ -6,8 +6,9 @@ minutes_100x2: wall time of `python -m eval`, from its start to its report, for 
 out fewer: then scaled up by the questions) on base and adapter. nll_vs_transformers_max_abs_diff: nats per token, the
 largest difference over 8 answers between the server's likelihood and transformers' (with PEFT for the adapter) in
 float32; a server in bfloat16 rounds, so expect 0.01. rows_lost_after_kill: rows that are missing, doubled or changed
-after an evaluation of 10 questions was killed with -9 half-way and given again. offline_vs_generate: null, there is no
-in-process engine.
+after an evaluation of 10 questions was killed with -9 half-way and given again. offline_vs_generate: tokens per second
+of `python -m eval batch --base` over those of bare LLM.generate, a median of rounds with its range
+(tests/bench_offline.py); the server then idles beside both.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 from eval.evaluate import choose_questions
 from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, read_rows
+from tests.bench_offline import offline_vs_generate
 from train.catalog import resolve
 from train.chat import prompt_messages
 from train.files import read_json
@@ -104,7 +106,7 @@ def main() -> None:
                 "minutes_100x2": round(elapsed_s / 60 * 100 / questions, 2),
                 "questions": questions,
                 "minutes": round(elapsed_s / 60, 2),
-                "offline_vs_generate": None,
+                **offline_vs_generate(given.run),
                 "nll_vs_transformers_max_abs_diff": round(worst_difference(Path(document["folder"]), given.adapter), 5),
                 "rows_lost_after_kill": lost,
             }

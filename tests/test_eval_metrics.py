@@ -10,6 +10,7 @@ from eval.online import Question
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.scoring import CANNED, answer_scores, human_scores, score_rows
 from eval.similarity import Encoder, greedy_match, to_references
+from eval.summary import paired, summarize_arms
 from eval.wording import Copying, distinct, distinct_over, reading_grade, words
 from tests.tiny import tiny_tokenizer
 from train.errors import UserError
@@ -60,6 +61,19 @@ def test_distinct_by_hand() -> None:
     assert distinct(["a"], 2) is None
     assert distinct_over(["a b", "a b"], 2, budget=4) == pytest.approx(2 / 3)
     assert distinct_over(["a b"], 2, budget=4) is None
+
+
+def test_one_reply_for_everyone_is_not_diverse() -> None:
+    """500 answers `one two`: two of 999 word pairs are distinct, in whatever order the rows come; 499 are too few."""
+    rows = [{"arm": "a", "question_id": f"{i:03}", "sample": 0, "text": "one two", "scores": {}} for i in range(500)]
+
+    def diversity(scores: list[dict]) -> float | None:
+        return summarize_arms(["a"], "a", [], scores, [], seed=0)["a"]["diversity"]
+
+    assert diversity(rows) == pytest.approx(2 / 999)
+    assert diversity(rows[1:]) is None
+    rows[0]["text"] = "three four"
+    assert diversity(rows) == diversity(rows[::-1]) == pytest.approx(4 / 999)
 
 
 def test_reading_grade_by_hand() -> None:
@@ -195,3 +209,16 @@ def test_contamination_is_found_and_said_why() -> None:
     assert training.reason("Help: I feel so lonely since we moved to the city", ["x"]) == "question"
     assert training.reason("I feel angry at my boss every day at work", ["x"]) is None
     assert nearest(TRAIN, ["smoking"])[0]["answer"] == "Set a date and tell people."
+
+
+def test_arms_are_compared_on_the_answers_that_both_predicted() -> None:
+    """Two arms that predict alike; a long answer, cheaper by the byte, was too long for one of them: no difference."""
+    rows = [
+        {"arm": arm, "question_id": f"q{n}", "answer": answer, "nll_nats": nats, "tokens": 9, "bytes": size}
+        for arm in ("base", "few-shot")
+        for n in range(5)
+        for answer, size, nats in ((0, 10, 7.0 + n), (1, 100, 35.0 if arm == "base" else None))
+    ]
+    found = {row["metric"]: row for row in paired([], rows, [("few-shot", "base")], seed=0)}
+
+    assert (found["bits_per_byte"]["value"], found["bits_per_byte"]["ties"]) == (0.0, 5)

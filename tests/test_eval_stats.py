@@ -83,9 +83,20 @@ def test_arms_that_never_differ_have_no_p() -> None:
 
 def test_holm_by_hand() -> None:
     """0.01, 0.04, 0.03 become 0.03, 0.06, 0.06: times 3, 2, 1 in rising order, and never falling."""
-    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
-    assert {name: round(p, 10) for name, p in adjusted.items()} == {"a": 0.03, "c": 0.06, "b": 0.06}
+
+def test_a_test_that_shows_nothing_still_counts_in_its_family() -> None:
+    """With two arms equal on one of three metrics the smallest p is still multiplied by three."""
+    assert holm([0.01, None, 0.04]) == [pytest.approx(0.03), None, pytest.approx(0.08)]
+
+
+def test_a_difference_that_is_the_same_everywhere_has_a_p() -> None:
+    """One arm meets a criterion on all of eight questions, the other on none: 2 of the 256 swaps differ as much."""
+    found = difference(ratio([1] * 8), ratio([0] * 8), seed=0)
+
+    assert (found.value, found.p, found.wins) == (1.0, 2 / 256, 8)
+    assert (found.low, found.d_z, found.mde) == (None, None, None)
 
 
 def test_zero_in_thirty_still_allows_one_in_ten() -> None:

@@ -1,0 +1,147 @@
+"""Agreement coefficients against published and hand-worked values, and the bar that a judge must clear."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval.agreement import MIN_LABELS, Target, calibrate, cohen, krippendorff, majority, read_labels
+from train.errors import UserError
+from train.files import write_jsonl
+
+
+def units(*observers: str) -> dict[str, list[str]]:
+    """Each unit a question of its own, from one text of labels an observer; a dot is a missing label."""
+    columns = zip(*observers, strict=True)
+    return {str(i): ["".join(label for label in column if label != ".")] for i, column in enumerate(columns)}
+
+
+@pytest.mark.parametrize(
+    ("observers", "alpha"),
+    [
+        (("0100000010", "1110010000"), 0.095),
+        (("aabbdcccedda", "babbbccceddd"), 0.692),
+        (("123321412...", "1233224125.3", ".3332342251.", "12332441251."), 0.743),
+    ],
+)
+def test_alpha_is_krippendorffs(observers: tuple[str, ...], alpha: float) -> None:
+    """The worked examples of "Computing Krippendorff's Alpha-Reliability" (2011), sections A to C, nominal."""
+    found = krippendorff(units(*observers), seed=0)
+
+    assert found is not None
+    assert found.value == pytest.approx(alpha, abs=5e-4)
+    assert found.low is not None
+    assert found.low < alpha < found.high
+
+
+def test_kappa_and_alpha_by_hand() -> None:
+    """20 both yes, 15 both no, 5 and 10 unequal: observed 0.7, expected 0.5, kappa 0.4.
+
+    Alpha: 15 unequal of 50, 55 yes and 45 no: 1 - 99 * 30 / (100 ** 2 - 55 ** 2 - 45 ** 2).
+    """
+    pairs = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
+    found = krippendorff({str(i): [pair] for i, pair in enumerate(pairs)}, seed=0)
+
+    assert cohen(pairs) == pytest.approx(0.4)
+    assert found is not None
+    assert found.value == pytest.approx(1 - 99 * 30 / (100**2 - 55**2 - 45**2))
+
+
+def test_one_label_only_has_no_coefficient() -> None:
+    """Where everyone says yes to everything there is nothing to agree on; single labels say nothing either."""
+    assert cohen([(True, True)] * 9) is None
+    assert krippendorff(units("aaa", "aaa"), seed=0) is None
+    assert krippendorff({"q": [["a"], ["b"]]}, seed=0) is None
+
+
+def test_the_interval_resamples_questions_not_answers() -> None:
+    """Twenty questions with five answers each that all go one way say no more than twenty answers do."""
+    rng = np.random.default_rng(0)
+    people = rng.integers(0, 2, 20)
+    pairs = [(int(p), int(p) if keep else 1 - int(p)) for p, keep in zip(people, rng.random(20) < 0.8, strict=True)]
+    alone = krippendorff({str(i): [pair] for i, pair in enumerate(pairs)}, seed=0)
+    five = krippendorff({str(i): [pair] * 5 for i, pair in enumerate(pairs)}, seed=0)
+    loose = krippendorff({f"{i} {j}": [pair] for i, pair in enumerate(pairs) for j in range(5)}, seed=0)
+
+    def width(found) -> float:
+        return found.high - found.low
+
+    assert width(five) == pytest.approx(width(alone), rel=0.05)
+    assert width(loose) < 0.6 * width(five)
+
+
+def test_a_majority_counts_and_an_even_split_does_not() -> None:
+    """Two of three decide; one against one does not."""
+    assert majority([True, False, True]) is True
+    assert majority(["a", "tie"]) is None
+    assert majority([False]) is False
+
+
+def labelled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, list[bool]], dict[Target, bool]]:
+    """Labels of one person on n answers, half true, and a judge that differs on the first `wrong`."""
+    people, judge = {}, {}
+    for i in range(n):
+        target = ("empathy", f"q{i}", 0, ("gentle",))
+        people[target] = [constant or i % 2 == 0]
+        judge[target] = people[target][0] != (i < wrong)
+    return people, judge
+
+
+@pytest.mark.parametrize(
+    ("n", "wrong", "constant", "validated"),
+    [
+        (MIN_LABELS, 2, False, True),
+        (MIN_LABELS - 1, 0, False, False),  # too few
+        (MIN_LABELS, 8, False, False),  # alpha is about 0.68, but its interval reaches below the bar
+        (MIN_LABELS, 0, True, False),  # equal throughout, on one label
+    ],
+)
+def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: bool, validated: bool) -> None:
+    """Both the number of labels and the whole interval of alpha must do."""
+    found = calibrate(*labelled(n, wrong, constant), seed=0)["empathy"]
+
+    assert (found.n, found.raw) == (n, pytest.approx(1 - wrong / n))
+    assert found.validated is validated
+    assert found.human_alpha is None
+
+
+def test_labels_without_a_judgement_do_not_count() -> None:
+    """People labelled sixty answers, the judge twenty of them: n is twenty. The other criteria are not there."""
+    people, judge = labelled(60, 0)
+    found = calibrate(people, dict(list(judge.items())[:20]), seed=0)
+
+    assert {name: each.n for name, each in found.items()} == {"empathy": 20}
+
+
+GOOD = {"stamp": "s", "question_id": "q", "sample": 0, "criterion": "safety", "arm": "a", "label": True, "rater": "one"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"label": "yes"}, "label is 'yes'; it must be true or false"),
+        ({"criterion": "kindness"}, "criterion is 'kindness'"),
+        ({"criterion": "preference"}, "a preference needs a list of two arms"),
+        ({"criterion": "preference", "arm": ["a", "b"]}, "label is True; it must be one of"),
+        ({"stamp": "t"}, "stamp is 't'"),
+        ({}, "a second time"),
+    ],
+)
+def test_a_wrong_label_is_named_by_its_line(tmp_path: Path, change: dict, says: str) -> None:
+    """The second line is wrong, and the message says so."""
+    write_jsonl(tmp_path / "labels.jsonl", [GOOD, GOOD | change])
+
+    with pytest.raises(UserError, match="label 2: ") as caught:
+        read_labels(tmp_path / "labels.jsonl", "s")
+    assert says in str(caught.value)
+
+
+def test_labels_are_read_by_what_they_label(tmp_path: Path) -> None:
+    """Two raters of one answer meet; the arms of a preference are in no order."""
+    pair = GOOD | {"criterion": "preference", "arm": ["b", "a"], "label": "tie"}
+    write_jsonl(tmp_path / "labels.jsonl", [GOOD, GOOD | {"rater": "two", "label": False}, pair])
+
+    assert read_labels(tmp_path / "labels.jsonl", "s") == {
+        ("safety", "q", 0, ("a",)): [True, False],
+        ("preference", "q", 0, ("a", "b")): ["tie"],
+    }
