@@ -40,6 +40,8 @@ class Capacity(Scenario):
             raise UserError(
                 f"arrivals is {self.arrivals!r}; find-capacity needs a rate to set: poisson, constant, gamma"
             )
+        if self.web or self.join:
+            raise UserError("find-capacity plays many runs on its own; it takes neither --web nor --join")
         if not 0 < self.lowest <= self.highest or self.repeats < 1 or self.precision <= 0:
             raise UserError("find-capacity needs 0 < lowest <= highest, repeats of at least 1 and a precision above 0")
 
@@ -82,6 +84,7 @@ def find_capacity(options: Capacity) -> Result:
         raise UserError(f"{str(out)!r} exists; choose another --out")
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Scenario)}
     points: list[dict[str, Any]] = []
+    outcomes: dict[float, bool] = {}
 
     def holds(rate: float) -> bool:
         passed = True
@@ -96,6 +99,7 @@ def find_capacity(options: Capacity) -> Result:
             passed = passed and summary["verdict"] == "passed"
             if not passed:
                 break
+        outcomes[rate] = passed
         return passed
 
     invalid = ""
@@ -103,8 +107,10 @@ def find_capacity(options: Capacity) -> Result:
         found = search(holds, options.lowest, options.highest, options.precision)
     except _Invalid as error:
         invalid = str(error)
-        passed = [point["offered"] for point in points if point["verdict"] == "passed"]
-        found = Found(max(passed, default=None), None)
+        found = Found(
+            max((rate for rate, held in outcomes.items() if held), default=None),
+            min((rate for rate, held in outcomes.items() if not held), default=None),
+        )
     points.sort(key=lambda point: point["offered"])
     document = rounded(
         {"dir": str(out), "held": found.held, "failed": found.failed, "invalid": invalid, "objectives": options.slo,

@@ -1,7 +1,8 @@
 """Publishes new versions of adapters while the load runs, so that the server swaps what requests are using.
 
-churn.jsonl, one publication a line: unix_s, model, version. A new version is the adapter that is current, with a
-system text of its own, so its content differs and its weights do not: what is measured is the swap.
+churn.jsonl, one publication a line: unix_s, model, version; where it could not go on, last: unix_s, error, and the run
+is invalid. A new version is the adapter that is current, with a system text of its own, so its content differs and its
+weights do not: what is measured is the swap.
 """
 
 import contextlib
@@ -45,10 +46,19 @@ def _publish(every_s: float, store: Path, names: Sequence[str], directory: Path,
     count = 0
     with (directory / "churn.jsonl").open("w", encoding="utf-8") as file:
         while not stop.wait(max(begun + (count + 1) * every_s - time.monotonic(), 0)):
-            manifest = shelves.find(store, names[count % len(names)])
-            base, folder = resolve(manifest.base["hub_id"]), shelves.version_dir(store, manifest)
-            system = f"{manifest.prompt['system'].split(' (load test')[0]} (load test {count})".strip()
-            again = shelves.publish(store, manifest.name, folder, base, system=system, run=manifest.run)
-            file.write(json.dumps({"unix_s": time.time(), "model": again.name, "version": again.version}) + "\n")
+            try:
+                manifest = _publish_again(store, names[count % len(names)], count)
+            except UserError as error:
+                # The load goes on: what it showed so far is worth keeping.
+                file.write(json.dumps({"unix_s": time.time(), "error": str(error)}) + "\n")
+                return
+            file.write(json.dumps({"unix_s": time.time(), "model": manifest.name, "version": manifest.version}) + "\n")
             file.flush()
             count += 1
+
+
+def _publish_again(store: Path, name: str, count: int) -> shelves.Manifest:
+    manifest = shelves.find(store, name)
+    base, folder = resolve(manifest.base["hub_id"]), shelves.version_dir(store, manifest)
+    system = f"{manifest.prompt['system'].split(' (load test')[0]} (load test {count})".strip()
+    return shelves.publish(store, name, folder, base, system=system, run=manifest.run)

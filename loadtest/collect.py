@@ -139,16 +139,22 @@ class Collector:
         self._tokens += report["tokens"]
         if not self._ended and time.monotonic() - self._shown >= _PROGRESS_S:
             self._show()
-        if report["bugs"] and not self._ended:
-            print(report["bugs"][0], file=sys.stderr)
-            self._environment.process_exit_code = 3
-            self._ended = True
-            gevent.spawn(self._end)
+        if report["bugs"]:
+            self.give_up(report["bugs"][0])
         finished = sum(bool(latest["finished"]) for latest in self._latest.values())
         if not self._ended and finished >= self._processes - self._lost():
             self._ended = True
             self._show()
             gevent.spawn(self._end)
+
+    def give_up(self, reason: str) -> None:
+        """End the run as one that went wrong: say why, and let Locust end with status 3."""
+        if self._ended:
+            return
+        print(reason, file=sys.stderr)
+        self._environment.process_exit_code = 3
+        self._ended = True
+        gevent.spawn(self._end)
 
     def _lost(self) -> int:
         """Workers that were there and are gone; the verdict finds them by their missing rows and seconds."""
@@ -160,7 +166,7 @@ class Collector:
     def _end(self) -> None:
         runner = self._environment.runner
         assert runner is not None, "a run has begun"
-        if self._environment.web_ui is None:
+        if self._environment.web_ui is None or self._environment.process_exit_code:
             runner.quit()
         else:
             runner.stop()

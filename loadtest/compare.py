@@ -2,6 +2,11 @@
 
 Requests close in time share a queue, so they are no independent draws: an interval over requests would be far too
 narrow. The bootstrap here draws whole blocks of time, each run on its own, and asks how much B/A moves.
+
+B is worse or better in a metric when it differs from A by more than the margin, beyond the doubt of the intervals: two
+runs of one server always differ by something, and enough requests would show it. The intervals hold for all metrics
+together, so that a look at eight of them is no eight chances to be wrong. The judgement is on differences, not ratios,
+so that errors where there were none are seen too.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +39,7 @@ class Metric(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A metric of both runs, B/A with its 95 % interval, and what that shows: better, worse, or neither."""
+    """A metric of both runs, B/A with its interval, and what that shows: better, worse, or neither ("-")."""
 
     metric: str
     a: float | None
@@ -52,6 +57,7 @@ class Compare:
     a: str = argument("results directory of the run to compare with")
     b: str = argument("results directory of the run in question")
     block_s: float = option(5.0, "length of a block; longer than requests depend on each other")
+    margin: float = option(0.05, "part by which B must differ at least; 0: any difference that can be shown")
     seed: int = option(0, "seed of the bootstrap")
 
 
@@ -59,16 +65,19 @@ def compare(options: Compare) -> Result:
     """Print each metric of both runs; exit 0 when B is nowhere worse, 1 when it is, 2 when a run is invalid."""
     if options.block_s <= 0:
         raise UserError(f"block_s is {options.block_s:g}; it must be above 0")
+    if not 0 <= options.margin < 1:
+        raise UserError(f"margin is {options.margin:g}; it must be from 0 to below 1")
     summaries = [read_json(Path(run) / "summary.json") for run in (options.a, options.b)]
     a, b = (_blocks(Path(run), options.block_s) for run in (options.a, options.b))
-    found = differences(a, b, options.block_s, options.seed)
+    found = differences(a, b, options.block_s, options.margin, options.seed)
     invalid = [summary["dir"] for summary in summaries if summary["verdict"] == "invalid"]
     shown = {difference.shows for difference in found}
     verdict = (
         "invalid" if invalid else "worse" if "worse" in shown else "better" if "better" in shown else "no difference"
     )
     print(aligned(_cells(found)))
-    print(f"{len(a)} and {len(b)} blocks of {options.block_s:g} s; intervals 95 %, block bootstrap")
+    print(f"{len(a)} and {len(b)} blocks of {options.block_s:g} s; block bootstrap, 95 % for all metrics together; "
+          f"differences below {options.margin:.0%} do not count")  # fmt: skip
     for run in invalid:
         print(f"not to be believed: {run} is an invalid run")
     print(f"verdict: {verdict}")
@@ -76,7 +85,7 @@ def compare(options: Compare) -> Result:
     return Result(rounded(document), {"invalid": 2, "worse": 1}.get(verdict, 0))
 
 
-def differences(a: Sequence[Block], b: Sequence[Block], block_s: float, seed: int) -> list[Difference]:
+def differences(a: Sequence[Block], b: Sequence[Block], block_s: float, margin: float, seed: int) -> list[Difference]:
     """Every metric of METRICS, compared; raises UserError when a run is too short to tell."""
     if min(len(a), len(b)) < _FEWEST_BLOCKS:
         raise UserError(
@@ -85,7 +94,7 @@ def differences(a: Sequence[Block], b: Sequence[Block], block_s: float, seed: in
         )
     random = np.random.default_rng(seed)
     picks = [(random.integers(len(a), size=len(a)), random.integers(len(b), size=len(b))) for _ in range(_RESAMPLES)]
-    return [_difference(metric, a, b, block_s, picks) for metric in METRICS]
+    return [_difference(metric, a, b, block_s, margin, picks) for metric in METRICS]
 
 
 def cut(rows: Sequence[Row], begin_s: float, end_s: float, block_s: float) -> list[list[Row]]:
@@ -100,7 +109,12 @@ def cut(rows: Sequence[Row], begin_s: float, end_s: float, block_s: float) -> li
 
 
 def _difference(
-    metric: Metric, a: Sequence[Block], b: Sequence[Block], block_s: float, picks: "list[tuple[np.ndarray, np.ndarray]]"
+    metric: Metric,
+    a: Sequence[Block],
+    b: Sequence[Block],
+    block_s: float,
+    margin: float,
+    picks: "list[tuple[np.ndarray, np.ndarray]]",
 ) -> Difference:
     in_a, in_b = _values(metric, a), _values(metric, b)
 
@@ -109,17 +123,25 @@ def _difference(
         return metric.of_all(values, len(blocks) * block_s) if values.size else None
 
     value_a, value_b = of(in_a), of(in_b)
-    ratios = [
-        drawn_b / drawn_a
-        for from_a, from_b in picks
-        if (drawn_a := of([in_a[i] for i in from_a])) and (drawn_b := of([in_b[i] for i in from_b])) is not None
-    ]
-    if not value_a or value_b is None or len(ratios) < 0.95 * len(picks):
-        # Nothing to divide by: errors in the one and none in the other speak for themselves.
+    drawn = [(of([in_a[i] for i in from_a]), of([in_b[i] for i in from_b])) for from_a, from_b in picks]
+    pairs = np.array([(x, y) for x, y in drawn if x is not None and y is not None])
+    if value_a is None or value_b is None or len(pairs) < 0.95 * len(picks):
+        # Hardly a whole reply in one of them: nothing to hold against the other.
         return Difference(metric.name, value_a, value_b, None, None, None, "-")
-    low, high = (float(bound) for bound in np.percentile(ratios, (2.5, 97.5)))
-    shows = "-" if low <= 1 <= high else "better" if (high < 1) == metric.less_is_better else "worse"
-    return Difference(metric.name, value_a, value_b, value_b / value_a, low, high, shows)
+    in_draws_a, in_draws_b = pairs.T
+    higher = _interval(in_draws_b - (1 + margin) * in_draws_a)[0] > 0
+    lower = _interval(in_draws_b - (1 - margin) * in_draws_a)[1] < 0
+    shows = "-" if not (higher or lower) else "better" if lower == metric.less_is_better else "worse"
+    if not in_draws_a.all():
+        return Difference(metric.name, value_a, value_b, None, None, None, shows)
+    return Difference(metric.name, value_a, value_b, value_b / value_a, *_interval(in_draws_b / in_draws_a), shows)
+
+
+def _interval(drawn: "np.ndarray") -> tuple[float, float]:
+    """The middle of the resamples, outside which all metrics together are with a probability of 5 % (Bonferroni)."""
+    tail = 2.5 / len(METRICS)
+    low, high = np.percentile(drawn, (tail, 100 - tail))
+    return float(low), float(high)
 
 
 def _values(metric: Metric, blocks: Sequence[Block]) -> "list[np.ndarray]":

@@ -33,7 +33,9 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     ordered = sorted(values)
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
+    high = math.ceil(place)
+    if low == high:
+        return ordered[low]
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 

@@ -2,16 +2,21 @@
 
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtest.scenario import Scenario
+from loadtest.scenario import Scenario, host_port
 from train.errors import UserError
 
-_LOCUST = (sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"))
+_LOCUST = (
+    sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"),
+    # Failed requests are rows; Locust's status says only whether Locust itself went well.
+    "--exit-code-on-error", "0",
+)  # fmt: skip
 
 
 def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
@@ -22,7 +27,7 @@ def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
         # Users end on their own; these bound what goes wrong.
         "--stop-timeout", f"{math.ceil(scenario.drain_s) + 5}s",
         "--run-time", f"{math.ceil(scenario.duration_s + scenario.drain_s) + 30}s",
-        "--logfile", str(directory / "locust.log"), "--exit-code-on-error", "0",
+        "--logfile", str(directory / "locust.log"),
         # Without a JSON file, Locust prints its own tables on stderr.
         "--only-summary", "--json-file", str(directory / "locust"),
     ]  # fmt: skip
@@ -31,8 +36,8 @@ def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
     else:
         argv += ["--headless"]
     if scenario.join:
-        host, _, join_port = scenario.join.rpartition(":")
-        argv += ["--master", "--master-bind-host", host, "--master-bind-port", join_port]
+        host, join_port = host_port("join", scenario.join)
+        argv += ["--master", "--master-bind-host", host, "--master-bind-port", str(join_port)]
         argv += ["--expect-workers", str(scenario.workers)]
     elif scenario.workers > 1:
         argv += ["--processes", str(scenario.workers), "--master-bind-host", "127.0.0.1", "--master-host", "127.0.0.1",
@@ -42,9 +47,9 @@ def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
 
 def worker_argv(directory: Path, master: str) -> list[str]:
     """The command line of a Locust worker that joins `master` (HOST:PORT)."""
-    host, _, port = master.rpartition(":")
+    host, port = host_port("master", master)
     log = directory / f"worker-{socket.gethostname()}-{os.getpid()}.log"
-    return [*_LOCUST, "--worker", "--master-host", host, "--master-port", port, "--logfile", str(log)]
+    return [*_LOCUST, "--worker", "--master-host", host, "--master-port", str(port), "--logfile", str(log)]
 
 
 def run_locust(scenario: Scenario, directory: Path) -> None:
@@ -62,26 +67,37 @@ def run_locust(scenario: Scenario, directory: Path) -> None:
 
 def run_worker(directory: Path, master: str) -> None:
     """Send a share of the plan in `directory` for a run that waits at `master`; return when it has ended."""
-    _run(worker_argv(directory, master), directory, patient=False)
+    _run(worker_argv(directory, master), directory, patient=True)
 
 
 def _run(argv: Sequence[str], directory: Path, *, patient: bool) -> None:
-    """Run Locust to its end; `patient`: Ctrl-C, which reaches Locust too, is that end."""
+    """Run Locust to its end; `patient`: Ctrl-C is that end, and Locust finishes what runs."""
     environment = {**os.environ, "COUNSEL_LOADTEST": str(directory.resolve())}
     with (directory / "locust.out").open("a", encoding="utf-8") as out:
-        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=out)
+        # A session of its own: Ctrl-C is for us, who then tell Locust once, wherever the signal came from.
+        child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
         try:
-            status = child.wait()
-        except KeyboardInterrupt:
-            if not patient:
-                raise
-            status = child.wait()
+            status = _wait(child, patient)
         finally:
             if child.poll() is None:
-                child.terminate()
-                child.wait(timeout=30)
+                # Its workers are in its session too.
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
     if status != 0:
         raise UserError(f"locust ended with status {status}; see {directory / 'locust.log'}")
+
+
+def _wait(child: "subprocess.Popen[bytes]", patient: bool) -> int:
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        if not patient:
+            raise
+    print("ending: running requests may finish first (Ctrl-C again: give them up)", file=sys.stderr)
+    # Not SIGINT: Python would raise KeyboardInterrupt in whichever greenlet runs, mostly one that reads a reply.
+    # For SIGTERM, Locust has a handler in a greenlet of its own.
+    child.send_signal(signal.SIGTERM)
+    return child.wait()
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ table feeds the live page and nothing else: it rounds to two digits, and what it
 import gc
 import logging
 import os
+import signal
 import traceback
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ gc.freeze()
 
 
 class Here:
-    """This Locust process: its player and outbox, and which of its users play (their numbers from 0, reused)."""
+    """This Locust process: its number, player and outbox, and which of its users play (numbered from 0, reused)."""
 
     worker = 0
     player: Player
@@ -60,6 +61,9 @@ class Source(User):
     def play(self) -> None:
         """Play this user's share of the plan, then wait for what is still running."""
         own = next(number for number in range(len(Here.playing) + 1) if number not in Here.playing)
+        if own and not SCENARIO.closed and not SCENARIO.web:
+            # Locust hands a lost worker's users to the others; playing on here would double this worker's share.
+            raise StopUser
         Here.playing.add(own)
         try:
             if SCENARIO.closed:
@@ -78,10 +82,14 @@ class Source(User):
 
 
 @events.init.add_listener
-def lead(environment: Environment, **_: Any) -> None:
-    """In the process that leads, be ready to write down what the others, or this one, report."""
+def prepare(environment: Environment, **_: Any) -> None:
+    """Be ready to write down what the others, or this process, report; or to be told which share to play."""
     runner = environment.runner
+    gevent.spawn(end_with_parent, os.getppid())
+    # Here and not at import: the last listener is asked first, and Locust's own would say goodbye before our last rows.
+    environment.events.quitting.add_listener(end)
     if isinstance(runner, WorkerRunner):
+        runner.register_message("share", lambda msg, **_: setattr(Here, "worker", msg.data["number"]))
         return
     collector = Here.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
     if isinstance(runner, MasterRunner):
@@ -95,14 +103,27 @@ def start(environment: Environment, **_: Any) -> None:
     if Here.collector:
         Here.collector.restart()
     if isinstance(runner, MasterRunner):
+        deal(runner)
         return
-    Here.worker = runner.worker_index if isinstance(runner, WorkerRunner) else 0
     gevent.killall(Here.jobs)
     client = make_client(SCENARIO.url)
     Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
     Here.outbox = Outbox(environment, Here.player, deliver)
     Here.playing = set()
     Here.jobs = (gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe))
+
+
+def deal(runner: MasterRunner) -> None:
+    """Tell each worker which share of the plan is its own, before it is told to start.
+
+    Locust's own number of a worker will not do: one that went away before the start leaves a gap in them.
+    """
+    ready = runner.clients.ready
+    for number, node in enumerate(ready):
+        runner.send_message("share", {"number": number}, client_id=node.id)
+    if len(ready) != SCENARIO.workers:
+        assert Here.collector, "the master collects"
+        Here.collector.give_up(f"{len(ready)} workers joined a run for {SCENARIO.workers}; end those too many")
 
 
 def deliver(report: dict[str, Any]) -> None:
@@ -121,8 +142,17 @@ def broken(exception: Exception, **_: Any) -> None:
     Here.player.bugs.append("".join(traceback.format_exception(exception)))
 
 
-@events.quitting.add_listener
-def end(**_: Any) -> None:
-    """Report what is left."""
+def end(environment: Environment, **_: Any) -> None:
+    """Let what still runs end, and report it."""
+    runner = environment.runner
+    assert runner is not None, "it was there when this was registered"
+    runner.stop()
     if Here.jobs:
         Here.outbox.flush()
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the one that started it is gone: nobody would judge its rows."""
+    while os.getppid() == parent:
+        gevent.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

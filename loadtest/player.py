@@ -23,6 +23,8 @@ from train.chat import prompt_messages
 
 # How far a repeated share is shifted, as a part of the run: the golden ratio spreads any number of them.
 _SHIFT = 0.6180339887
+# A source that begins later than this does not make up for what was due before: that would be a flood.
+_LATE_S = 1.0
 
 
 class Player:
@@ -60,7 +62,10 @@ class Player:
         shift_s = lap * _SHIFT * self.scenario.duration_s
         dues = sorted(((arrival.due_s + shift_s) % self.scenario.duration_s if lap else arrival.due_s, index)
                       for index, arrival in enumerate(share))  # fmt: skip
+        begun_s = self.now_s()
         for due_s, index in dues:
+            if due_s < begun_s - _LATE_S:
+                continue
             # Short naps, so that a user who is told to stop does so within half a second.
             while (left_s := due_s - self.now_s()) > 0:
                 gevent.sleep(min(left_s, 0.5))

@@ -1,5 +1,6 @@
 """Everything a run needs before it starts, in its results directory: config, models, prompts, plan."""
 
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ def prepare(scenario: Scenario) -> Path:
     directory = results_directory(scenario)
     if directory.exists():
         raise UserError(f"{str(directory)!r} exists; choose another --out")
+    if scenario.unique:
+        # Numbers that start from 0 in every run would find the last run's prompts in the server's prefix cache.
+        tag = secrets.token_hex(2)
+        prompts = [f"[{tag}]{text}" for text in prompts]
     write_json(directory / "config.json", scenario.to_json())
     write_json(directory / "target.json", {"models": models.names, "base": models.base, **provenance()})
     write_jsonl(directory / "prompts.jsonl", ({"question": text} for text in prompts))

@@ -10,7 +10,8 @@ after the start of the run by one monotonic clock, so a step of the wall clock c
   sent_s          when the client call began; null: dropped at the in-flight cap
   first_s         first chunk with any output: text, reasoning or a tool call (the role chunk has none)
   content_s       first chunk with visible text
-  last_s          last chunk with output
+  last_s          last chunk with output or with the finish reason, which is that of the last token even when the token
+                  has no text (the end of sequence)
   end_s           when the outcome was known
   gaps_s          seconds between successive chunks with output (len = chunks with output - 1)
   prompt_tokens, completion_tokens, cached_tokens    from the server's `usage`; null: the server did not say
@@ -99,12 +100,12 @@ class Row:
 
     @property
     def e2e_s(self) -> float | None:
-        """Sending to last output."""
+        """Sending to the last token."""
         return None if self.last_s is None or self.sent_s is None else self.last_s - self.sent_s
 
     @property
     def e2e_due_s(self) -> float | None:
-        """Being due to last output."""
+        """Being due to the last token."""
         return None if self.last_s is None else self.last_s - self.due_s
 
     @property

@@ -1,6 +1,7 @@
 """What a load test is: the one dataclass behind `python -m loadtest`'s flags, its YAML keys and what Locust reads."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Scenario:
     exact_output: bool = option(False, "make every reply that long (ignore the end of sequence)")
     bare: bool = option(False, "send the question alone, without the stack's system text")
     prompt_words: str = option("", f"words of a question: {_LENGTH} (default: as they are)")
-    unique: bool = option(True, "number the prompts, so that the server's prefix cache cannot answer for it")
+    unique: bool = option(True, "number run and prompt, so that the server's prefix cache cannot answer for it")
     turns: str = option("1", f"turns of a conversation: {_LENGTH}")
     think_s: str = option("0", f"pause before the next turn: {_LENGTH}")
     long_share: float = option(0.0, "share of requests with a long prompt")
@@ -78,10 +79,10 @@ class Scenario:
             raise UserError(f"arrivals is {self.arrivals!r} and trace is {self.trace!r}; give both or neither")
         for name in ("duration_s", "request_s", "silence_s", "burstiness", "trace_speed", "concurrency",
                      "max_in_flight", "workers", "long_words"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("warmup_s", "drain_s", "temperature", "churn_s"):
-            if getattr(self, name) < 0:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a number above 0")
+        for name in ("warmup_s", "drain_s", "temperature", "churn_s", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("cold_share", "long_share", "cancel_share", "base_share"):
             share = getattr(self, name)
@@ -95,8 +96,8 @@ class Scenario:
             raise UserError("run and prompts are both given; give one")
         if self.closed and self.concurrency < self.workers:
             raise UserError(f"concurrency is {self.concurrency}; each of the {self.workers} workers needs a client")
-        if self.join and not self.join.rpartition(":")[2].isdigit():
-            raise UserError(f"join is {self.join!r}; the form is HOST:PORT")
+        if self.join:
+            host_port("join", self.join)
         rate_knots(self.rate, self.duration_s)
         for text in self.slo:
             parse_objective(text)
@@ -115,6 +116,14 @@ class Scenario:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def host_port(option: str, text: str) -> tuple[str, int]:
+    """The two halves of HOST:PORT, the value of `option`; raises UserError for anything else."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"{option} is {text!r}; the form is HOST:PORT, such as 10.0.0.5:5557")
+    return host, int(port)
 
 
 def read_scenario(directory: Path) -> Scenario:

@@ -7,6 +7,10 @@
 METRIC is a latency percentile (`ttft_p90_s`; latencies in loadtest/figures.py), `error_rate`, `goodput_share`,
 `goodput_per_s`, `tokens_per_s` or `requests_per_s`. Goodput counts the requests that came back whole within every
 limit of `good`: `ttft_s <= 1`, `tpot_s <= 0.05`, `e2e_s <= 10`.
+
+A percentile is judged over every request that stayed, and one that failed is slower than any bound: `ttft_p90_s <= 2`
+says that nine in ten had their first token within 2 s, not nine in ten of those that were answered. Else a server that
+turns half of its requests away would hold any objective. (`itl` is over gaps, of which failed requests have none.)
 """
 
 import math
@@ -14,8 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from loadtest.figures import LATENCIES, PERCENTILES
-from loadtest.rows import Row
+from loadtest.figures import LATENCIES, PERCENTILES, percentile
+from loadtest.rows import FAILED, Row
 from train.command import nearest
 from train.errors import UserError
 
@@ -35,7 +39,9 @@ class Objective(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """An objective held against a run: over `scope`, whose `n` requests gave `value` (None: not one came back)."""
+    """An objective held against a run: over `scope`, where `n` requests gave `value` (None: too few came back).
+
+    For a percentile, n counts the whole replies that have the latency, and those that failed."""
 
     scope: str
     metric: str
@@ -74,14 +80,15 @@ def is_good(row: Row, limits: Sequence[Objective]) -> bool:
     return all(value is None or value <= bound for value, bound in values)
 
 
-def judge(objectives: Sequence[Objective], summary: Mapping[str, Any]) -> list[Judged]:
-    """Hold each objective against the figures of a run (see loadtest.figures.summarise)."""
+def judge(objectives: Sequence[Objective], summary: Mapping[str, Any], rows: Sequence[Row]) -> list[Judged]:
+    """Hold each objective against the measured rows of a run and the figures made of them (figures.summarise)."""
     judged = []
     for objective in objectives:
         scopes = list(summary["models"]) if objective.scope == "*" else [objective.scope]
         for scope in scopes:
             found = summary["all"] if scope == "" else summary["models"].get(scope)
-            value, n = value_of(objective.metric, found) if found else (None, 0)
+            own = [row for row in rows if scope in ("", row.model)]
+            value, n = _value_of(objective.metric, found, own) if found else (None, 0)
             held = value is not None and (
                 value <= objective.bound if objective.sign == "<=" else value >= objective.bound
             )
@@ -89,12 +96,21 @@ def judge(objectives: Sequence[Objective], summary: Mapping[str, Any]) -> list[J
     return judged
 
 
-def value_of(metric: str, found: Mapping[str, Any]) -> tuple[float | None, int]:
-    """The value of a metric in the figures of a group of rows, and how many requests the group has."""
+def _value_of(metric: str, found: Mapping[str, Any], rows: Sequence[Row]) -> tuple[float | None, int]:
+    """The value of a metric over some rows, whose figures are `found`, and how many rows it comes from.
+
+    The value is None where it is beyond every bound, or of nothing.
+    """
     match = _PERCENTILE.fullmatch(metric)
-    if match:
-        return found[f"{match['latency']}_s"][f"p{match['percent']}"], found["n"]
-    return found[metric], found["n"]
+    if not match:
+        return found[metric], len(rows)
+    name = f"{match['latency']}_s"
+    if name not in LATENCIES:
+        return found[name][f"p{match['percent']}"], sum(row.ok and bool(row.gaps_s) for row in rows)
+    values = [value for row in rows if row.ok and (value := LATENCIES[name](row)) is not None]
+    failed = sum(row.outcome in FAILED for row in rows)
+    value = percentile([*values, *[math.inf] * failed], int(match["percent"]))
+    return value if value is not None and math.isfinite(value) else None, len(values) + failed
 
 
 def rows_needed(metric: str) -> int:

@@ -19,7 +19,7 @@ import openai
 
 from loadtest.rows import Row
 from loadtest.scenario import Scenario
-from serve.client import API_KEY
+from serve.client import API_KEY, checked_url
 
 # A server may close an idle connection at any moment (vLLM does after 5 s); a request sent just then fails. Dropping
 # idle connections earlier than any common server does keeps that race out of the error counts.
@@ -55,7 +55,7 @@ def make_client(url: str) -> openai.OpenAI:
     # Proxies of the environment are for the internet; a load test names its server.
     http = httpx2.Client(transport=_Pools(), trust_env=False)
     key = os.environ.get(API_KEY) or "none"
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=0, http_client=http)
+    return openai.OpenAI(base_url=checked_url(url), api_key=key, max_retries=0, http_client=http)
 
 
 def rehearse(scenario: Scenario) -> None:
@@ -115,14 +115,14 @@ def ask(client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float
             **body, timeout=httpx2.Timeout(patience_s, connect=min(_CONNECT_S, patience_s))
         ) as response:
             row.status = response.status_code
-            _read(sse_data(response.iter_bytes()), row, text, start_s, stop)
+            _read(sse_data(_until(stop, response.iter_bytes())), row, text, start_s)
     except openai.APIStatusError as error:
         row.status, row.outcome, row.error = error.status_code, "http_error", _line(error.message)
     except (openai.APITimeoutError, httpx2.TimeoutException) as error:
         row.outcome, row.error = "timeout", _line(error)
     except openai.APIConnectionError as error:
         row.outcome, row.error = "connect_error", _line(error.__cause__ or error)
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:
         row.outcome, row.error = "broken_stream", _line(error)
     except _ReplyError as error:
         row.outcome, row.error = error.outcome, _line(error)
@@ -144,6 +144,14 @@ def sse_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
                 yield line[5:].strip()
 
 
+def _until(stop: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks up to `stop` on `time.monotonic`, whatever is in them: it may be keep-alive comments without end."""
+    for chunk in chunks:
+        yield chunk
+        if time.monotonic() >= stop:
+            raise _ReplyError("timeout", "the reply took longer than the limit")
+
+
 class _ReplyError(Exception):
     """A stream that came, but is no whole reply; `outcome` is the row's."""
 
@@ -152,8 +160,8 @@ class _ReplyError(Exception):
         self.outcome = outcome
 
 
-def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float, stop: float) -> None:
-    """Fill in times, tokens and outcome from a stream; `stop` is when to give up, on `time.monotonic`."""
+def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) -> None:
+    """Fill in times, tokens and outcome from a stream."""
     gaps: list[float] = []
     row.gaps_s = gaps
     last: float | None = None
@@ -163,12 +171,7 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float, st
         if data == b"[DONE]":
             done = True
             break
-        try:
-            chunk = json.loads(data)
-        except ValueError:
-            raise _ReplyError("server_error", f"not JSON: {data[:80]!r}") from None
-        if "error" in chunk:
-            raise _ReplyError("server_error", str(chunk["error"]))
+        chunk = _chunk(data)
         if row.served is None:
             row.served = chunk.get("model")
         usage = chunk.get("usage")
@@ -188,9 +191,11 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float, st
                     if row.content_s is None:
                         row.content_s = row.last_s
                     text.append(content)
-            row.finish = choice.get("finish_reason") or row.finish
-        if now >= stop:
-            raise _ReplyError("timeout", "the reply took longer than the limit")
+            if choice.get("finish_reason"):
+                row.finish = choice["finish_reason"]
+                # The end of sequence is a token that `usage` counts and nobody sees: its chunk has no text.
+                if last is not None:
+                    row.last_s = now - start_s
     if row.finish is None:
         raise _ReplyError("broken_stream", "the stream ended " + ("at [DONE]" if done else "early"))
     if row.first_s is None:
@@ -201,10 +206,39 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float, st
         row.outcome = "ok"
 
 
+def _chunk(data: bytes) -> dict[str, Any]:
+    """One event's JSON, a chat completion chunk; raises _ReplyError for an error, or for anything else."""
+    try:
+        chunk = json.loads(data)
+    except ValueError:
+        raise _ReplyError("server_error", f"not JSON: {data[:80]!r}") from None
+    if not _is_chunk(chunk):
+        raise _ReplyError("server_error", f"no chat completion chunk: {data[:80]!r}")
+    if chunk.get("error"):
+        raise _ReplyError("server_error", str(chunk["error"]))
+    return chunk
+
+
+def _is_chunk(chunk: Any) -> bool:
+    """Whether the parts that are read have the types they are read as."""
+    choices = chunk.get("choices") or [] if isinstance(chunk, dict) else None
+    if not isinstance(choices, list) or not isinstance(chunk.get("usage") or {}, dict):
+        return False
+    deltas = [choice.get("delta") or {} for choice in choices if isinstance(choice, dict)]
+    return len(deltas) == len(choices) and all(
+        isinstance(delta, dict) and isinstance(delta.get("content") or "", str) for delta in deltas
+    )
+
+
 def _count(usage: Mapping[str, Any], row: Row) -> None:
-    row.prompt_tokens = usage.get("prompt_tokens")
-    row.completion_tokens = usage.get("completion_tokens")
-    row.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    row.prompt_tokens = _whole(usage.get("prompt_tokens"))
+    row.completion_tokens = _whole(usage.get("completion_tokens"))
+    details = usage.get("prompt_tokens_details")
+    row.cached_tokens = _whole(details.get("cached_tokens")) if isinstance(details, dict) else None
+
+
+def _whole(count: Any) -> int | None:
+    return count if isinstance(count, int) else None
 
 
 def _line(error: object) -> str:

@@ -4,7 +4,8 @@ A load test measures the server only as far as the client keeps its own promises
 have a processor to do so. When it does not, the figures describe the client. The bounds on delay are relative to what
 is measured, because 20 ms of lag spoil a TTFT of 50 ms and mean nothing to one of 2 s.
 
-  sent_share        arrivals sent within a second of the end of the schedule, of those planned: at least 0.98
+  sent_share        planned arrivals that were sent within a second of the end of the schedule: at least 0.98
+  played_share      closed loop: of the requests asked for, or else of the time, what was played: at least 0.98
   schedule_lag_s    95th percentile of sending after being due (open loop): at most 25 ms, or 10 % of the median TTFT
   hub_lag_s         95th percentile over seconds of the latest wake-up: at most 50 ms, or 10 % of the median TTFT
   client_cpu        95th percentile over seconds of the busiest process: at most 0.9 of a core
@@ -51,10 +52,14 @@ def check_client(
     checks = [_least("rows", len(counted), _ROWS)]
     if not scenario.closed:
         latest_s = scenario.duration_s + 1
-        in_time = [row for row in rows if row.turn == 0 and row.sent_s is not None and row.sent_s <= latest_s]
+        # Of the plan itself: a source too many, which repeats a share, does not stand in for one that is missing.
+        sent = (row for row in rows if row.turn == 0 and row.sent_s is not None and row.sent_s <= latest_s)
+        in_time = {row.id for row in sent if row.id < planned}
         lags = [lag for row in counted if (lag := row.lag_s) is not None]
         checks.append(_least("sent_share", len(in_time) / planned, 0.98))
         checks.append(_most("schedule_lag_s", percentile(lags, 95) or 0.0, max(0.025, tenth_s)))
+    else:
+        checks.append(_least("played_share", _played_share(scenario, rows, seconds), 0.98))
     hub_lag_s = percentile([second["hub_lag_s"] for second in watched], 95)
     cpu = percentile([second["cpu"] for second in watched], 95)
     checks.append(_most("hub_lag_s", hub_lag_s or 0.0, max(0.05, tenth_s)))
@@ -70,6 +75,13 @@ def check_rows(judged: Sequence[Judged]) -> list[Check]:
         for item in judged
         if item.n < rows_needed(item.metric)
     ]
+
+
+def _played_share(scenario: Scenario, rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]) -> float:
+    if scenario.requests is not None:
+        return len({row.id for row in rows if row.sent_s is not None}) / scenario.requests
+    last_s = max([*(second["t_s"] for second in seconds), *(row.end_s or 0.0 for row in rows)], default=0.0)
+    return min(1.0, last_s / scenario.duration_s)
 
 
 def _steadfast(rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]) -> set[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.arrivals import rate_knots
-from loadtest.figures import cold_penalty, rounded, step_points, summarise
+from loadtest.figures import cold_penalty, measured, rounded, step_points, summarise
 from loadtest.rows import Row, read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.scrape import server_figures
@@ -32,7 +32,7 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
         return is_good(row, limits)
 
     found = summarise(rows, scenario.warmup_s, good)
-    judged = judge([parse_objective(text) for text in scenario.slo], found)
+    judged = judge([parse_objective(text) for text in scenario.slo], found, measured(rows, scenario.warmup_s))
     seconds = read_jsonl(directory / "client.jsonl")
     planned = len(read_jsonl(directory / "plan.jsonl"))
     checks = check_client(scenario, planned, rows, seconds, found["all"]["ttft_s"]["p50"]) + check_rows(judged)
@@ -41,6 +41,9 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
         for check in checks
         if not check.held
     ]
+    churn = directory / "churn.jsonl"
+    if churn.exists():
+        broken += [f"the churn stopped: {row['error']}" for row in read_jsonl(churn) if "error" in row]
     if broken:
         verdict = "invalid"
     elif not judged:

@@ -19,21 +19,29 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+# Faults that happen half-way through a reply.
+MIDWAY = ("half", "reset", "eof", "hang", "comment", "garbage", "shape", "midway", "die")
+
 
 @dataclass
 class Behaviour:
     """How a model's replies go.
 
     `first-200`: the first chunk after 200 ms. `gap-10`: 10 ms between chunks. `burst`: all chunks in one write.
-    `status-503`: answers that status with a JSON error. Half-way through the reply, `half` closes the connection,
-    `eof` ends the body as if whole, `hang` goes silent, `garbage` sends a line that is no JSON, `midway` an error
-    object, `die` ends the process. `drop` closes before any answer; `nousage` leaves the usage out; `mute` sends a
-    whole reply without text.
+    `slots-4`: at most four replies at once, from the first chunk's wait to the last chunk; the others queue, so the
+    capacity is 4 over the time of one reply. `status-503`: answers that status with a JSON error. Half-way through the
+    reply, `half` closes the connection for sending, `reset` breaks it off, `eof` ends the body as if whole, `hang` goes
+    silent, `comment` sends nothing but keep-alive comments, `garbage` sends a line that is no JSON, `shape` JSON that
+    is no chunk, `midway` an error object, `die` ends the process. `dies-30` ends the process at its 30th request.
+    `drop` closes before any answer; `nousage` leaves the usage out, `nonsense` counts in words; `mute` sends a whole
+    reply without text; `eos` ends 50 ms after the last text, with a token that has none.
     """
 
     first_s: float = 0.0
     gap_s: float = 0.0
     status: int = 200
+    slots: int = 0
+    dies: int = 0
     fault: str = ""
 
     @classmethod
@@ -45,8 +53,8 @@ class Behaviour:
                 found.first_s = int(value) / 1000
             elif name == "gap":
                 found.gap_s = int(value) / 1000
-            elif name == "status":
-                found.status = int(value)
+            elif name in ("status", "slots", "dies"):
+                setattr(found, name, int(value))
             else:
                 found.fault = name
         return found
@@ -74,6 +82,7 @@ class Standin(asyncio.Protocol):
 
     models: tuple[str, ...]
     requests: Counter
+    slots: dict[str, asyncio.Semaphore]
     hung_up = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -130,13 +139,22 @@ class Standin(asyncio.Protocol):
     async def stream(self, body: dict) -> None:
         model, n = body["model"], body["max_tokens"]
         how = Behaviour.of(model)
-        write = self.transport.write
+        if how.dies and self.requests[model] >= how.dies:
+            os._exit(1)
         if how.fault == "drop":
             self.transport.close()
             return
         if how.status != 200:
             self.answer(how.status, {"error": {"message": "as asked", "type": "standin", "code": how.status}})
             return
+        if not how.slots:
+            await self.reply_to(model, n, how)
+            return
+        async with self.slots.setdefault(model, asyncio.Semaphore(how.slots)):
+            await self.reply_to(model, n, how)
+
+    async def reply_to(self, model: str, n: int, how: Behaviour) -> None:
+        write = self.transport.write
         if how.first_s:
             await asyncio.sleep(how.first_s)
         write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
@@ -146,21 +164,33 @@ class Standin(asyncio.Protocol):
             write(word * n)
         else:
             for index in range(n):
-                if index == n // 2 and how.fault in ("half", "eof", "hang", "garbage", "midway", "die"):
+                if index == n // 2 and how.fault in MIDWAY:
                     await self.fail(how.fault)
                     return
                 if index and how.gap_s:
                     await asyncio.sleep(how.gap_s)
                 write(word)
+        if how.fault == "eos":
+            await asyncio.sleep(0.05)
         write(event(delta(model, {}, "stop")))
         if how.fault != "nousage":
-            usage = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": n + 7}
+            usage: dict = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": n + 7}
+            if how.fault == "nonsense":
+                usage = dict.fromkeys(usage, "several")
             write(event({**delta(model, {}), "choices": [], "usage": usage}))
         write(http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
     async def fail(self, fault: str) -> None:
         if fault == "half":
-            self.transport.close()
+            self.transport.write_eof()
+        elif fault == "reset":
+            self.transport.abort()
+        elif fault == "comment":
+            while True:
+                self.transport.write(http_chunk(b": still there\n\n"))
+                await asyncio.sleep(0.02)
+        elif fault == "shape":
+            self.transport.write(http_chunk(b"data: [1]\n\n") + b"0\r\n\r\n")
         elif fault == "eof":
             self.transport.write(b"0\r\n\r\n")
         elif fault == "hang":
@@ -197,7 +227,7 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--models", default="base,gentle,brief")
     options = parser.parse_args()
-    Standin.models, Standin.requests = tuple(options.models.split(",")), Counter()
+    Standin.models, Standin.requests, Standin.slots = tuple(options.models.split(",")), Counter(), {}
     import uvloop
 
     uvloop.run(serve(options.port))

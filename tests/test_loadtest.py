@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from loadtest.prepare import prepare
 from loadtest.rows import read_rows
+from loadtest.scenario import Scenario
+from loadtest.verdict import EXIT_STATUS
 from tests.sse_server import standin
+from train.files import read_jsonl
 
 QUESTIONS = ["I feel lonely since we moved.", "Work is hard and I cannot sleep.", "My friend is angry with me."]
 
@@ -51,6 +55,22 @@ def test_rows_arrive_from_two_workers(tmp_path):
     assert sorted(row.id for row in rows) == list(range(n_planned))
     assert {row.worker for row in rows} == {0, 1}
     assert {row.id % 2 == row.worker % 2 for row in rows} != {True, False}
+
+
+def test_no_two_runs_send_the_same_prompt_unless_asked_to(tmp_path):
+    """One seed, one plan, and yet no prompt of the first run is in the second: its server may still remember it."""
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
+    with standin("base") as url:
+        runs = [
+            prepare(Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / name), unique=unique))
+            for name, unique in (("a", True), ("b", True), ("c", False), ("d", False))
+        ]
+    plans = [(run / "plan.jsonl").read_text() for run in runs]
+    texts = [{row["question"] for row in read_jsonl(run / "prompts.jsonl")} for run in runs]
+
+    assert plans[0] == plans[1]
+    assert not texts[0] & texts[1]
+    assert texts[2] == texts[3] <= set(QUESTIONS)
 
 
 def test_open_arrivals_do_not_wait_for_replies(tmp_path):
@@ -110,6 +130,24 @@ def test_a_server_that_dies_leaves_counted_failures(tmp_path):
     n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
     assert sum(outcomes.values()) == n_planned
     assert set(outcomes) <= {"broken_stream", "connect_error"}
+
+
+def test_a_server_that_dies_in_mid_run_is_counted_from_then_on(tmp_path):
+    """It answers 29 requests and ends at the 30th: 29 whole replies, the rest failures, and an objective missed."""
+    with standin("base.dies-30") as url:
+        slo = "ttft_p50_s <= 1,error_rate <= 0.1"
+        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--slo", slo)
+
+    summary = json.loads(done.stdout.strip().split("\n")[-1])
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
+    outcomes = summary["all"]["outcomes"]
+    assert outcomes["ok"] == 29
+    assert outcomes["connect_error"] + outcomes.get("broken_stream", 0) == n_planned - 29
+    assert summary["all"]["ttft_s"]["n"] == 29
+    assert min(row.ttft_s for row in rows if row.ok) > 0
+    assert not any(item["held"] for item in summary["slo"])
+    assert done.returncode == EXIT_STATUS[summary["verdict"]] != 0
 
 
 @pytest.mark.parametrize(

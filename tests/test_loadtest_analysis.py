@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from loadtest import capacity
 from loadtest.capacity import Capacity, Found, search
 from loadtest.charts import per_second
 from loadtest.compare import cut, differences
-from loadtest.figures import cold_penalty, step_points
+from loadtest.figures import cold_penalty, step_points, summarise
 from loadtest.scenario import Scenario
 from loadtest.scrape import read_metrics, server_figures
 from tests.test_loadtest_figures import anything, failure, reply
@@ -25,9 +26,9 @@ def run(ttft_s: float, seed: int) -> list:
     return [reply(n, n, ttft_s=ttft_s * noise.uniform(0.8, 1.2)) for n in range(200)]
 
 
-def shown(a: list, b: list) -> dict[str, str]:
+def shown(a: list, b: list, margin: float = 0.05) -> dict[str, str]:
     blocks = [cut(rows, 0, 200, 5) for rows in (a, b)]
-    return {difference.metric: difference.shows for difference in differences(*blocks, block_s=5, seed=0)}
+    return {found.metric: found.shows for found in differences(*blocks, block_s=5, margin=margin, seed=0)}
 
 
 def test_a_run_is_cut_into_whole_blocks_of_time():
@@ -49,6 +50,33 @@ def test_two_runs_of_the_same_server_show_no_difference():
     assert set(shown(run(0.4, 1), run(0.4, 7)).values()) == {"-"}
 
 
+def test_a_difference_below_the_margin_does_not_count():
+    """Every request 3 % slower is shown beyond doubt, and is no reason to call the run worse unless one says so."""
+    rows = run(0.4, 1)
+    slower = [reply(row.id, row.due_s, ttft_s=1.03 * row.ttft_s) for row in rows]
+
+    assert shown(rows, slower)["ttft_p50_s"] == "-"
+    assert shown(rows, slower, margin=0.0)["ttft_p50_s"] == "-"  # its noise is wider than that
+    even = [reply(n, n, ttft_s=0.4) for n in range(200)]
+    later = [reply(n, n, ttft_s=0.412) for n in range(200)]
+    assert shown(even, later)["ttft_p50_s"] == "-"
+    assert shown(even, later, margin=0.0)["ttft_p50_s"] == "worse"
+
+
+def test_errors_are_compared_where_there_is_no_ratio_too():
+    """One request in ten fails where none did, or one: worse. One where none did may be chance. And the way back."""
+
+    def failing(which: set[int], seed: int) -> list:
+        return [failure(row.id, row.due_s) if row.id in which else row for row in run(0.4, seed)]
+
+    tenth = set(range(0, 200, 10))
+
+    assert shown(failing(set(), 1), failing(tenth, 2))["error_rate"] == "worse"
+    assert shown(failing({7}, 1), failing(tenth, 2))["error_rate"] == "worse"
+    assert shown(failing(set(), 1), failing({7}, 2))["error_rate"] == "-"
+    assert shown(failing(tenth, 1), failing(set(), 2))["error_rate"] == "better"
+
+
 def test_intervals_are_wider_when_requests_come_in_good_and_bad_spells():
     """A run that slows down all the way tells less than one with the same requests shuffled."""
     slow = [0.2 + n / 200 for n in range(200)]
@@ -57,7 +85,7 @@ def test_intervals_are_wider_when_requests_come_in_good_and_bad_spells():
 
     def width(rows: list) -> float:
         blocks = cut(rows, 0, 200, 20)
-        found = next(d for d in differences(blocks, blocks, 20, 0) if d.metric == "e2e_p50_s")
+        found = next(d for d in differences(blocks, blocks, 20, 0.05, 0) if d.metric == "e2e_p50_s")
         return found.high - found.low
 
     assert width(spells) > width(mixed)
@@ -68,7 +96,7 @@ def test_too_short_runs_are_not_compared():
     blocks = cut([reply(n, n) for n in range(35)], 0, 35, 5)
 
     with pytest.raises(UserError, match="run longer, or give a smaller --block-s"):
-        differences(blocks, blocks, 5, 0)
+        differences(blocks, blocks, 5, 0.05, 0)
 
 
 @pytest.mark.parametrize("true", [0.3, 1.0, 7.3, 100.0])
@@ -92,10 +120,32 @@ def test_the_capacity_search_says_when_all_or_nothing_held():
     assert search(lambda rate: True, 1, 9, 0.1) == Found(9, None)
 
 
+def test_an_unbelievable_probe_leaves_what_was_found_before_it(monkeypatch, tmp_path):
+    """4 holds twice, 8 passes once and misses once, and between them the client gives out: held 4, failed 8."""
+    verdicts = iter(["passed", "passed", "passed", "missed", "invalid"])
+
+    def played(scenario):
+        rows = [reply(n, n) for n in range(20)]
+        found = summarise(rows, 0, anything)
+        return {**found, "verdict": next(verdicts), "invalid": ["the client was late"], "dir": scenario.out}
+
+    monkeypatch.setattr(capacity, "play", played)
+    found = capacity.find_capacity(Capacity(slo=("ttft_p50_s <= 1",), lowest=4, out=str(tmp_path / "out")))
+
+    assert (found.exit_status, found.document["held"], found.document["failed"]) == (2, 4, 8)
+
+
 def test_a_capacity_needs_an_objective():
     """Without one there is nothing to hold."""
     with pytest.raises(UserError, match="needs at least one --slo"):
         Capacity()
+
+
+@pytest.mark.parametrize("options", [{"web": True}, {"join": "127.0.0.1:5557"}])
+def test_a_capacity_is_searched_without_anybody(options):
+    """Each of its runs would wait for a Ctrl-C, or for workers."""
+    with pytest.raises(UserError, match="neither --web nor --join"):
+        Capacity(slo=("ttft_p50_s <= 1",), **options)
 
 
 def test_metrics_are_read_and_summed_over_their_labels():

@@ -6,7 +6,7 @@ from loadtest.figures import percentile, summarise, window
 from loadtest.rows import Row, append_rows, read_rows
 from loadtest.scenario import Scenario
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
-from loadtest.validity import check_client
+from loadtest.validity import check_client, check_rows
 
 
 def reply(
@@ -98,7 +98,7 @@ def test_objectives_are_judged_overall_and_per_model():
     rows = [reply(n, n, ttft_s=0.5) for n in range(9)] + [reply(9, 9, "gentle", ttft_s=3)]
     summary = summarise(rows, 0, anything)
     texts = ["ttft_p50_s <= 1", "gentle: ttft_p50_s <= 1", "*: error_rate <= 0", "tokens_per_s >= 1e6"]
-    judged = judge([parse_objective(text) for text in texts], summary)
+    judged = judge([parse_objective(text) for text in texts], summary, rows)
 
     assert [(item.scope, item.value, item.held) for item in judged[:2]] == [
         ("all", pytest.approx(0.5), True),
@@ -110,9 +110,40 @@ def test_objectives_are_judged_overall_and_per_model():
 
 def test_an_objective_without_rows_is_missed():
     """Nothing to judge is no pass."""
-    judged = judge([parse_objective("ttft_p50_s <= 1")], summarise([failure(0, 0)], 0, anything))
+    rows = [failure(0, 0)]
+    judged = judge([parse_objective("ttft_p50_s <= 1")], summarise(rows, 0, anything), rows)
 
     assert (judged[0].value, judged[0].held) == (None, False)
+
+
+def test_a_percentile_counts_the_requests_that_have_it():
+    """Of ten requests seven hung up and one had a single token: two or three values are no tenth of anything."""
+    rows = [reply(0, 0), reply(1, 1), reply(2, 2, tokens=1), *(failure(n, n) for n in range(3, 10))]
+    for row in rows[3:]:
+        row.outcome = "cancelled"
+    texts = ["ttft_p50_s <= 1", "tpot_p50_s <= 1", "error_rate <= 0"]
+    judged = judge([parse_objective(text) for text in texts], summarise(rows, 0, anything), rows)
+
+    assert [item.n for item in judged] == [3, 2, 10]
+    assert [check.held for check in check_rows(judged)] == [False, False, False]
+
+
+def test_failed_requests_are_slower_than_any_bound():
+    """Of ten, two failed: the median is that of ten, between the 5th and 6th, and the 90th is beyond every bound.
+
+    Those who hung up are nobody's failure: with the two gone instead, both percentiles are held.
+    """
+    rows = [reply(n, n, ttft_s=0.1 * (n + 1)) for n in range(8)] + [failure(8, 8), failure(9, 9)]
+    texts = ["ttft_p50_s <= 1", "ttft_p90_s <= 1"]
+
+    def judged(rows: list[Row]) -> list[tuple[float | None, bool]]:
+        found = judge([parse_objective(text) for text in texts], summarise(rows, 0, anything), rows)
+        return [(item.value, item.held) for item in found]
+
+    assert judged(rows) == [(pytest.approx(0.55), True), (None, False)]
+    for row in rows[8:]:
+        row.outcome = "cancelled"
+    assert judged(rows) == [(pytest.approx(0.45), True), (pytest.approx(0.73), True)]
 
 
 def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario) -> set[str]:
@@ -133,9 +164,21 @@ def test_each_broken_promise_makes_a_run_invalid():
     assert broken(good[:5], seconds(6)) == {"rows"}
     assert broken([reply(n, n, lag_s=0.03) for n in range(40)], seconds(40)) == {"schedule_lag_s"}
     assert broken(good, seconds(40), planned=50) == {"sent_share"}
+    # Twenty arrivals sent twice are no forty.
+    assert broken([reply(n % 20, n) for n in range(40)], seconds(40)) == {"sent_share"}
     assert broken(good, seconds(40, hub_lag_s=0.06)) == {"hub_lag_s"}
     assert broken(good, seconds(40, cpu=0.97)) == {"client_cpu"}
     assert broken(good, seconds(40), workers=2) == {"workers"}
+
+
+def test_a_closed_run_that_was_ended_early_is_not_believed():
+    """Forty replies in eight of forty seconds, or forty of the fifty requests asked for."""
+    quick = [reply(n, n / 5, tokens=2) for n in range(40)]
+
+    assert broken(quick, seconds(9), arrivals="closed") == {"played_share"}
+    assert broken(quick, seconds(9), arrivals="closed", requests=50) == {"played_share"}
+    assert broken(quick, seconds(9), arrivals="closed", requests=40) == set()
+    assert broken(quick, seconds(41), arrivals="closed") == set()
 
 
 def test_rows_survive_the_file(tmp_path):

@@ -133,6 +133,8 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
         ({"cancel_share": 1.5}, "must be from 0 to 1"),
         ({"slo": ("ttft_p91_s <= 1",)}, "did you mean"),
         ({"slo": ("ttft_p90_s < 1",)}, "the form is"),
+        ({"duration_s": float("inf")}, "must be a number above 0"),
+        ({"seed": -1}, "seed is -1"),
         ({"good": ("ttft_s <= soon",)}, "'soon' is not a number"),
     ],
 )

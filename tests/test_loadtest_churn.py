@@ -1,0 +1,57 @@
+"""New versions published while the load runs, from a real store beside the stand-in."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loadtest.play import play
+from loadtest.scenario import Scenario
+from tests.sse_server import standin
+from tests.tiny import tiny_adapter
+from train import store as shelves
+from train.catalog import Base, resolve
+from train.files import read_jsonl
+
+
+@pytest.fixture
+def base(tiny_model: Base, tmp_path: Path) -> Base:
+    """A base of this test's own, so that it can be taken away."""
+    return resolve(str(shutil.copytree(tiny_model.path, tmp_path / "base")))
+
+
+def churned(tmp_path: Path, **options: object) -> dict:
+    (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
+    with standin("base", "gentle", "calm") as url:
+        return play(
+            Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"), rate="20", duration_s=4.0,
+                     churn_store=str(tmp_path / "store"), **options)  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def test_each_adapter_in_turn_gets_new_versions(base, tmp_path):
+    """Two adapters, something new every 0.7 s: they take turns, and no content comes twice."""
+    store = tmp_path / "store"
+    for name, system in (("gentle", "you are kind"), ("calm", "")):
+        shelves.publish(store, name, tiny_adapter(base.path, tmp_path / name, seed=1), base, system=system)
+    begun = {name: shelves.find(store, name).version for name in ("gentle", "calm")}
+    summary = churned(tmp_path, churn_s=0.7)
+
+    published = read_jsonl(tmp_path / "out/churn.jsonl")
+    assert [row["model"] for row in published[:4]] == ["calm", "gentle", "calm", "gentle"]
+    versions = [*begun.values(), *(row["version"] for row in published)]
+    assert len(set(versions)) == len(versions)
+    assert shelves.find(store, "gentle").prompt["system"].startswith("you are kind (load test ")
+    assert not any("churn" in reason for reason in summary["invalid"])
+
+
+def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path):
+    """The base is gone when the first version is to be published: the load is played and reported, and says why."""
+    shelves.publish(tmp_path / "store", "gentle", tiny_adapter(base.path, tmp_path / "gentle", seed=1), base)
+    shutil.rmtree(base.path)
+    summary = churned(tmp_path, churn_s=1.0)
+
+    assert summary["verdict"] == "invalid"
+    assert any(reason.startswith("the churn stopped: ") for reason in summary["invalid"])
+    assert set(summary["all"]["outcomes"]) == {"ok"}
+    assert (tmp_path / "out/report.html").is_file()

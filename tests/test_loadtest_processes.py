@@ -1,0 +1,210 @@
+"""Runs of several processes: workers that join a run by themselves, and Locust's page, ended by Ctrl-C."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.launch import worker_argv
+from loadtest.player import Player
+from loadtest.rows import Row, read_rows
+from loadtest.scenario import Scenario
+from loadtest.stream import make_client
+from loadtest.verdict import EXIT_STATUS
+from loadtest.work import Arrival
+from tests.sse_server import standin
+from train.errors import UserError
+
+# A crowded machine may make the client late, and then the run says so; nothing else may be wrong with it.
+CROWDED = ("schedule_lag_s", "hub_lag_s", "client_cpu")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    """Start `python -m loadtest` with these words, in a folder with one question; what is left is killed."""
+    (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
+    begun: list[subprocess.Popen] = []
+
+    def run(*words: str) -> subprocess.Popen:
+        begun.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "loadtest", *words], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+        )  # fmt: skip
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_line(process: subprocess.Popen, words: str) -> str:
+    """The first line of its stderr with `words` in it."""
+    assert process.stderr is not None
+    line = next((line for line in process.stderr if words in line), None)
+    assert line, f"it ended without {words!r}"
+    return line
+
+
+def led(start: Any, url: str, duration_s: int, slo: str) -> tuple[subprocess.Popen, str, str, list[Any]]:
+    """A run led here, joined by two workers started apart: the leader, what it printed, and both workers."""
+    leader = start(
+        "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", str(duration_s),
+        "--workers", "2", "--join", f"127.0.0.1:{free_port()}", "--slo", slo,
+    )  # fmt: skip
+    command = wait_for_line(leader, "waiting for 2 workers").split("python -m loadtest ")[1]
+    workers = [start(*command.split()) for _ in range(2)]
+    out, err = leader.communicate(timeout=120)
+    for worker in workers:
+        worker.communicate(timeout=60)
+    return leader, out, err, workers
+
+
+def believed(summary: dict[str, Any]) -> bool:
+    """Whether nothing is wrong with a run but what a crowded machine does to it."""
+    return all(check["held"] or check["name"] in CROWDED for check in summary["checks"])
+
+
+def test_workers_that_join_share_one_run(tmp_path, start):
+    """A run led here and two workers started apart: every arrival is sent once, by its own worker, into one file."""
+    with standin("base", "gentle.first-30") as url:
+        leader, out, err, workers = led(start, url, duration_s=5, slo="error_rate <= 0")
+        seen = json.load(urllib.request.urlopen(url.replace("/v1", "/seen")))
+
+    *text, last = out.strip().split("\n")
+    summary = json.loads(last)
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    plan = [json.loads(line) for line in (tmp_path / "out/plan.jsonl").read_text().splitlines()]
+    assert believed(summary), err
+    assert sorted((row.id, row.model) for row in rows) == [(arrival["id"], arrival["model"]) for arrival in plan]
+    assert {(row.worker, row.id % 2) for row in rows} == {(0, 0), (1, 1)}
+    assert {row.outcome for row in rows} == {"ok"}
+    assert seen["requests"] == Counter(row.model for row in rows)
+    assert f"verdict: {summary['verdict']}" in text
+    assert leader.returncode == EXIT_STATUS[summary["verdict"]]
+    assert [worker.returncode for worker in workers] == [0, 0]
+
+
+@pytest.mark.slow
+def test_failures_do_not_fail_a_worker(tmp_path, start):
+    """Every request is refused: that is the run's to judge (exit 1); the workers did their work (exit 0)."""
+    with standin("base.status-503") as url:
+        leader, out, err, workers = led(start, url, duration_s=3, slo="error_rate <= 0.01")
+
+    summary = json.loads(out.strip().split("\n")[-1])
+    assert believed(summary), err
+    assert set(summary["all"]["outcomes"]) == {"http_error"}
+    assert leader.returncode == EXIT_STATUS[summary["verdict"]] != 0
+    assert [worker.returncode for worker in workers] == [0, 0]
+
+
+@pytest.mark.parametrize("text", ["5557", ":5557", "host:", "host:port", "host:99999"])
+def test_an_address_needs_both_halves(text):
+    """One line that says the form, for the run and for the worker."""
+    with pytest.raises(UserError, match="the form is HOST:PORT"):
+        Scenario(join=text)
+    with pytest.raises(UserError, match="the form is HOST:PORT"):
+        worker_argv(Path("out"), text)
+
+
+def test_a_source_that_joins_late_leaves_alone_what_was_due_before():
+    """Ten seconds into the run, what was due up to a second ago is sent, and what comes; not a flood of the rest."""
+    plan = [Arrival(n, due_s, "base", (0,), 2, 0.0, None, ()) for n, due_s in enumerate((0.0, 5.0, 9.5, 10.1))]
+    rows: list[Row] = []
+    with standin("base") as url, make_client(url) as client:
+        player = Player(Scenario(url=url, duration_s=20), plan, ["hi"], client, 0, rows.append)
+        player.start_s -= 10
+        player.play_open(0, lambda: False)
+        player.drain()
+
+    assert sorted((row.id, row.outcome) for row in rows) == [(2, "ok"), (3, "ok")]
+
+
+def page(port: int, path: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+        return json.load(response)
+
+
+def rows_on_page(port: int, n: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """The table of Locust's page by type and model, once it counts at least `n` replies of each of two models."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            found = {(row["method"], row["name"]): row for row in page(port, "/stats/requests")["stats"]}
+        except (urllib.error.URLError, ConnectionError):
+            found = {}
+        replies = [row["num_requests"] for (method, _), row in found.items() if method == "reply"]
+        if len(replies) == 2 and min(replies) >= n:
+            return found
+        time.sleep(0.2)
+    raise AssertionError("the page never showed the rows")
+
+
+def test_the_page_shows_each_adapter_and_ctrl_c_ends_with_the_report(tmp_path, start):
+    """The plan is played and shown; Ctrl-C to the command alone ends Locust, and the run is judged and written."""
+    port = free_port()
+    with standin("base", "gentle.first-30") as url:
+        run = start(
+            "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "3",
+            "--mix", "weights(base=1, gentle.first-30=1)", "--web", "--web-port", str(port), "--slo", "error_rate <= 0",
+        )  # fmt: skip
+        wait_for_line(run, "live page")
+        n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
+        found = rows_on_page(port, 5)
+        while page(port, "/stats/requests")["state"] != "stopped":
+            time.sleep(0.2)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+
+    summary = json.loads(out.strip().split("\n")[-1])
+    assert {("reply", "base"), ("first token", "base"), ("reply", "gentle.first-30")} <= set(found)
+    assert found["first token", "gentle.first-30"]["median_response_time"] >= 30
+    assert believed(summary), err
+    assert summary["all"]["outcomes"] == {"ok": n_planned}
+    assert run.returncode == EXIT_STATUS[summary["verdict"]]
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start):
+    """Ended with requests on their way: they finish and are rows, the report is written, and the run is not judged."""
+    port = free_port()
+    with standin("base.first-400", "gentle.first-400") as url:
+        run = start(
+            "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "60", "--web",
+            "--web-port", str(port),
+        )  # fmt: skip
+        wait_for_line(run, "live page")
+        rows_on_page(port, 5)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+        seen = json.load(urllib.request.urlopen(url.replace("/v1", "/seen")))
+
+    assert run.returncode == 2, err
+    summary = json.loads(out.strip().split("\n")[-1])
+    rows = read_rows(tmp_path / "out/requests.jsonl")
+    assert any("sent_share" in reason for reason in summary["invalid"])
+    assert {row.outcome for row in rows} == {"ok"}
+    assert Counter(row.model for row in rows) == seen["requests"]
+    assert seen["hung_up"] == 0
+    assert (tmp_path / "out/report.html").is_file()
