@@ -53,8 +53,8 @@ bench-train: setup  ## training speed and loss against plain TRL defaults, on th
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (QUICK=1: under 10 minutes)
 	$(BIN)/python -m serve.bench $(if $(QUICK),--quick)
 
-bench-loadtest: setup  ## cost of the load-test client, and how well it keeps an offered rate
+bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)
 	@$(BIN)/python -m tests.bench_loadtest
 
-bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against transformers, kill -9 (RUN=name URL=... of a running server)
+bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against transformers, kill -9, batch against LLM.generate (RUN=name URL=... of a running server)
 	@$(BIN)/python -m tests.bench_eval --run $(RUN) --adapter $(or $(ADAPTER),$(RUN)) --url $(or $(URL),http://127.0.0.1:8000/v1)

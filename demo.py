@@ -20,6 +20,7 @@ from serve.client import make_client
 from serve.config import ServeConfig
 from serve.server import Server
 from train.chat import NOTICE
+from train.command import exit_status
 from train.errors import UserError
 from train.files import read_json, read_jsonl, write_text
 from train.run import RUNS, Run
@@ -32,30 +33,23 @@ SEEN_WITHIN_S = 30.0
 def main() -> int:
     started = time.monotonic()
     print(f"{NOTICE}\n")
-    try:
-        step(f"1/5 serve {BASE}")
-        with Server(ServeConfig(model=BASE, port=0)) as server:
-            step("2/5 fine-tune an adapter on the shipped conversations")
-            train()
-            step("3/5 hot-load it into the running server")
-            hot_load(server)
-            step("4/5 evaluate base and adapter on held-out questions")
-            evaluation = command(
-                "eval", "--run", NAME, "--url", server.base_url, "--models", f"base,{NAME}", "--no-baselines",
-                "--questions", "14", "--max-tokens", "96", "--references", "2",
-            )  # fmt: skip
-            step("5/5 load-test both for 20 s")
-            load = command(
-                "loadtest", "--run", NAME, "--url", server.base_url, "--models", f"{BASE},{NAME}",
-                "--duration-s", "20", "--rate", "1.5", "--output-tokens", "48",
-                accept=(0, 2),
-            )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    step(f"1/5 serve {BASE}")
+    with Server(ServeConfig(model=BASE, port=0)) as server:
+        step("2/5 fine-tune an adapter on the shipped conversations")
+        train()
+        step("3/5 hot-load it into the running server")
+        hot_load(server)
+        step("4/5 evaluate base and adapter on held-out questions")
+        evaluation = command(
+            "eval", "--run", NAME, "--url", server.base_url, "--models", f"base,{NAME}", "--no-baselines",
+            "--questions", "14", "--max-tokens", "96", "--references", "2",
+        )  # fmt: skip
+        step("5/5 load-test both for 20 s")
+        load = command(
+            "loadtest", "--run", NAME, "--url", server.base_url, "--models", f"{BASE},{NAME}",
+            "--duration-s", "20", "--rate", "1.5", "--output-tokens", "48",
+            accept=(0, 2),
+        )  # fmt: skip
     rows = comparison(evaluation, load)
     print("\n" + table(rows))
     for reason in load["invalid"]:
@@ -211,4 +205,4 @@ $answers
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -1,25 +1,33 @@
 """Soak: 64 adapters through 4 slots under 16 streams, while adapters come, change and go and a worker is killed once.
 
-    make soak-serve                                   (three minutes of load; about six in all)
+    make soak-serve                                   (three minutes of load; about eight in all)
     python -m tests.soak_serve --seconds 60           (a short look)
 
 Every answer is held against PEFT's greedy tokens for the exact version that the reply names. The last line of stdout is
 one JSON object:
 
 requests                      answered in full
-wrong_answers                 of those, not PEFT's
-errors                        ended with an HTTP error or a broken connection (the kill, and names just removed)
+wrong_answers                 of those, not PEFT's for the version that answered, or of a name that was not asked for
+near_ties                     not PEFT's, but first different where PEFT's two best tokens are under 0.001 logits apart
+errors                        by kind: ended with an HTTP error or a broken connection (the kill, names just removed)
 lost                          ended without an answer and without an error
 restarts                      of the engine, after the kill
-rss_growth_mb                 memory of all server processes: end, minus half-way between the restart and the end
+rss_growth_mb                 memory of all server processes under load: end, minus half-way from the restart to the end
 publish_to_first_token_p50_s  from before publish to the first token of an answer, n loads
-gap_ratio_during_load         longest gap between tokens in a running stream while an adapter loads, over their p99 gap
-gateway_throughput_ratio      tokens/s through our middleware over the same engine without it, interleaved
+first_token_p50_s             the streams' own requests, whose adapters were there all along and wait for a slot as well
+publish_unserved              publishes without an answer within 10 s, those cut short by the kill left out
+gap_ratio_during_load         longest gap between chunks of a stream that overlaps such a load, over the p99 of all;
+                              taken where the server hands them out, since this client is itself held up by its work
+gap_ratio_of_a_load_p50       the same for each load by itself; the median
+gap_ratio_otherwise           longest gap that overlaps no load, over the same p99
+gateway_throughput_ratio      tokens/s through our middleware over past it, on one engine of --gate-model: median of the
+                              rounds' own ratios
 gateway_p50_ms                what the middleware adds to the median latency of one short request at a time
 """
 
 import asyncio
-import contextlib
+import concurrent.futures
+import os
 import random
 import signal
 import statistics
@@ -35,10 +43,12 @@ import openai
 import psutil
 
 from serve.client import make_async_client
+from serve.config import ServeConfig
+from serve.gateway import App, Gateway, Message, Receive, Scope, Send
 from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
-from tests.greedy import greedy_answers
+from tests.greedy import Greedy, greedy_answers
 from tests.tiny import tiny_adapter, tiny_base
 from train import store as shelves
 from train.catalog import Base, resolve
@@ -46,6 +56,11 @@ from train.command import Command, Result, main, option
 
 N_TOKENS = 24
 PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep")
+NEAR_TIE = 1e-3
+WARM_UP_ROUNDS = 2
+GATE = f"{Gateway.__module__}.{Gateway.__name__}"
+GAPS = "COUNSEL_SOAK_GAPS"
+PAST_IT = (b"x-past-the-gate", b"1")
 EXACT = {"ignore_eos": True, "return_token_ids": True}
 
 
@@ -55,8 +70,9 @@ class Soak:
     seconds: float = option(180.0, "seconds of load, half of it after the kill (the restart itself is not counted)")
     adapters: int = option(64, "adapters published at the start")
     streams: int = option(16, "streams at a time")
-    rounds: int = option(3, "interleaved rounds with and without the middleware")
-    round_s: float = option(8.0, "seconds of each such round")
+    gate_model: str = option("smollm2-135m", "base on which requests go through the middleware and past it")
+    rounds: int = option(8, "interleaved rounds through the middleware and past it")
+    round_s: float = option(4.0, "seconds of each half of such a round")
 
 
 @dataclass
@@ -65,21 +81,57 @@ class Tally:
 
     requests: int = 0
     wrong_answers: int = 0
+    near_ties: int = 0
     lost: int = 0
+    unserved: int = 0
     errors: dict[str, int] = field(default_factory=dict)
-    gaps: list[tuple[float, float]] = field(default_factory=list)
     loads: list[tuple[float, float]] = field(default_factory=list)
+    first_tokens_s: list[float] = field(default_factory=list)
 
     def error(self, error: Exception) -> None:
         name = type(error).__name__
         self.errors[name] = self.errors.get(name, 0) + 1
 
 
-class Bare(Server):
-    """The same server without our middleware."""
+class Probe(Gateway):
+    """Our middleware, with a way past it and a note of every gap between the chunks that leave it."""
+
+    def __init__(self, app: App) -> None:
+        super().__init__(app)
+        self.gaps = os.open(os.environ[GAPS], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and PAST_IT in scope["headers"]:
+            await self.app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, self._timed(send))
+
+    def _timed(self, send: Send) -> Send:
+        last_s = 0.0
+
+        async def timed(message: Message) -> None:
+            nonlocal last_s
+            if message.get("body"):
+                now_s = time.monotonic()
+                if last_s:
+                    os.write(self.gaps, f"{now_s} {now_s - last_s}\n".encode())
+                last_s = now_s
+            await send(message)
+
+        return timed
+
+
+class Probed(Server):
+    """A server with that middleware in the place of ours."""
+
+    @property
+    def gaps(self) -> Path:
+        return self.config.log_dir / "gaps.txt"
 
     def command(self) -> tuple[str, ...]:
-        return self.plan().argv
+        os.environ[GAPS] = str(self.gaps.resolve())
+        # By its full name: here this module may be __main__.
+        return tuple("tests.soak_serve.Probe" if word == GATE else word for word in super().command())
 
 
 class Shop:
@@ -94,30 +146,30 @@ class Shop:
         torch.set_num_threads(1)
         self.folder, self.store = folder, folder / "store"
         self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
-        self.expected: dict[tuple[str, str], list[int]] = {}
+        self.expected: dict[tuple[str, str], Greedy] = {}
         self.live: list[str] = []
         self._n_made = 0
-        for prompt, ids in self._answers(None).items():
-            self.expected[self.base.name, prompt] = ids
+        for prompt, answer in self._answers(None).items():
+            self.expected[self.base.name, prompt] = answer
         # Those published later reuse contents, but never for the same name twice in a row.
         self.spare = [self.make() for _ in range(n + 8)]
         for number in range(n):
             self.publish(f"adapter{number}")
 
-    def make(self) -> tuple[Path, dict[str, list[int]]]:
+    def make(self) -> tuple[Path, dict[str, Greedy]]:
         self._n_made += 1
         path = tiny_adapter(self.base.path, self.folder / str(self._n_made), seed=self._n_made)
         return path, self._answers(path)
 
-    def _answers(self, path: Path | None) -> dict[str, list[int]]:
+    def _answers(self, path: Path | None) -> dict[str, Greedy]:
         asked = [_ask(prompt) for prompt in PROMPTS]
         return dict(zip(PROMPTS, greedy_answers(self.base.path, path, asked, N_TOKENS), strict=True))
 
     def publish(self, name: str) -> None:
         path, answers = self.spare.pop(0)
         manifest = shelves.publish(self.store, name, path, self.base)
-        for prompt, ids in answers.items():
-            self.expected[manifest.id, prompt] = ids
+        for prompt, answer in answers.items():
+            self.expected[manifest.id, prompt] = answer
         self.spare.append((path, answers))
         if name not in self.live:
             self.live.append(name)
@@ -135,23 +187,23 @@ def run(options: Soak) -> Result:
         shop = Shop(folder, options.model, options.adapters)
         config = tiny_config(folder, shop.base.path, slots=4, host_adapters=32, restarts=3)
         figures: dict[str, Any] = {}
-        with Server(config) as server:
+        with Probed(config) as server:
             stop = threading.Event()
-            restarts: list[int] = []
-            keeper = threading.Thread(target=lambda: restarts.append(supervise(server, stop)))
-            keeper.start()
-            try:
-                figures |= asyncio.run(soak(server, shop, options))
-            finally:
-                stop.set()
-                keeper.join()
-            figures["restarts"] = restarts[0]
-            with Bare(tiny_config(folder / "bare", shop.base.path)) as bare:
-                figures |= asyncio.run(compare(server, bare, shop.base.name, options))
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                keeper = pool.submit(supervise, server, stop)
+                try:
+                    figures |= asyncio.run(soak(server, shop, options))
+                finally:
+                    stop.set()
+                keeper.result()
+            figures["restarts"] = server.restarts
+        gate = ServeConfig(model=options.gate_model, store=str(folder / "none"), logs=str(folder / "gate"), port=0)
+        with Probed(gate) as server:
+            figures |= asyncio.run(compare(server, server.base.name, options))
     return Result(figures, exit_status=int(bool(figures["wrong_answers"] or figures["lost"])))
 
 
-async def soak(server: Server, shop: Shop, options: Soak) -> dict[str, Any]:
+async def soak(server: Probed, shop: Shop, options: Soak) -> dict[str, Any]:
     """Load, churn and one kill; return the figures."""
     tally, over = Tally(), asyncio.Event()
     streams = [asyncio.create_task(stream(server, shop, tally, over, seed)) for seed in range(options.streams)]
@@ -159,25 +211,39 @@ async def soak(server: Server, shop: Shop, options: Soak) -> dict[str, Any]:
     await asyncio.sleep(options.seconds / 2)
     say("killing the engine's worker; the streams go on asking")
     _worker(server).send_signal(signal.SIGKILL)
-    await _back(server)
+    async with asyncio.timeout(server.config.start_s):
+        await _back(server)
     await asyncio.sleep(options.seconds / 4)
     rss_before = _rss_bytes(server)
     await asyncio.sleep(options.seconds / 4)
+    rss_growth = _rss_bytes(server) - rss_before
     over.set()
     await asyncio.gather(*streams, churning)
-    p99_gap_s = _quantile([gap for _, gap in tally.gaps], 0.99)
-    # A gap counts when it ended in the window of a load.
-    longest_s = max(gap for start, first in tally.loads for at, gap in tally.gaps if start <= at <= first)
+    # (when, how long): the last line of a server that was killed may be torn.
+    lines = [line.split() for line in server.gaps.read_text().splitlines()]
+    gaps = [(float(line[0]), float(line[1])) for line in lines if len(line) == 2]
+    p99_gap_s = _quantile([gap for _, gap in gaps], 0.99)
+    longest = [
+        max((gap for at, gap in gaps if at >= start and at - gap <= first), default=0.0) for start, first in tally.loads
+    ]
+    otherwise = max(
+        gap for at, gap in gaps if not any(at >= start and at - gap <= first for start, first in tally.loads)
+    )
     return {
         "requests": tally.requests,
         "wrong_answers": tally.wrong_answers,
+        "near_ties": tally.near_ties,
         "errors": tally.errors,
         "lost": tally.lost,
-        "rss_growth_mb": round((_rss_bytes(server) - rss_before) / 1e6, 1),
+        "rss_growth_mb": round(rss_growth / 1e6, 1),
         "publish_to_first_token_p50_s": round(statistics.median(first - start for start, first in tally.loads), 3),
         "publish_to_first_token_n": len(tally.loads),
+        "first_token_p50_s": round(statistics.median(tally.first_tokens_s), 3),
+        "publish_unserved": tally.unserved,
         "gap_p99_s": round(p99_gap_s, 4),
-        "gap_ratio_during_load": round(longest_s / p99_gap_s, 2),
+        "gap_ratio_during_load": round(max(longest) / p99_gap_s, 2),
+        "gap_ratio_of_a_load_p50": round(statistics.median(longest) / p99_gap_s, 2),
+        "gap_ratio_otherwise": round(otherwise / p99_gap_s, 2),
     }
 
 
@@ -202,7 +268,7 @@ async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, 
         while not over.is_set():
             model, prompt = chance.choice([*shop.live, shop.base.name]), chance.choice(PROMPTS)
             try:
-                answered, ids, finished = await _answer(client, model, prompt, tally)
+                answered, ids, finished, first_token_s = await _answer(client, model, prompt)
             except (openai.OpenAIError, OSError) as error:
                 tally.error(error)
                 await asyncio.sleep(0.5)
@@ -211,13 +277,20 @@ async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, 
                 tally.lost += 1
                 continue
             tally.requests += 1
-            if answered.split("@")[0] != model or ids != shop.expected.get((answered, prompt)):
-                tally.wrong_answers += 1
-                say(f"wrong: asked {model}, {answered} said {ids}")
+            tally.first_tokens_s.append(first_token_s)
+            wanted = shop.expected.get((answered, prompt))
+            if answered.split("@")[0] == model and wanted is not None and ids == wanted.ids:
+                continue
+            if answered.split("@")[0] == model and wanted is not None and wanted.is_near_tie(ids, NEAR_TIE):
+                tally.near_ties += 1
+                continue
+            tally.wrong_answers += 1
+            say(f"wrong: asked {model}, {answered} said {ids}, PEFT {wanted and wanted.ids}")
 
 
-async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str, tally: Tally) -> tuple[str, list[int], bool]:
-    answered, ids, finished, last_s = "", list[int](), False, 0.0
+async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[str, list[int], bool, float]:
+    """Who answered, the tokens, whether to the end, and seconds to the first token (0.0: none came)."""
+    answered, ids, finished, start_s, first_token_s = "", list[int](), False, time.monotonic(), 0.0
     chunks = await client.chat.completions.create(
         model=model,
         messages=_ask(prompt),  # type: ignore[arg-type]
@@ -231,11 +304,9 @@ async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str, tally: Ta
         for choice in chunk.choices:
             ids += getattr(choice, "token_ids", None) or []
             finished = finished or choice.finish_reason is not None
-        now_s = time.monotonic()
-        if last_s:
-            tally.gaps.append((now_s, now_s - last_s))
-        last_s = now_s
-    return answered, ids, finished
+        if ids and not first_token_s:
+            first_token_s = time.monotonic() - start_s
+    return answered, ids, finished, first_token_s
 
 
 async def churn(server: Server, shop: Shop, tally: Tally, over: asyncio.Event) -> None:
@@ -252,45 +323,70 @@ async def churn(server: Server, shop: Shop, tally: Tally, over: asyncio.Event) -
             start_s = time.monotonic()
             await asyncio.to_thread(shop.publish, name)
             wanted = shelves.find(shop.store, name).id
-            with contextlib.suppress(openai.APIError):
-                while time.monotonic() < start_s + 10:
-                    with contextlib.suppress(openai.NotFoundError):
-                        reply = await client.completions.create(model=name, prompt="sleep", max_tokens=1)
-                        if reply.model == wanted:
-                            tally.loads.append((start_s, time.monotonic()))
-                            break
-                    await asyncio.sleep(0.02)
+            try:
+                async with asyncio.timeout(10):
+                    while await _answerer(client, name) != wanted:
+                        await asyncio.sleep(0.02)
+                tally.loads.append((start_s, time.monotonic()))
+            except TimeoutError:
+                tally.unserved += 1
+            except openai.APIError as error:
+                tally.error(error)
 
 
-async def compare(gated: Server, bare: Server, model: str, options: Soak) -> dict[str, Any]:
-    """Tokens/s and single-request latency with and without the middleware, in turns."""
+async def _answerer(client: openai.AsyncOpenAI, name: str) -> str | None:
+    """Which version of a name answers; None while it is not served yet."""
+    try:
+        return (await client.completions.create(model=name, prompt="sleep", max_tokens=1)).model
+    except openai.NotFoundError:
+        return None
+
+
+async def compare(server: Probed, model: str, options: Soak) -> dict[str, Any]:
+    """Tokens/s and single-request latency through the middleware and past it, in turns on one engine."""
     rates: dict[bool, list[float]] = {True: [], False: []}
     latencies_s: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(options.rounds):
-        for is_gated, server in ((True, gated), (False, bare)):
+    sides: list[tuple[bool, dict[str, str]]] = [(True, {}), (False, {PAST_IT[0].decode(): PAST_IT[1].decode()})]
+    for number in range(-WARM_UP_ROUNDS, options.rounds):
+        # Whoever goes first in one round goes second in the next.
+        sides.reverse()
+        for is_gated, headers in sides:
+            # A new client each time: the server closes connections that rest for five seconds.
             async with make_async_client(server.base_url) as client:
-                end_s = time.monotonic() + options.round_s
-                workers = [asyncio.create_task(_tokens(client, model, end_s)) for _ in range(options.streams)]
-                rates[is_gated].append(sum(await asyncio.gather(*workers)) / options.round_s)
-                for _ in range(100):
-                    start_s = time.perf_counter()
-                    await client.completions.create(model=model, prompt="sleep", max_tokens=1)
-                    latencies_s[is_gated].append(time.perf_counter() - start_s)
-    medians = {is_gated: statistics.median(values) for is_gated, values in rates.items()}
+                rate, latency_s = await _round(client.with_options(default_headers=headers), model, options)
+            if number >= 0:
+                rates[is_gated].append(rate)
+                latencies_s[is_gated] += latency_s
+    ratios = [gated / past for gated, past in zip(rates[True], rates[False], strict=True)]
     added_s = statistics.median(latencies_s[True]) - statistics.median(latencies_s[False])
     return {
-        "gateway_throughput_ratio": round(medians[True] / medians[False], 3),
-        "tokens_per_s_with": [round(rate) for rate in rates[True]],
-        "tokens_per_s_without": [round(rate) for rate in rates[False]],
+        "gateway_throughput_ratio": round(statistics.median(ratios), 3),
+        "gateway_throughput_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "gateway_rounds": len(ratios),
         "gateway_p50_ms": round(added_s * 1e3, 2),
         "gateway_latency_n": len(latencies_s[True]),
     }
 
 
+async def _round(client: openai.AsyncOpenAI, model: str, options: Soak) -> tuple[float, list[float]]:
+    """Tokens/s of full streams side by side, then the latencies of short requests one at a time."""
+    start_s = time.monotonic()
+    end_s = start_s + options.round_s
+    n_tokens = sum(await asyncio.gather(*(_tokens(client, model, end_s) for _ in range(options.streams))))
+    # To the last token, not to the end that was planned: the last answers are counted whole.
+    rate = n_tokens / (time.monotonic() - start_s)
+    latencies_s = []
+    for _ in range(100):
+        start_s = time.perf_counter()
+        await client.completions.create(model=model, prompt="sleep", max_tokens=1)
+        latencies_s.append(time.perf_counter() - start_s)
+    return rate, latencies_s
+
+
 async def _tokens(client: openai.AsyncOpenAI, model: str, end_s: float) -> int:
     n_tokens = 0
     while time.monotonic() < end_s:
-        await _answer(client, model, PROMPTS[0], Tally())
+        await _answer(client, model, PROMPTS[0])
         n_tokens += N_TOKENS
     return n_tokens
 
