@@ -1,8 +1,8 @@
 // y[rows] += scale * (x[rows] A) B, for many adapters in one call: the LoRA step of one linear layer.
 //
-// Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, (n_in, rank) with rank
-// rounded up to LANES, and one B per slice, (rank of the slice, n_out of the slice rounded up to LANES). Weights and
-// activations are bfloat16 or float32; all arithmetic, the intermediate too, is float32. GCC's vector types keep this
+// Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both lie
+// as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A and
+// the slice's rank for B, so that they are read in the order they lie in. Weights and activations are bfloat16 or float32; all arithmetic, the intermediate too, is float32. GCC's vector types keep this
 // free of any one processor's intrinsics. Compiled at first use by serve/cpu_kernel.py.
 #include <algorithm>
 #include <cstdint>
@@ -65,47 +65,94 @@ struct Adapter {
     int64_t columns, rank[8];
 };
 
-// h (n, columns) = x[rows] A, for at most TILE rows.
+// A sum takes some four cycles before the next can be added to it, and two start in each: at least this many side by side.
+constexpr int CHAINS = 8;
+// Weights stream from memory, and a processor's own prefetching stops at the end of a page: ask for them this early.
+constexpr int AHEAD = 128 * LANES;
+
+template <typename T>
+inline Floats stream(const T* from) {
+    __builtin_prefetch(from + AHEAD);
+    return load(from);
+}
+
+// h (N, columns), the C vectors of columns from `column` on, = x A. Few sums are split over k as well.
+template <typename T, int N, int C>
+void shrink_block(int64_t n_in, int64_t columns, int64_t column, const T* a, const float* x, float* h) {
+    constexpr int SPLIT = std::max(1, CHAINS / (N * C));
+    Floats sum[SPLIT][N][C] = {};
+    auto add = [&](int part, int64_t k) {
+        Floats weight[C];
+        for (int c = 0; c < C; ++c) weight[c] = stream(a + ((column / LANES + c) * n_in + k) * LANES);
+        for (int i = 0; i < N; ++i)
+            for (int c = 0; c < C; ++c) sum[part][i][c] += weight[c] * x[i * n_in + k];
+    };
+    int64_t k = 0;
+    for (; k + SPLIT <= n_in; k += SPLIT)
+        for (int part = 0; part < SPLIT; ++part) add(part, k + part);
+    for (; k < n_in; ++k) add(0, k);
+    for (int i = 0; i < N; ++i)
+        for (int c = 0; c < C; ++c) {
+            for (int part = 1; part < SPLIT; ++part) sum[0][i][c] += sum[part][i][c];
+            store(h + i * columns + column + c * LANES, sum[0][i][c]);
+        }
+}
+
+// h (N, columns) = x A, where x (N, n_in) is dense.
 template <typename T, int N>
 void shrink(const Layer& layer, const Adapter& adapter, const float* x, float* h) {
     const T* a = static_cast<const T*>(adapter.a);
-    for (int64_t column = 0; column < adapter.columns; column += LANES) {
-        Floats sum[N] = {};
-        for (int64_t k = 0; k < layer.n_in; ++k) {
-            Floats weight = load(a + k * adapter.columns + column);
-            for (int i = 0; i < N; ++i) sum[i] += weight * x[i * layer.n_in + k];
-        }
-        for (int i = 0; i < N; ++i) store(h + i * adapter.columns + column, sum[i]);
+    int64_t column = 0;
+    for (; column + 3 * LANES <= adapter.columns; column += 3 * LANES)
+        shrink_block<T, N, 3>(layer.n_in, adapter.columns, column, a, x, h);
+    if (column + 2 * LANES == adapter.columns)
+        shrink_block<T, N, 2>(layer.n_in, adapter.columns, column, a, x, h);
+    else if (column < adapter.columns)
+        shrink_block<T, N, 1>(layer.n_in, adapter.columns, column, a, x, h);
+}
+
+// y += h B, for one slice's C vectors of columns from `column` on; `width`: how many columns of the last are there.
+template <typename T, int N, int C>
+void expand_block(int64_t rank, int64_t column, int64_t width, const T* b, const float* h,
+                  int64_t h_stride, T* const* y) {
+    Floats sum[N][C] = {};
+    for (int64_t r = 0; r < rank; ++r) {
+        Floats weight[C];
+        for (int c = 0; c < C; ++c) weight[c] = stream(b + ((column / LANES + c) * rank + r) * LANES);
+        for (int i = 0; i < N; ++i)
+            for (int c = 0; c < C; ++c) sum[i][c] += weight[c] * h[i * h_stride + r];
     }
+    for (int i = 0; i < N; ++i)
+        for (int c = 0; c < C; ++c) {
+            T* to = y[i] + column + c * LANES;
+            if (c < C - 1 || width == LANES) {
+                store(to, load(to) + sum[i][c]);
+            } else {
+                T edge[LANES] = {};
+                std::memcpy(edge, to, width * sizeof(T));
+                store(edge, load(edge) + sum[i][c]);
+                std::memcpy(to, edge, width * sizeof(T));
+            }
+        }
 }
 
 // y[rows] += h B, slice by slice.
 template <typename T, int N>
 void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const* y) {
+    constexpr int WIDE = std::max(1, CHAINS / N);
     int64_t h_at = 0, y_at = 0;
     for (int64_t slice = 0; slice < layer.n_slices; ++slice) {
-        const int64_t n_out = layer.n_out[slice], stride = (n_out + LANES - 1) / LANES * LANES;
+        const int64_t n_out = layer.n_out[slice];
         const T* b = static_cast<const T*>(adapter.b[slice]);
         const int64_t rank = adapter.rank[slice];
-        for (int64_t column = 0; rank && column < n_out; column += LANES) {
-            Floats sum[N] = {};
-            for (int64_t r = 0; r < rank; ++r) {
-                Floats weight = load(b + r * stride + column);
-                for (int i = 0; i < N; ++i) sum[i] += weight * h[i * adapter.columns + h_at + r];
-            }
-            const int64_t width = std::min<int64_t>(LANES, n_out - column);
-            for (int i = 0; i < N; ++i) {
-                T* to = y[i] + y_at + column;
-                if (width == LANES) {
-                    store(to, load(to) + sum[i]);
-                } else {
-                    T edge[LANES] = {};
-                    std::memcpy(edge, to, width * sizeof(T));
-                    store(edge, load(edge) + sum[i]);
-                    std::memcpy(to, edge, width * sizeof(T));
-                }
-            }
-        }
+        T* to[N];
+        for (int i = 0; i < N; ++i) to[i] = y[i] + y_at;
+        int64_t column = rank ? 0 : n_out;
+        for (; column + WIDE * LANES <= n_out; column += WIDE * LANES)
+            expand_block<T, N, WIDE>(rank, column, LANES, b, h + h_at, adapter.columns, to);
+        for (; column < n_out; column += LANES)
+            expand_block<T, N, 1>(rank, column, std::min<int64_t>(LANES, n_out - column), b, h + h_at,
+                                  adapter.columns, to);
         h_at += rank;
         y_at += n_out;
     }
@@ -113,8 +160,9 @@ void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const
 
 template <typename T, int N>
 void tile(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stride, T* y, int64_t y_stride,
-          const int32_t* rows, float scale, std::vector<float>& scratch) {
-    scratch.resize(N * (layer.n_in + adapter.columns));
+          const int32_t* rows, float scale) {
+    static thread_local std::vector<float> scratch;
+    if (scratch.size() < size_t(N * (layer.n_in + adapter.columns))) scratch.resize(N * (layer.n_in + adapter.columns));
     float* wide = scratch.data();
     float* h = wide + N * layer.n_in;
     T* to[N];
@@ -150,13 +198,11 @@ void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_str
     const int64_t n_tiles = int64_t(tiles.size());
 #pragma omp parallel if (work > SERIAL && n_tiles > 1)
     {
-        std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < n_tiles; ++t) {
             const Work& item = tiles[t];
             const Adapter& adapter = adapters[item.slot];
-            const int32_t* of = rows + item.begin;
-            OF_SIZE<T>[item.count - 1](layer, adapter, x, x_stride, y, y_stride, of, scale, scratch);
+            OF_SIZE<T>[item.count - 1](layer, adapter, x, x_stride, y, y_stride, rows + item.begin, scale);
         }
     }
 }

@@ -35,6 +35,8 @@ class Groups:
         self.slots = slots.to(torch.int32)
         self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         self.present = frozenset(slots.tolist())
+        # The kernel's arguments, read once a step and not once a layer.
+        self.pointers = (len(slots), self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         bounds = self.starts.tolist()
@@ -43,7 +45,10 @@ class Groups:
 
 
 class Packed(NamedTuple):
-    """One adapter's weights for one layer at its own rank: A (n_in, columns), and B (rank, n_out) for each slice."""
+    """One adapter's weights for one layer at its own rank, as vectors of LANES columns (see _in_vectors).
+
+    a: (vectors, n_in, LANES), the slices' columns side by side; b, for each slice: (vectors, rank, LANES).
+    """
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
@@ -58,7 +63,7 @@ class Layer:
     ) -> None:
         """`a_stacked`: (slots, 1, max rank, n_in) a slice; `b_stacked`: (slots, 1, n_out, max rank) a slice."""
         self.a_stacked, self.b_stacked, self.n_out = tuple(a_stacked), tuple(b_stacked), tuple(n_out)
-        self.version: tuple[int, ...] = ()
+        self.version = -1
         self.packed: dict[int, Packed] = {}
         shape = cpu_kernel.Layer(a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out))
         self.table = (cpu_kernel.Adapter * a_stacked[0].shape[0])()
@@ -67,15 +72,17 @@ class Layer:
 
     def ready(self, present: frozenset[int]) -> None:
         """Pack the adapters in these slots unless they are packed and unchanged."""
-        # vLLM writes a slot with copy_(), which counts up the tensors' version.
-        version = tuple(tensor._version for tensor in (*self.a_stacked, *self.b_stacked))
+        # Whatever vLLM writes into a slot, it first sets the slot's first slice to zero, which counts up its version.
+        version = self.a_stacked[0]._version
+        if version == self.version and present <= self.packed.keys():
+            return
         if version != self.version:
             self.packed.clear()
             self.version = version
         for slot in present - self.packed.keys():
             self.packed[slot] = packed = self._pack(slot)
             entry = self.table[slot]
-            entry.a, entry.columns = packed.a.data_ptr(), packed.a.shape[1]
+            entry.a, entry.columns = packed.a.data_ptr(), len(packed.a) * LANES
             entry.rank[: len(packed.ranks)] = packed.ranks
             entry.b[: len(packed.b)] = [b.data_ptr() for b in packed.b]
 
@@ -83,19 +90,27 @@ class Layer:
         # In numpy: torch would wake its threads for each of a model's hundreds of slices, and running answers wait.
         a_used = [_used_rows(_bits(a_all[slot, 0])) for a_all in self.a_stacked]
         ranks = tuple(len(rows) for rows in a_used)
-        a_packed = np.zeros((a_used[0].shape[1], -(-sum(ranks) // LANES) * LANES), a_used[0].dtype)
-        a_packed[:, : sum(ranks)] = np.concatenate(a_used).T
-        b_packed = []
-        for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True):
-            b = np.zeros((rank, -(-n_out // LANES) * LANES), a_packed.dtype)
-            b[:, :n_out] = _bits(b_all[slot, 0])[:n_out, :rank].T
-            b_packed.append(torch.from_numpy(b).view(b_all.dtype))
-        return Packed(torch.from_numpy(a_packed).view(self.a_stacked[0].dtype), tuple(b_packed), ranks)
+        a = _in_vectors(np.concatenate(a_used), self.a_stacked[0].dtype)
+        b = tuple(
+            _in_vectors(_bits(b_all[slot, 0])[:n_out, :rank], b_all.dtype)
+            for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True)
+        )
+        return Packed(a, b, ranks)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     """The same memory as whole numbers of the same size: numpy knows no bfloat16."""
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
+
+
+def _in_vectors(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """(columns, k) -> (columns / LANES rounded up, k, LANES): what is multiplied by one input lies side by side."""
+    n_columns, k = rows.shape
+    n_vectors = -(-n_columns // LANES)
+    filled = np.zeros((n_vectors * LANES, k), rows.dtype)
+    filled[:n_columns] = rows
+    vectors = filled.reshape(n_vectors, LANES, k).transpose(0, 2, 1)
+    return torch.from_numpy(np.ascontiguousarray(vectors)).view(dtype)
 
 
 def _used_rows(a: np.ndarray) -> np.ndarray:
@@ -109,7 +124,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        self.library = cpu_kernel.library()
+        library = cpu_kernel.library()
+        self.kernels = {dtype: getattr(library, name) for dtype, name in KERNELS.items()} if library else {}
         self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
         self.layers: dict[int, Layer] = {}
         self.handle = len(_WRAPPERS)
@@ -219,15 +235,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         if layer is None:
             layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
         layer.ready(groups.present)
-        if self.library is None or x.dtype not in KERNELS or not x.dtype == y.dtype == a_stacked[0].dtype:
+        if x.dtype not in self.kernels or not x.dtype == y.dtype == a_stacked[0].dtype:
             return _with_torch(groups, layer, y, x, scale)
         # The kernel trusts what it is given.
-        assert x.stride(-1) == y.stride(-1) == 1, "rows must be dense"
-        assert min(len(x), len(y)) >= groups.n_rows, "the mapping is of another step"
-        getattr(self.library, KERNELS[x.dtype])(
-            layer.shape_at, layer.table_at, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), len(groups.slots),
-            groups.slots.data_ptr(), groups.starts.data_ptr(), groups.rows.data_ptr(), scale,
-        )  # fmt: skip
+        (n_x, _), (n_y, _) = x.shape, y.shape
+        (x_stride, x_step), (y_stride, y_step) = x.stride(), y.stride()
+        assert x_step == y_step == 1, "rows must be dense"
+        assert n_x >= groups.n_rows <= n_y, "the mapping is of another step"
+        kernel = self.kernels[x.dtype]
+        kernel(layer.shape_at, layer.table_at, x.data_ptr(), x_stride, y.data_ptr(), y_stride, *groups.pointers, scale)
         return None
 
 
@@ -235,13 +251,18 @@ def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, 
     """What the kernel does, with torch operators."""
     for slot, rows in groups:
         packed = layer.packed[slot]
-        h = scale * (x[rows].float() @ packed.a.float())
+        h = scale * (x[rows].float() @ _as_matrix(packed.a))
         h_at = y_at = 0
         for b, rank, n_out in zip(packed.b, packed.ranks, layer.n_out, strict=True):
             if rank:
-                delta = h[:, h_at : h_at + rank] @ b[:, :n_out].float()
+                delta = h[:, h_at : h_at + rank] @ _as_matrix(b)[:, :n_out]
                 y[rows, y_at : y_at + n_out] = (y[rows, y_at : y_at + n_out].float() + delta).to(y.dtype)
             h_at, y_at = h_at + rank, y_at + n_out
+
+
+def _as_matrix(vectors: torch.Tensor) -> torch.Tensor:
+    """(vectors, k, LANES) -> (k, columns) in float32."""
+    return vectors.float().transpose(0, 1).flatten(1)
 
 
 # torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here.
