@@ -6,7 +6,7 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-loadtest bench-eval
+.PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-step bench-loadtest bench-eval
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench-train: setup  ## training speed and loss against plain TRL defaults, on th
 
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (QUICK=1: under 10 minutes)
 	$(BIN)/python -m serve.bench $(if $(QUICK),--quick)
+
+bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours
+	@$(BIN)/python -m serve.bench_step
 
 bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)
 	@$(BIN)/python -m tests.bench_loadtest

@@ -145,7 +145,7 @@ def bench(config: BenchConfig) -> Result:
     rows: list[dict[str, Any]] = []
     ready: dict[str, list[float]] = {}
     for rank in ranks:
-        folders = [_random_adapter(base, out / "adapters" / f"r{rank}-{i}", rank, seed=i) for i in range(len(ADAPTERS))]
+        folders = random_adapters(base, out / "adapters", rank)
         arms: list[Arm] = []
         try:
             planned = launches(base, folders, rank)
@@ -199,7 +199,7 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
             if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
                 continue
             if turn == 0 and arm.name in ("stock", "tuned"):
-                cell = cell._replace(new_tokens=2)
+                cell = cell._replace(new_tokens=2, prompt_words=16)
             arm.resume()
             tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn))
             arm.pause()
@@ -293,6 +293,11 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def random_adapters(base: Base, folder: Path, rank: int) -> list[Path]:
+    """One for each name of ADAPTERS, made in `folder`."""
+    return [_random_adapter(base, folder / f"r{rank}-{i}", rank, seed=i) for i in range(len(ADAPTERS))]
 
 
 def _random_adapter(base: Base, folder: Path, rank: int, seed: int) -> Path:

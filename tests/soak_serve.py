@@ -21,7 +21,9 @@ gap_ratio_during_load         longest gap between chunks of a stream that overla
 gap_ratio_of_a_load_p50       the same for each load by itself; the median
 gap_ratio_otherwise           longest gap that overlaps no load, over the same p99
 gateway_throughput_ratio      tokens/s through our middleware over past it, on one engine of --gate-model: median of the
-                              rounds' own ratios
+                              rounds' own ratios; gateway_throughput_ci95: what the median lies in, by order statistics
+gateway_cpu_share             processor time that the middleware adds to the API process per token, over that of the
+                              whole server: what it can cost at most where the cores are the limit
 gateway_p50_ms                what the middleware adds to the median latency of one short request at a time
 """
 
@@ -37,7 +39,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import psutil
@@ -58,6 +60,7 @@ N_TOKENS = 24
 PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep")
 NEAR_TIE = 1e-3
 WARM_UP_ROUNDS = 2
+SHORT_REQUESTS = 20
 GATE = f"{Gateway.__module__}.{Gateway.__name__}"
 GAPS = "COUNSEL_SOAK_GAPS"
 PAST_IT = (b"x-past-the-gate", b"1")
@@ -71,8 +74,8 @@ class Soak:
     adapters: int = option(64, "adapters published at the start")
     streams: int = option(16, "streams at a time")
     gate_model: str = option("smollm2-135m", "base on which requests go through the middleware and past it")
-    rounds: int = option(8, "interleaved rounds through the middleware and past it")
-    round_s: float = option(4.0, "seconds of each half of such a round")
+    rounds: int = option(60, "interleaved rounds through the middleware and past it")
+    round_s: float = option(1.0, "seconds of each half of such a round, and what its last answers take")
 
 
 @dataclass
@@ -345,6 +348,7 @@ async def _answerer(client: openai.AsyncOpenAI, name: str) -> str | None:
 async def compare(server: Probed, model: str, options: Soak) -> dict[str, Any]:
     """Tokens/s and single-request latency through the middleware and past it, in turns on one engine."""
     rates: dict[bool, list[float]] = {True: [], False: []}
+    costs: dict[bool, list[Cost]] = {True: [], False: []}
     latencies_s: dict[bool, list[float]] = {True: [], False: []}
     sides: list[tuple[bool, dict[str, str]]] = [(True, {}), (False, {PAST_IT[0].decode(): PAST_IT[1].decode()})]
     for number in range(-WARM_UP_ROUNDS, options.rounds):
@@ -353,34 +357,57 @@ async def compare(server: Probed, model: str, options: Soak) -> dict[str, Any]:
         for is_gated, headers in sides:
             # A new client each time: the server closes connections that rest for five seconds.
             async with make_async_client(server.base_url) as client:
-                rate, latency_s = await _round(client.with_options(default_headers=headers), model, options)
+                asking = client.with_options(default_headers=headers)
+                rate, cost = await _stream_round(server, asking, model, options)
+                latency_s = [await _latency_s(asking, model) for _ in range(SHORT_REQUESTS)]
             if number >= 0:
                 rates[is_gated].append(rate)
+                costs[is_gated].append(cost)
                 latencies_s[is_gated] += latency_s
     ratios = [gated / past for gated, past in zip(rates[True], rates[False], strict=True)]
     added_s = statistics.median(latencies_s[True]) - statistics.median(latencies_s[False])
     return {
         "gateway_throughput_ratio": round(statistics.median(ratios), 3),
+        "gateway_throughput_ci95": [round(bound, 3) for bound in median_interval(ratios)],
         "gateway_throughput_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "gateway_rounds": len(ratios),
+        "gateway_cpu_share": round(cpu_share(costs[True], costs[False]), 4),
         "gateway_p50_ms": round(added_s * 1e3, 2),
         "gateway_latency_n": len(latencies_s[True]),
     }
 
 
-async def _round(client: openai.AsyncOpenAI, model: str, options: Soak) -> tuple[float, list[float]]:
-    """Tokens/s of full streams side by side, then the latencies of short requests one at a time."""
-    start_s = time.monotonic()
+class Cost(NamedTuple):
+    """Tokens answered, and the processor seconds of the API process and of the whole server meanwhile."""
+
+    n_tokens: int
+    api_s: float
+    server_s: float
+
+
+async def _stream_round(server: Server, client: openai.AsyncOpenAI, model: str, options: Soak) -> tuple[float, Cost]:
+    """Tokens/s of full streams side by side, and what they cost."""
+    before_s, start_s = _spent_s(server), time.monotonic()
     end_s = start_s + options.round_s
     n_tokens = sum(await asyncio.gather(*(_tokens(client, model, end_s) for _ in range(options.streams))))
     # To the last token, not to the end that was planned: the last answers are counted whole.
     rate = n_tokens / (time.monotonic() - start_s)
-    latencies_s = []
-    for _ in range(100):
-        start_s = time.perf_counter()
-        await client.completions.create(model=model, prompt="sleep", max_tokens=1)
-        latencies_s.append(time.perf_counter() - start_s)
-    return rate, latencies_s
+    api_s, *others_s = (after - before for after, before in zip(_spent_s(server), before_s, strict=True))
+    return rate, Cost(n_tokens, api_s, api_s + sum(others_s))
+
+
+async def _latency_s(client: openai.AsyncOpenAI, model: str) -> float:
+    """Of one short request by itself."""
+    start_s = time.perf_counter()
+    await client.completions.create(model=model, prompt="sleep", max_tokens=1)
+    return time.perf_counter() - start_s
+
+
+def cpu_share(gated: list[Cost], past: list[Cost]) -> float:
+    """What the API process spends more per token with the gate, over what the server spends per token past it."""
+    n_gated, n_past = (sum(cost.n_tokens for cost in costs) for costs in (gated, past))
+    added_s = sum(cost.api_s for cost in gated) / n_gated - sum(cost.api_s for cost in past) / n_past
+    return added_s / (sum(cost.server_s for cost in past) / n_past)
 
 
 async def _tokens(client: openai.AsyncOpenAI, model: str, end_s: float) -> int:
@@ -401,6 +428,11 @@ def _processes(server: Server) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def _spent_s(server: Server) -> list[float]:
+    """Processor seconds of each process so far, the API process first."""
+    return [sum(process.cpu_times()[:2]) for process in _processes(server)]
+
+
 def _worker(server: Server) -> psutil.Process:
     """The process that runs the model: the largest."""
     return max(_processes(server)[1:], key=lambda process: process.memory_info().rss)
@@ -408,6 +440,20 @@ def _worker(server: Server) -> psutil.Process:
 
 def _rss_bytes(server: Server) -> int:
     return sum(process.memory_info().rss for process in _processes(server))
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """What the median of these draws lies in with a probability of 95 % or more, whatever they are distributed like.
+
+    Order statistics: the chance that k or fewer of n draws are below the median is binomial (n, 1/2). Fewer than six
+    draws give their whole range.
+    """
+    from scipy.stats import binom
+
+    ordered = sorted(values)
+    outside = int(binom.ppf(0.025, len(ordered), 0.5))
+    below = max(0, outside - 1 if binom.cdf(outside, len(ordered), 0.5) > 0.025 else outside)
+    return ordered[below], ordered[-1 - below]
 
 
 def _quantile(values: list[float], q: float) -> float:
