@@ -212,7 +212,8 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
 async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int) -> float:
     """New tokens per second over the whole load, or prompt tokens where the cell is about prompts."""
     client = make_async_client(f"{arm.url}/v1", "none")
-    words = random.Random(seed)
+    # Neither another round nor another cell may leave the prompt in a prefix cache.
+    words = random.Random(f"{cell.name} {seed}")
     prompts = [" ".join(words.choices(WORDS, k=cell.prompt_words)) for _ in range(cell.concurrency)]
     started_s = time.perf_counter()
     replies = await asyncio.gather(

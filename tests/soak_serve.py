@@ -24,7 +24,8 @@ gateway_throughput_ratio      tokens/s through our middleware over past it, on o
                               rounds' own ratios; gateway_throughput_ci95: what the median lies in, by order statistics
 gateway_cpu_share             processor time that the middleware adds to the API process per token, over that of the
                               whole server: what it can cost at most where the cores are the limit
-gateway_p50_ms                what the middleware adds to the median latency of one short request at a time
+gateway_p50_ms                what the middleware adds to the latency of one short request at a time: median over pairs,
+                              gateway_p50_ci95_ms: what that lies in
 """
 
 import asyncio
@@ -60,7 +61,7 @@ N_TOKENS = 24
 PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep")
 NEAR_TIE = 1e-3
 WARM_UP_ROUNDS = 2
-SHORT_REQUESTS = 20
+SHORT_REQUESTS = 400
 GATE = f"{Gateway.__module__}.{Gateway.__name__}"
 GAPS = "COUNSEL_SOAK_GAPS"
 PAST_IT = (b"x-past-the-gate", b"1")
@@ -349,31 +350,36 @@ async def compare(server: Probed, model: str, options: Soak) -> dict[str, Any]:
     """Tokens/s and single-request latency through the middleware and past it, in turns on one engine."""
     rates: dict[bool, list[float]] = {True: [], False: []}
     costs: dict[bool, list[Cost]] = {True: [], False: []}
-    latencies_s: dict[bool, list[float]] = {True: [], False: []}
-    sides: list[tuple[bool, dict[str, str]]] = [(True, {}), (False, {PAST_IT[0].decode(): PAST_IT[1].decode()})]
+    headers = {True: {}, False: {PAST_IT[0].decode(): PAST_IT[1].decode()}}
+    order = [True, False]
     for number in range(-WARM_UP_ROUNDS, options.rounds):
         # Whoever goes first in one round goes second in the next.
-        sides.reverse()
-        for is_gated, headers in sides:
+        order.reverse()
+        for is_gated in order:
             # A new client each time: the server closes connections that rest for five seconds.
             async with make_async_client(server.base_url) as client:
-                asking = client.with_options(default_headers=headers)
+                asking = client.with_options(default_headers=headers[is_gated])
                 rate, cost = await _stream_round(server, asking, model, options)
-                latency_s = [await _latency_s(asking, model) for _ in range(SHORT_REQUESTS)]
             if number >= 0:
                 rates[is_gated].append(rate)
                 costs[is_gated].append(cost)
-                latencies_s[is_gated] += latency_s
     ratios = [gated / past for gated, past in zip(rates[True], rates[False], strict=True)]
-    added_s = statistics.median(latencies_s[True]) - statistics.median(latencies_s[False])
+    async with make_async_client(server.base_url) as client:
+        sides = {is_gated: client.with_options(default_headers=headers[is_gated]) for is_gated in order}
+        # One of each in turn, so that whatever slows the machine for a while slows both.
+        pairs = [
+            [await _latency_s(sides[is_gated], model) for is_gated in (True, False)] for _ in range(SHORT_REQUESTS)
+        ]
+    added_s = [gated_s - past_s for gated_s, past_s in pairs]
     return {
         "gateway_throughput_ratio": round(statistics.median(ratios), 3),
         "gateway_throughput_ci95": [round(bound, 3) for bound in median_interval(ratios)],
         "gateway_throughput_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "gateway_rounds": len(ratios),
         "gateway_cpu_share": round(cpu_share(costs[True], costs[False]), 4),
-        "gateway_p50_ms": round(added_s * 1e3, 2),
-        "gateway_latency_n": len(latencies_s[True]),
+        "gateway_p50_ms": round(statistics.median(added_s) * 1e3, 2),
+        "gateway_p50_ci95_ms": [round(bound * 1e3, 2) for bound in median_interval(added_s)],
+        "gateway_latency_n": len(added_s),
     }
 
 
