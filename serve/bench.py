@@ -266,10 +266,10 @@ def _medians(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str], list[floa
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rank':>4}  {'cell':<18}{'arm':<9}{'tok/s':>8}  (lowest to highest, n)")
+    print(f"{'rank':>4}  {'cell':<20}{'arm':<9}{'tok/s':>8}  (lowest to highest, n)")
     for (rank, cell, arm), values in _medians(rows).items():
         spread = f"({min(values):.0f} to {max(values):.0f}, n={len(values)})"
-        print(f"{rank:>4}  {cell:<18}{arm:<9}{statistics.median(values):8.1f}  {spread}")
+        print(f"{rank:>4}  {cell:<20}{arm:<9}{statistics.median(values):8.1f}  {spread}")
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -5,9 +5,9 @@
 minutes_100x2: wall time of `python -m eval`, from its start to its report, for 100 questions (or all, where a run holds
 out fewer: then scaled up by the questions) on base and adapter. nll_vs_transformers_max_abs_diff: nats per token, the
 largest difference over 8 answers between the server's likelihood and transformers' (with PEFT for the adapter) in
-float32; a server in bfloat16 rounds, so expect 0.01. rows_lost_after_kill: rows that are missing, doubled or changed
-after an evaluation of 10 questions was killed with -9 half-way and given again. offline_vs_generate: tokens per second
-of `python -m eval batch --base` over those of bare LLM.generate, a median of rounds with its range
+float32; a server in bfloat16 rounds, so expect one to three hundredths. rows_lost_after_kill: rows that are missing,
+doubled or changed after an evaluation of 10 questions was killed with -9 half-way and given again. offline_vs_generate:
+tokens per second of `python -m eval batch --base` over those of bare LLM.generate, a median of rounds with its range
 (tests/bench_offline.py); the server then idles beside both.
 """
 
