@@ -1,9 +1,10 @@
 // y[rows] += scale * (x[rows] A) B, for many adapters in one call: the LoRA step of one linear layer.
 //
-// Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both lie
-// as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A and
-// the slice's rank for B, so that they are read in the order they lie in. Weights and activations are bfloat16 or float32; all arithmetic, the intermediate too, is float32. GCC's vector types keep this
-// free of any one processor's intrinsics. Compiled at first use by serve/cpu_kernel.py.
+// Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both
+// lie as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A
+// and the slice's rank for B, so that they are read in the order they lie in. Weights and activations are bfloat16 or
+// float32; all arithmetic, the intermediate too, is float32. GCC's vector types keep this free of any one processor's
+// intrinsics. Compiled at first use by serve/cpu_kernel.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -65,7 +66,7 @@ struct Adapter {
     int64_t columns, rank[8];
 };
 
-// A sum takes some four cycles before the next can be added to it, and two start in each: at least this many side by side.
+// A sum takes some four cycles before the next can be added to it, and two start in each: at least this many at a time.
 constexpr int CHAINS = 8;
 // Weights stream from memory, and a processor's own prefetching stops at the end of a page: ask for them this early.
 constexpr int AHEAD = 128 * LANES;

@@ -40,7 +40,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import psutil
@@ -51,6 +51,7 @@ from serve.gateway import App, Gateway, Message, Receive, Scope, Send
 from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
+from tests.gate_cost import PAST_IT, gate_cost, processes_of
 from tests.greedy import Greedy, greedy_answers
 from tests.tiny import tiny_adapter, tiny_base
 from train import store as shelves
@@ -60,11 +61,8 @@ from train.command import Command, Result, main, option
 N_TOKENS = 24
 PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep")
 NEAR_TIE = 1e-3
-WARM_UP_ROUNDS = 2
-SHORT_REQUESTS = 400
 GATE = f"{Gateway.__module__}.{Gateway.__name__}"
 GAPS = "COUNSEL_SOAK_GAPS"
-PAST_IT = (b"x-past-the-gate", b"1")
 EXACT = {"ignore_eos": True, "return_token_ids": True}
 
 
@@ -203,7 +201,7 @@ def run(options: Soak) -> Result:
             figures["restarts"] = server.restarts
         gate = ServeConfig(model=options.gate_model, store=str(folder / "none"), logs=str(folder / "gate"), port=0)
         with Probed(gate) as server:
-            figures |= asyncio.run(compare(server, server.base.name, options))
+            figures |= asyncio.run(gate_cost(server, _a_long_answer, options.streams, options.rounds, options.round_s))
     return Result(figures, exit_status=int(bool(figures["wrong_answers"] or figures["lost"])))
 
 
@@ -346,120 +344,23 @@ async def _answerer(client: openai.AsyncOpenAI, name: str) -> str | None:
         return None
 
 
-async def compare(server: Probed, model: str, options: Soak) -> dict[str, Any]:
-    """Tokens/s and single-request latency through the middleware and past it, in turns on one engine."""
-    rates: dict[bool, list[float]] = {True: [], False: []}
-    costs: dict[bool, list[Cost]] = {True: [], False: []}
-    headers = {True: {}, False: {PAST_IT[0].decode(): PAST_IT[1].decode()}}
-    order = [True, False]
-    for number in range(-WARM_UP_ROUNDS, options.rounds):
-        # Whoever goes first in one round goes second in the next.
-        order.reverse()
-        for is_gated in order:
-            # A new client each time: the server closes connections that rest for five seconds.
-            async with make_async_client(server.base_url) as client:
-                asking = client.with_options(default_headers=headers[is_gated])
-                rate, cost = await _stream_round(server, asking, model, options)
-            if number >= 0:
-                rates[is_gated].append(rate)
-                costs[is_gated].append(cost)
-    ratios = [gated / past for gated, past in zip(rates[True], rates[False], strict=True)]
-    async with make_async_client(server.base_url) as client:
-        sides = {is_gated: client.with_options(default_headers=headers[is_gated]) for is_gated in order}
-        # One of each in turn, so that whatever slows the machine for a while slows both.
-        pairs = [
-            [await _latency_s(sides[is_gated], model) for is_gated in (True, False)] for _ in range(SHORT_REQUESTS)
-        ]
-    added_s = [gated_s - past_s for gated_s, past_s in pairs]
-    return {
-        "gateway_throughput_ratio": round(statistics.median(ratios), 3),
-        "gateway_throughput_ci95": [round(bound, 3) for bound in median_interval(ratios)],
-        "gateway_throughput_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "gateway_rounds": len(ratios),
-        "gateway_cpu_share": round(cpu_share(costs[True], costs[False]), 4),
-        "gateway_p50_ms": round(statistics.median(added_s) * 1e3, 2),
-        "gateway_p50_ci95_ms": [round(bound * 1e3, 2) for bound in median_interval(added_s)],
-        "gateway_latency_n": len(added_s),
-    }
-
-
-class Cost(NamedTuple):
-    """Tokens answered, and the processor seconds of the API process and of the whole server meanwhile."""
-
-    n_tokens: int
-    api_s: float
-    server_s: float
-
-
-async def _stream_round(server: Server, client: openai.AsyncOpenAI, model: str, options: Soak) -> tuple[float, Cost]:
-    """Tokens/s of full streams side by side, and what they cost."""
-    before_s, start_s = _spent_s(server), time.monotonic()
-    end_s = start_s + options.round_s
-    n_tokens = sum(await asyncio.gather(*(_tokens(client, model, end_s) for _ in range(options.streams))))
-    # To the last token, not to the end that was planned: the last answers are counted whole.
-    rate = n_tokens / (time.monotonic() - start_s)
-    api_s, *others_s = (after - before for after, before in zip(_spent_s(server), before_s, strict=True))
-    return rate, Cost(n_tokens, api_s, api_s + sum(others_s))
-
-
-async def _latency_s(client: openai.AsyncOpenAI, model: str) -> float:
-    """Of one short request by itself."""
-    start_s = time.perf_counter()
-    await client.completions.create(model=model, prompt="sleep", max_tokens=1)
-    return time.perf_counter() - start_s
-
-
-def cpu_share(gated: list[Cost], past: list[Cost]) -> float:
-    """What the API process spends more per token with the gate, over what the server spends per token past it."""
-    n_gated, n_past = (sum(cost.n_tokens for cost in costs) for costs in (gated, past))
-    added_s = sum(cost.api_s for cost in gated) / n_gated - sum(cost.api_s for cost in past) / n_past
-    return added_s / (sum(cost.server_s for cost in past) / n_past)
-
-
-async def _tokens(client: openai.AsyncOpenAI, model: str, end_s: float) -> int:
-    n_tokens = 0
-    while time.monotonic() < end_s:
-        await _answer(client, model, PROMPTS[0])
-        n_tokens += N_TOKENS
-    return n_tokens
+async def _a_long_answer(client: openai.AsyncOpenAI, model: str) -> int:
+    """Ask for one; how many tokens it has."""
+    await _answer(client, model, PROMPTS[0])
+    return N_TOKENS
 
 
 def _ask(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def _processes(server: Server) -> list[psutil.Process]:
-    assert server.pid is not None
-    parent = psutil.Process(server.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def _spent_s(server: Server) -> list[float]:
-    """Processor seconds of each process so far, the API process first."""
-    return [sum(process.cpu_times()[:2]) for process in _processes(server)]
-
-
 def _worker(server: Server) -> psutil.Process:
     """The process that runs the model: the largest."""
-    return max(_processes(server)[1:], key=lambda process: process.memory_info().rss)
+    return max(processes_of(server)[1:], key=lambda process: process.memory_info().rss)
 
 
 def _rss_bytes(server: Server) -> int:
-    return sum(process.memory_info().rss for process in _processes(server))
-
-
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """What the median of these draws lies in with a probability of 95 % or more, whatever they are distributed like.
-
-    Order statistics: the chance that k or fewer of n draws are below the median is binomial (n, 1/2). Fewer than six
-    draws give their whole range.
-    """
-    from scipy.stats import binom
-
-    ordered = sorted(values)
-    outside = int(binom.ppf(0.025, len(ordered), 0.5))
-    below = max(0, outside - 1 if binom.cdf(outside, len(ordered), 0.5) > 0.025 else outside)
-    return ordered[below], ordered[-1 - below]
+    return sum(process.memory_info().rss for process in processes_of(server))
 
 
 def _quantile(values: list[float], q: float) -> float:
