@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_server import Hub
 from tests.tiny import tiny_base
 from train.errors import UserError
 from train.files import read_json, read_jsonl, write_json
@@ -305,41 +306,6 @@ def test_the_merged_folder_answers_as_base_and_adapter(finished, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
     assert greedy_answers(merged, tokenizer, prompts, 24) == expected != untuned
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
-        if self.headers.get("Authorization") != "Bearer hf_secret":
-            return self.reply(401, {"error": "Invalid credentials"})
-        if self.path.endswith("/api/repos/create"):
-            return self.reply(200, {"url": f"{self.server.url}/org/gentle"})
-        if "/preupload/" in self.path:
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            return self.reply(200, {"files": files})
-        return self.reply(200, {"commitUrl": f"{self.server.url}/org/gentle/commit/{'a' * 40}", "commitOid": "a" * 40,
-                                "success": True, "pullRequestUrl": None})  # fmt: skip
-
-    def do_GET(self) -> None:
-        if self.headers.get("Authorization") != "Bearer hf_secret":
-            return self.reply(401, {"error": "Invalid credentials"})
-        return self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
-
-    def reply(self, status: int, document: dict) -> None:
-        payload = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args) -> None:
-        pass
 
 
 @pytest.fixture

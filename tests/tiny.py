@@ -7,6 +7,7 @@ import string
 from pathlib import Path
 
 from train.chat import template_text
+from train.store import Manifest
 
 WORDS = (
     "i feel lonely since we moved and work is hard what can help me sleep talk to a friend you are not alone "
@@ -87,3 +88,20 @@ def tiny_adapter(base: Path, path: Path, seed: int, rank: int = 8, targets: tupl
             torch.nn.init.normal_(parameter, std=0.1)
     peft_model.save_pretrained(path)
     return path
+
+
+def tiny_manifest(name: str, version: str = "0" * 12, system: str = "", rank: int = 8, base: str = "f00d") -> Manifest:
+    """What a store would say of an adapter without files; later versions are newer."""
+    return Manifest(
+        format=1,
+        name=name,
+        version=version,
+        created_utc=f"2026-01-01T00:00:00.{int(version, 16):06d}+00:00",
+        base={"name": "tiny", "hub_id": "tiny", "fingerprint": base},
+        rank=rank,
+        alpha=16.0,
+        target_modules=["q_proj"],
+        files={},
+        prompt={"system": system},
+        run=None,
+    )

@@ -1,0 +1,39 @@
+"""A stand-in for the Hub's API, as much of it as a push needs."""
+
+import http.server
+import json
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid credentials"})
+        if self.path.endswith("/api/repos/create"):
+            return self.reply(200, {"url": f"{self.server.url}/org/gentle"})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.reply(200, {"files": files})
+        return self.reply(200, {"commitUrl": f"{self.server.url}/org/gentle/commit/{'a' * 40}", "commitOid": "a" * 40,
+                                "success": True, "pullRequestUrl": None})  # fmt: skip
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.reply(401, {"error": "Invalid credentials"})
+        return self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
+
+    def reply(self, status: int, document: dict) -> None:
+        payload = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args) -> None:
+        pass

@@ -1,0 +1,98 @@
+"""Who may come in, and what is written down of it."""
+
+import contextlib
+import json
+
+import pytest
+
+from serve import journal
+from serve.gateway import _refuse_foreign_name
+from serve.journal import Journal
+from serve.keys import ADMIN, USER, KeyRing, add_key
+from serve.openai_errors import Refusal
+from train.errors import UserError
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
+    """The file holds no key, only its owner can read it, and the ring finds each caller by the key itself."""
+    path = tmp_path / "keys.txt"
+    user, admin = add_key(path, USER, "ann"), add_key(path, ADMIN, "root")
+    text = path.read_text()
+    assert user not in text
+    assert admin not in text
+    assert path.stat().st_mode & 0o077 == 0
+    ring = KeyRing(path, {"COUNSEL_ADMIN_KEYS": "from-environment"})
+    assert (ring.find(user).name, ring.find(admin).role) == ("ann", ADMIN)
+    assert ring.find("from-environment").role == ADMIN
+    assert ring.find(user + "x") is None
+    with pytest.raises(UserError, match="already has a key named 'ann'"):
+        add_key(path, USER, "ann")
+
+
+def test_the_ring_follows_its_file_and_survives_a_broken_one(tmp_path):
+    """A new key works without a restart; a broken line changes nothing; removing every key does not open the door."""
+    path = tmp_path / "keys.txt"
+    first = add_key(path, USER, "ann")
+    ring = KeyRing(path, {})
+
+    def later() -> None:
+        ring._checked_s -= 10  # the file is looked at once a second; the test does not wait
+
+    second = add_key(path, USER, "bob")
+    later()
+    assert ring.find(second).name == "bob"
+    path.write_text("user without-a-hash\n")
+    later()
+    assert ring.find(first).name == "ann"
+    path.write_text("")
+    later()
+    assert ring.find(first) is None
+    assert not ring.open
+
+
+def test_a_ring_that_started_open_closes_with_its_first_key(tmp_path):
+    """Also for callers who bring no key."""
+    path = tmp_path / "keys.txt"
+    path.write_text("")
+    ring = KeyRing(path, {})
+    assert ring.open
+    add_key(path, USER, "ann")
+    ring._checked_s -= 10
+    assert not ring.open
+
+
+def test_a_key_file_that_is_none_is_told_in_one_line(tmp_path):
+    """Bytes, and a hash that is no hash (which could not be compared), are refused when the file is read."""
+    path = tmp_path / "keys.txt"
+    for raw in (b"\xff\xfe", b"user ann " + b"g" * 64, b"user ann " + "é".encode() * 64):
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=r"no key file|is not `role name sha256`"):
+            KeyRing(path, {})
+
+
+def test_what_an_admin_tried_is_written_down_however_it_is_spelled(tmp_path):
+    """Half a surrogate pair in a name must not keep a line out of the audit."""
+    Journal(tmp_path).audit(target="\ud800")
+    assert json.loads((tmp_path / "audit.jsonl").read_text())["target"] == "\ud800"
+
+
+def test_strangers_cannot_fill_the_disk(tmp_path, monkeypatch):
+    """The log of requests starts anew at its bound and keeps one file before it."""
+    monkeypatch.setattr(journal, "MAX_BYTES", 10_000)
+    log = Journal(tmp_path)
+    for number in range(1000):
+        log.request(path="/x", number=number)
+    assert sorted(path.name for path in tmp_path.glob("requests*")) == ["requests.jsonl", "requests.jsonl.1"]
+    assert all(path.stat().st_size <= 10_000 for path in tmp_path.glob("requests*"))
+    assert json.loads((tmp_path / "requests.jsonl").read_text().splitlines()[-1])["number"] == 999
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [(b"127.0.0.1:8000", True), (b"localhost", True), (b"[::1]:8000", True), (b"evil.example:8000", False),
+     (b"127.0.0.1.evil.example", False), (b"10.0.0.1", False), (b"[", False), (b"", False)],
+)  # fmt: skip
+def test_a_server_without_keys_answers_to_loopback_names_only(host, is_ours):
+    """A page whose name was made to mean 127.0.0.1 sends that name."""
+    with contextlib.nullcontext() if is_ours else pytest.raises(Refusal, match="answers to localhost only"):
+        _refuse_foreign_name({b"host": host})

@@ -1,0 +1,56 @@
+"""Whose turn it is, and who is sent away."""
+
+import asyncio
+
+import pytest
+
+from serve.limits import Limits
+from serve.openai_errors import Refusal
+
+
+def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
+    """Two run and one waits per key; what is beyond is told when to come again; who leaves lets the next one in."""
+
+    async def scene() -> None:
+        limits = Limits(per_key=2, queued_per_key=1, total=4)
+        first = limits.enter("a", 2)
+        second = limits.enter("a", 1)
+        assert (first.done(), second.done()) == (True, False)
+        with pytest.raises(Refusal, match="2 answers running of 2 and 1 waiting of 1") as full:
+            limits.enter("a", 1)
+        assert (full.value.status, full.value.retry_after_s) == (429, 1)
+        third = limits.enter("b", 1)
+        assert third.done()
+        with pytest.raises(Refusal) as full:
+            limits.enter("b", 1)
+        assert (full.value.status, full.value.retry_after_s) == (503, 2)
+        limits.leave("a", 2, first)
+        assert second.done()
+        assert limits.in_flight == 2
+        limits.leave("a", 1, second)
+        limits.leave("b", 1, third)
+        assert (limits.in_flight, limits.lines) == (0, {})
+
+    asyncio.run(scene())
+
+
+def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
+    """A small request does not overtake a large one; a waiting one that leaves, or is cancelled, gives its place up."""
+
+    async def scene() -> None:
+        limits = Limits(per_key=2, queued_per_key=9, total=99)
+        running = limits.enter("a", 1)
+        large, small, last = (limits.enter("a", n) for n in (2, 1, 1))
+        assert not small.done()
+        limits.leave("a", 2, large)
+        limits.leave("a", 1, running)
+        assert small.done()
+        assert last.done()
+        gone = limits.enter("a", 2)
+        gone.cancel()
+        limits.leave("a", 1, small)
+        limits.leave("a", 1, last)
+        limits.leave("a", 2, gone)
+        assert (limits.in_flight, limits.lines) == (0, {})
+
+    asyncio.run(scene())
