@@ -69,7 +69,7 @@ def plan(
     chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
     if machine.device == "cpu":
         _threads(chosen, machine)
-        _preload(chosen, machine)
+        _preload(chosen, machine, _largest_scratch_bytes(config, base, machine))
     if config.vllm_args:
         chosen.argv += shlex.split(config.vllm_args)
         chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
@@ -131,8 +131,7 @@ def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int]) -> None:
 
 def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) -> None:
     """Context, running requests, batched tokens, key-value memory."""
-    described = read_json(Path(base.path) / "config.json")
-    shape = described.get("text_config", described)
+    shape = _model_shape(base)
     context = config.context_tokens or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
     why = "context_tokens" if config.context_tokens else f"the model's, at most {CONTEXT_CAP_TOKENS}"
     chosen.flag("--max-model-len", str(context), why=why)
@@ -145,7 +144,7 @@ def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) 
         return
 
     cores = len(machine.cpus)
-    running = config.running or min(256, 32 * cores)
+    running = _running(config, machine)
     why = (
         "running"
         if config.running
@@ -159,6 +158,20 @@ def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) 
     kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine)
     why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
     chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
+
+
+def _model_shape(base: Base) -> Mapping[str, int]:
+    described = read_json(Path(base.path) / "config.json")
+    return described.get("text_config", described)
+
+
+def _running(config: ServeConfig, machine: Machine) -> int:
+    return config.running or min(256, 32 * len(machine.cpus))
+
+
+def _largest_scratch_bytes(config: ServeConfig, base: Base, machine: Machine) -> int:
+    # Sampling sorts each running request's scores of the whole vocabulary; their order takes eight bytes each.
+    return _running(config, machine) * _model_shape(base)["vocab_size"] * 8
 
 
 def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine) -> int:
@@ -194,7 +207,7 @@ def _intel_openmp(chosen: _Choices, machine: Machine) -> bool:
     return machine.openmp is not None and "libgomp" not in chosen.environ.get("LD_PRELOAD", "")
 
 
-def _preload(chosen: _Choices, machine: Machine) -> None:
+def _preload(chosen: _Choices, machine: Machine, scratch_bytes: int) -> None:
     libraries, whys = [], []
     preloaded = chosen.environ.get("LD_PRELOAD", "")
     if _intel_openmp(chosen, machine):
@@ -204,9 +217,10 @@ def _preload(chosen: _Choices, machine: Machine) -> None:
         libraries.append(str(machine.tcmalloc))
         whys.append("tcmalloc keeps freed memory")
     else:
+        # What each step asks for anew must not go back to the kernel, which clears every page of it: docs/cpu-lora.md.
         chosen.variable(
             "MALLOC_MMAP_THRESHOLD_",
-            str(32 << 20),
+            str(max(32 << 20, scratch_bytes)),
             "no tcmalloc here (Debian: apt install libtcmalloc-minimal4): glibc told to keep freed memory instead",
         )
         chosen.variable("MALLOC_TRIM_THRESHOLD_", str(GIB), "as above")

@@ -21,8 +21,9 @@ GPU = Machine("cuda", tuple(range(16)), 128 * GIB)
 
 @pytest.fixture
 def base(tmp_path):
-    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
-    (tmp_path / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
+    shape = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576,
+             "max_position_embeddings": 8192, "vocab_size": 49152}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
     return Base("small", "org/small", "apache-2.0", tmp_path)
 
 
@@ -44,6 +45,13 @@ def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
     # 64 requests x 1024 tokens x 30 layers x 3 heads x 64 values x key and value x 2 bytes
     assert flag(made, "--kv-cache-memory-bytes") == str(64 * 1024 * 30 * 3 * 64 * 2 * 2)
     assert flag(made, "--max-model-len") == "4096"
+
+
+def test_memory_for_a_large_vocabulary_is_kept_from_step_to_step(base):
+    """Sorting 64 requests' scores of 262,144 words takes 64 x 262,144 x 8 bytes: no more than glibc is told to keep."""
+    config = base.path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 262_144}))
+    assert plan(ServeConfig(), base, SMALL, environ={}).env["MALLOC_MMAP_THRESHOLD_"] == "134217728"
 
 
 def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
