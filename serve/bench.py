@@ -6,8 +6,9 @@ Four servers of one base and 16 random adapters: `stock` (vLLM as it starts), `t
 `no_lora` (our launch, LoRA off, so that vLLM compiles) and `ours`; and llama.cpp's, where it is installed. `ours` and
 `stock` are started twice, in turn and timed: our first start compiles when this machine never served the model like
 that. While one server is measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms
-in turn; a ratio is the median of the rounds' own ratios. Nothing is streamed, every answer has its full length, and no
-prompt repeats.
+in turn, forth and back; a ratio is the median of the rounds' own ratios. Each measurement asks all its requests at
+once, and again when all have ended, until 3 seconds have passed. Nothing is streamed, every answer has its full length,
+and no prompt repeats.
 
 Writes <out>/bench.json (every measurement: arm, cell, round, tokens_s), bench.png, and each server's log.
 """
@@ -42,6 +43,7 @@ from train.run import provenance
 ADAPTERS = tuple(f"a{i}" for i in range(16))
 LLAMA_CPP = "llama_cpp"
 START_S = 900
+MEASURED_S = 3.0
 WORDS = ("lonely", "since", "we", "moved", "work", "is", "hard", "what", "can", "help", "me", "sleep", "talk", "friend")
 
 
@@ -193,7 +195,7 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
 def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for turn in range(rounds + 1):
-        for cell, arm in itertools.product(cells, arms):
+        for cell, arm in itertools.product(cells, arms if turn % 2 else arms[::-1]):
             # vLLM's own LoRA is slow: beyond the cells the targets are about, one round of it is what time allows.
             once = arm.name == "tuned" or (arm.name == "stock" and cell not in QUICK)
             if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
@@ -201,7 +203,7 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
             if turn == 0 and arm.name in ("stock", "tuned"):
                 cell = cell._replace(new_tokens=2, prompt_words=16)
             arm.resume()
-            tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn))
+            tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
             arm.pause()
             if turn:
                 rows.append({"arm": arm.name, "rank": rank, "cell": cell.name, "round": turn, "tokens_s": tokens_s})
@@ -209,26 +211,28 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
     return rows
 
 
-async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int) -> float:
+async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
     """New tokens per second over the whole load, or prompt tokens where the cell is about prompts."""
-    client = make_async_client(f"{arm.url}/v1", "none")
     # Neither another round nor another cell may leave the prompt in a prefix cache.
     words = random.Random(f"{cell.name} {seed}")
-    prompts = [" ".join(words.choices(WORDS, k=cell.prompt_words)) for _ in range(cell.concurrency)]
-    started_s = time.perf_counter()
-    replies = await asyncio.gather(
-        *(
-            client.completions.create(
-                model=model, prompt=prompt, max_tokens=cell.new_tokens, temperature=0, extra_body=arm.extra(model)
+    counted, started_s = 0, time.perf_counter()
+    async with make_async_client(f"{arm.url}/v1", "none") as client:
+        while not counted or time.perf_counter() - started_s < at_least_s:
+            replies = await asyncio.gather(
+                *(
+                    client.completions.create(
+                        model=model,
+                        prompt=" ".join(words.choices(WORDS, k=cell.prompt_words)),
+                        max_tokens=cell.new_tokens,
+                        temperature=0,
+                        extra_body=arm.extra(model),
+                    )
+                    for model in cell.models(base)
+                )
             )
-            for model, prompt in zip(cell.models(base), prompts, strict=True)
-        )
-    )
-    duration_s = time.perf_counter() - started_s
-    await client.close()
-    usages = [reply.usage for reply in replies if reply.usage]
-    counted = sum(usage.prompt_tokens if cell.prompt_words >= 100 else usage.completion_tokens for usage in usages)
-    return counted / duration_s
+            usages = [reply.usage for reply in replies if reply.usage]
+            counted += sum(u.prompt_tokens if cell.prompt_words >= 100 else u.completion_tokens for u in usages)
+        return counted / (time.perf_counter() - started_s)
 
 
 def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[str, float | None]:
