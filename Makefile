@@ -50,7 +50,7 @@ soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed wo
 bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 15 minutes)
 	$(BIN)/python -m train.bench
 
-bench-serve: setup  ## LoRA serving against stock vLLM on this machine (QUICK=1: under 10 minutes)
+bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hours; QUICK=1: under 10 minutes)
 	$(BIN)/python -m serve.bench $(if $(QUICK),--quick)
 
 bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours
