@@ -3,8 +3,8 @@
 For each server, one adapter alone, and base with 4 adapters at 32 requests. First without a profiler: milliseconds a
 step on the clock, and of processor time in each of vLLM's processes: the API process (HTTP, detokenizing), the engine
 core (scheduling, handing over; stock's spins while it waits) and the worker (the model; its threads spin while they
-wait for each other, so it counts nearly all of its cores). Then with vLLM's torch profiler, which slows a step by a
-tenth or more, what the worker does:
+wait for each other, so it counts nearly all of its cores; on few cores ours is in the engine core's process). Then with
+vLLM's torch profiler, which slows a step by a tenth or more, what the worker does:
 
 matmul          the model's own products of weights and activations
 lora            ours: the one operator a layer; vLLM's own LoRA is torch operators, and counted there

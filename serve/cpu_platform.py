@@ -7,7 +7,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from serve.cpu_ops import PROVIDER
-from serve.launch import START_METHOD
+from serve.launch import EXECUTOR, START_METHOD
 
 # The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
 _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
@@ -36,11 +36,12 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Let vLLM adapt its config to a CPU, and take back three of its decisions: see the comments."""
+        """Let vLLM adapt its config to a CPU, and take back four of its decisions: see the comments."""
         from vllm.config import CompilationMode
 
         compilation = vllm_config.compilation_config
         mode, start_method = compilation.mode, os.environ.get(START_METHOD)
+        executor = vllm_config.parallel_config.distributed_executor_backend
         # Stock turns compilation off when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
         # operator a layer. LoRA decides nothing else in there.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
@@ -48,6 +49,9 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
             super().check_and_update_config(vllm_config)
         finally:
             vllm_config.lora_config = lora_config
+        if executor == os.environ.get(EXECUTOR) == "uni":
+            # Stock insists on a process of its own for the model, to bind that process's threads to cores.
+            vllm_config.parallel_config.distributed_executor_backend = executor
         if start_method is not None:
             # Stock insists on new interpreters, which import everything again, whatever was chosen.
             os.environ[START_METHOD] = start_method

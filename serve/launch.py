@@ -21,6 +21,7 @@ from train.files import read_json
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
+EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 CONTEXT_CAP_TOKENS = 4096
 REQUEST_TOKENS = 1024
 BLOCK_TOKENS = 32
@@ -200,6 +201,8 @@ def _threads(chosen: _Choices, machine: Machine) -> None:
     if _intel_openmp(chosen, machine) and THREADS_BIND in chosen.env:
         why = "the engine's processes inherit what the first one imported: ready in half the time"
         chosen.variable(START_METHOD, "fork", why)
+        why = "the model runs in the scheduler's process: between two, each step is handed over by spinning on a core"
+        chosen.variable(EXECUTOR, "uni", why)
 
 
 def _intel_openmp(chosen: _Choices, machine: Machine) -> bool:

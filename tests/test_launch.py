@@ -39,6 +39,7 @@ def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so"
     assert made.env["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+    assert made.env["COUNSEL_CPU_EXECUTOR"] == "uni"
     assert made.env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert "apt install libtcmalloc-minimal4" in made.explain()
     assert made.argv[1:3] == ("-m", "serve.entry")
@@ -65,7 +66,8 @@ def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
 @pytest.mark.parametrize("environ", [{"LD_PRELOAD": "/lib/libgomp.so.1"}, {"VLLM_CPU_OMP_THREADS_BIND": "1"}])
 def test_no_engine_is_forked_where_that_hangs_or_binds_wrongly(base, environ):
     """GCC's OpenMP does not outlive a fork, and Intel's forgets whose cores were asked for."""
-    assert "VLLM_WORKER_MULTIPROC_METHOD" not in plan(ServeConfig(), base, SMALL, environ=environ).env
+    made = plan(ServeConfig(), base, SMALL, environ=environ)
+    assert not {"VLLM_WORKER_MULTIPROC_METHOD", "COUNSEL_CPU_EXECUTOR"} & made.env.keys()
     assert "VLLM_WORKER_MULTIPROC_METHOD" not in plan(ServeConfig(), base, replace(SMALL, openmp=None), environ={}).env
 
 
