@@ -64,13 +64,17 @@ def plan(
     # More than one API process would each keep their own list of adapters.
     chosen.flag("--api-server-count", "1")
     _lora(chosen, config, ranks)
-    _shape(chosen, config, base, machine)
+    described = read_json(Path(base.path) / "config.json")
+    shape = described.get("text_config", described)
+    running = config.running or min(256, 32 * len(machine.cpus))
+    _shape(chosen, config, shape, running, machine)
     _compile(chosen, config, machine)
     chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
     chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
     if machine.device == "cpu":
         _threads(chosen, machine)
-        _preload(chosen, machine, _largest_scratch_bytes(config, base, machine))
+        # Sampling sorts each running request's scores of the whole vocabulary; their order takes eight bytes each.
+        _preload(chosen, machine, scratch_bytes=running * shape["vocab_size"] * 8)
     if config.vllm_args:
         chosen.argv += shlex.split(config.vllm_args)
         chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
@@ -130,9 +134,8 @@ def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int]) -> None:
     )
 
 
-def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) -> None:
+def _shape(chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Machine) -> None:
     """Context, running requests, batched tokens, key-value memory."""
-    shape = _model_shape(base)
     context = config.context_tokens or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
     why = "context_tokens" if config.context_tokens else f"the model's, at most {CONTEXT_CAP_TOKENS}"
     chosen.flag("--max-model-len", str(context), why=why)
@@ -145,7 +148,6 @@ def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) 
         return
 
     cores = len(machine.cpus)
-    running = _running(config, machine)
     why = (
         "running"
         if config.running
@@ -159,20 +161,6 @@ def _shape(chosen: _Choices, config: ServeConfig, base: Base, machine: Machine) 
     kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine)
     why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
     chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
-
-
-def _model_shape(base: Base) -> Mapping[str, int]:
-    described = read_json(Path(base.path) / "config.json")
-    return described.get("text_config", described)
-
-
-def _running(config: ServeConfig, machine: Machine) -> int:
-    return config.running or min(256, 32 * len(machine.cpus))
-
-
-def _largest_scratch_bytes(config: ServeConfig, base: Base, machine: Machine) -> int:
-    # Sampling sorts each running request's scores of the whole vocabulary; their order takes eight bytes each.
-    return _running(config, machine) * _model_shape(base)["vocab_size"] * 8
 
 
 def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine) -> int:

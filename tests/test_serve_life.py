@@ -93,7 +93,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def largest(processes: list[psutil.Process]) -> psutil.Process:
-    """The engine's worker, which holds the model."""
+    """The process that holds the model."""
     return max(processes, key=lambda process: process.memory_info().rss)
 
 
