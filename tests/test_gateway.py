@@ -5,10 +5,12 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionChunk
 
 from serve.client import make_client
 from serve.gateway import ROUTES
@@ -149,13 +151,21 @@ def test_a_key_made_while_the_server_runs_is_known_to_it(server):
 
 def test_a_stream_shows_usage_only_to_those_who_asked(server):
     """We need the counts of every stream; a caller who did not ask sees none."""
-    client = server.client()
-    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 4, "stream": True}
-    plain = list(client.chat.completions.create(**ask))
-    asked = list(client.chat.completions.create(**ask, stream_options={"include_usage": True}))
+
+    def stream(request_id: str, **fields: object) -> list[ChatCompletionChunk]:
+        # A random model may say its end of text at any token; here all four are wanted.
+        ask = {"max_completion_tokens": 4, "extra_body": {"ignore_eos": True}, "stream": True, **fields}
+        headers = {"X-Request-Id": request_id}
+        return list(server.client().chat.completions.create(model="calm", messages=ASK, extra_headers=headers, **ask))
+
+    plain, asked = stream("usage-plain"), stream("usage-asked", stream_options={"include_usage": True})
     assert all(chunk.usage is None and chunk.choices for chunk in plain)
     assert asked[-1].usage.completion_tokens == 4
-    server.lines("requests.jsonl", lambda rows: [row.get("completion_tokens") for row in rows[-2:]] == [4, 4])
+
+    def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+        return {row["request_id"]: row["completion_tokens"] for row in rows if row["request_id"].startswith("usage-")}
+
+    server.lines("requests.jsonl", lambda rows: counts(rows) == {"usage-plain": 4, "usage-asked": 4})
 
 
 def test_what_is_written_down_holds_no_text(server):
@@ -193,8 +203,9 @@ def test_admin_actions_are_audited_and_so_are_attempts(server):
 def test_metrics_tell_adapters_apart(server):
     """Requests, tokens, times and loads appear by exact adapter, beside vLLM's own series."""
     client = server.client()
-    model = client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=3).model
-    list(client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=3, stream=True))
+    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 3, "extra_body": {"ignore_eos": True}}
+    model = client.chat.completions.create(**ask).model
+    list(client.chat.completions.create(**ask, stream=True))
     text = call(server, "GET", "/metrics", server.admin_key).text
     for series in (
         f'counsel_requests_total{{adapter="{model}",status="200"}}',
