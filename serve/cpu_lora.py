@@ -8,7 +8,8 @@ finds this class through serve/platform.py.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ class Packed(NamedTuple):
 
 
 class Layer:
-    """The adapters of one linear layer, packed when first used and again whenever vLLM rewrites a slot."""
+    """The adapters of one linear layer, each packed when first used, whatever slots it comes to stand in."""
 
     def __init__(
         self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]
@@ -64,23 +65,30 @@ class Layer:
         """`a_stacked`: (slots, 1, max rank, n_in) a slice; `b_stacked`: (slots, 1, n_out, max rank) a slice."""
         self.a_stacked, self.b_stacked, self.n_out = tuple(a_stacked), tuple(b_stacked), tuple(n_out)
         self.version = -1
-        self.packed: dict[int, Packed] = {}
+        self.in_slots: dict[int, Packed] = {}
+        self.packed = weakref.WeakKeyDictionary[Any, Packed]()
         shape = cpu_kernel.Layer(a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out))
         self.table = (cpu_kernel.Adapter * a_stacked[0].shape[0])()
         self.shape = shape
         self.shape_at, self.table_at = ctypes.addressof(shape), ctypes.addressof(self.table)
 
-    def ready(self, present: frozenset[int]) -> None:
-        """Pack the adapters in these slots unless they are packed and unchanged."""
+    def ready(self, present: frozenset[int], adapter_in: Callable[[int], object]) -> None:
+        """Have what stands in these slots packed. `adapter_in`: vLLM's object for the adapter in a slot, or None."""
         # Whatever vLLM writes into a slot, it first sets the slot's first slice to zero, which counts up its version.
         version = self.a_stacked[0]._version
-        if version == self.version and present <= self.packed.keys():
+        if version == self.version and present <= self.in_slots.keys():
             return
         if version != self.version:
-            self.packed.clear()
+            self.in_slots.clear()
             self.version = version
-        for slot in present - self.packed.keys():
-            self.packed[slot] = packed = self._pack(slot)
+        for slot in present - self.in_slots.keys():
+            adapter = adapter_in(slot)
+            packed = self.packed.get(adapter) if adapter is not None else None
+            if packed is None:
+                packed = self._pack(slot)
+                if adapter is not None:
+                    self.packed[adapter] = packed
+            self.in_slots[slot] = packed
             entry = self.table[slot]
             entry.a, entry.columns = packed.a.data_ptr(), len(packed.a) * LANES
             entry.rank[: len(packed.ranks)] = packed.ranks
@@ -128,12 +136,16 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.kernels = {dtype: getattr(library, name) for dtype, name in KERNELS.items()} if library else {}
         self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
         self.layers: dict[int, Layer] = {}
+        # The adapter with a number, as serve/cpu_worker.py has it; while that is unknown, whatever was written is new.
+        self.adapter_of: Callable[[int], object] = lambda _number: None
+        self.numbers: list[int | None] = []
         self.handle = len(_WRAPPERS)
         _WRAPPERS.append(self)
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
         """Group the rows of the coming step; vLLM calls this only when the mapping or a slot changed."""
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
+        self.numbers = lora_index_to_id
         self.tokens, self.samples = Groups(self.token_lora_indices), Groups(self.sampler_indices)
 
     def add_lora_linear(
@@ -213,6 +225,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 y[rows, at : at + n_out] = (old + delta).to(y.dtype)
                 at += n_out
 
+    def _adapter_in(self, slot: int) -> object:
+        number = self.numbers[slot]
+        return None if number is None else self.adapter_of(number)
+
     def _logits_groups(self, x: torch.Tensor) -> Groups:
         # For prompt log-probabilities vLLM passes, for one request at a time, a slice of the step's hidden states; what
         # is sampled from it passes as a copy. Where the slice starts says whose rows they are.
@@ -234,7 +250,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         layer = self.layers.get(a_stacked[0].data_ptr())
         if layer is None:
             layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
-        layer.ready(groups.present)
+        layer.ready(groups.present, self._adapter_in)
         if x.dtype not in self.kernels or not x.dtype == y.dtype == a_stacked[0].dtype:
             return _with_torch(groups, layer, y, x, scale)
         # The kernel trusts what it is given.
@@ -250,7 +266,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
     """What the kernel does, with torch operators."""
     for slot, rows in groups:
-        packed = layer.packed[slot]
+        packed = layer.in_slots[slot]
         h = scale * (x[rows].float() @ _as_matrix(packed.a))
         h_at = y_at = 0
         for b, rank, n_out in zip(packed.b, packed.ranks, layer.n_out, strict=True):

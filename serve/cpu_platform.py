@@ -36,12 +36,15 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Let vLLM adapt its config to a CPU, and take back four of its decisions: see the comments."""
+        """Let vLLM adapt its config to a CPU with our worker, and take back four of its decisions: see the comments."""
         from vllm.config import CompilationMode
 
         compilation = vllm_config.compilation_config
         mode, start_method = compilation.mode, os.environ.get(START_METHOD)
-        executor = vllm_config.parallel_config.distributed_executor_backend
+        parallel = vllm_config.parallel_config
+        executor = parallel.distributed_executor_backend
+        if parallel.worker_cls == "auto":
+            parallel.worker_cls = "serve.cpu_worker.CounselCpuWorker"
         # Stock turns compilation off when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
         # operator a layer. LoRA decides nothing else in there.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
@@ -51,7 +54,7 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
             vllm_config.lora_config = lora_config
         if executor == os.environ.get(EXECUTOR) == "uni":
             # Stock insists on a process of its own for the model, to bind that process's threads to cores.
-            vllm_config.parallel_config.distributed_executor_backend = executor
+            parallel.distributed_executor_backend = executor
         if start_method is not None:
             # Stock insists on new interpreters, which import everything again, whatever was chosen.
             os.environ[START_METHOD] = start_method

@@ -109,6 +109,35 @@ def test_a_rewritten_slot_is_served_at_once():
     torch.testing.assert_close(y, newer.reference(torch.zeros(1, 16), x, [0]))
 
 
+def test_adapters_change_places_and_are_replaced():
+    """Each answer is that of the adapter that stands in the slot now, also when one has come back, changed or not."""
+    first, second, third = (Adapters([rank], 32, (16,), torch.float32, seed=rank) for rank in (8, 20, 5))
+    slots = Adapters([0, 0], 32, (16,), torch.float32)
+    known = {1: first, 2: second}
+    wrapper, x = wrapper_for([0, 1], 2), torch.randn(2, 32)
+    wrapper.adapter_of = known.get
+
+    def place(*numbers):
+        for slot, number in enumerate(numbers):
+            for into, source in zip((*slots.a, *slots.b), (*known[number].a, *known[number].b), strict=True):
+                into[slot].zero_()
+                into[slot].copy_(source[0])
+        mapping = LoRAMapping(tuple(numbers), tuple(numbers), is_prefill=True)
+        wrapper.update_metadata(mapping, list(numbers), 2, 1000)
+
+    def right():
+        y = torch.zeros(2, 16)
+        wrapper.add_lora_linear(y, x, slots.a, slots.b, 1.0, (16,))
+        torch.testing.assert_close(y, slots.reference(torch.zeros(2, 16), x, [0, 1]))
+
+    for numbers in ((1, 2), (2, 1), (1, 2)):
+        place(*numbers)
+        right()
+    known[1] = third  # under the same number: what vLLM calls loading in place
+    place(1, 2)
+    right()
+
+
 def test_logits_of_sampled_rows_and_of_prompt_rows_take_their_own_adapters():
     """Sampled rows follow the sampler's order; a slice of the step's hidden states follows the tokens it came from."""
     tokens, samples = [-1, -1, 1, 1, 1, 0, 0], [-1, 1, 0]

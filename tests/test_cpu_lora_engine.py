@@ -20,25 +20,27 @@ def asked(question):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny Llama and two adapters that also change its vocabulary projection, the last with another rank."""
+    """A tiny Llama and three adapters that also change its vocabulary projection, each with another rank."""
     folder = tmp_path_factory.mktemp("llama")
     base = tiny_base(folder / "base", kind="llama")
-    paths = [tiny_adapter(base, folder / f"a{rank}", seed=rank, rank=rank, targets=TARGETS) for rank in (4, 8)]
+    paths = [tiny_adapter(base, folder / f"a{rank}", seed=rank, rank=rank, targets=TARGETS) for rank in (4, 8, 2)]
     return base, paths
 
 
 @pytest.fixture(scope="module", params=["compiled", "eager"])
 def engine(model, request):
-    """Compiled and eager. Both slots are taken by the two adapters, so that no slot is empty when base rows come by."""
+    """Compiled and eager. Both slots are taken by two adapters, so that no slot is empty when base rows come by."""
     vllm = pytest.importorskip("vllm")
     base, _ = model
     with pytest.MonkeyPatch.context() as kept:
         # vLLM preloads its OpenMP for every child of this process; later tests start servers of their own.
         kept.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+        # To ask the engine's process which adapter stands in which slot.
+        kept.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         started = vllm.LLM(
-            str(base), dtype="float32", enable_lora=True, max_loras=2, max_lora_rank=8, max_model_len=256,
-            max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32, enable_prefix_caching=False,
-            enforce_eager=request.param == "eager",
+            str(base), dtype="float32", enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=8,
+            max_model_len=256, max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32,
+            enable_prefix_caching=False, enforce_eager=request.param == "eager",
         )  # fmt: skip
         yield started
         started.llm_engine.engine_core.shutdown()
@@ -98,3 +100,31 @@ def test_prompt_log_probabilities_of_several_requests_are_each_requests_own(engi
     for pick, output in zip(picks, together, strict=True):
         (alone,) = said(engine, model, [pick], prompt_logprobs=3)
         assert_same(values(alone.prompt_logprobs), values(output.prompt_logprobs))
+
+
+def in_slots(worker, *needed):
+    """The number of the adapter in each slot once a step has these, by name, number and path. Runs in the engine."""
+    from vllm.lora.request import LoRARequest
+
+    manager = worker.model_runner.lora_manager
+    manager.set_active_adapters({LoRARequest(*adapter) for adapter in needed}, None)
+    return list(manager._adapter_manager.lora_index_to_id)
+
+
+def test_adapters_in_use_keep_their_slots(engine, model):
+    """Reading a third adapter takes neither of two slots; a step that needs it takes the one that it does not need."""
+    from vllm.lora.request import LoRARequest
+
+    base, paths = model
+    first, second, third = ((f"a{n}", n + 1, str(path)) for n, path in enumerate(paths))
+    (before,) = engine.collective_rpc(in_slots, args=(first, second))
+    assert sorted(before) == [1, 2]
+    engine.llm_engine.add_lora(LoRARequest(*third))
+    assert engine.collective_rpc(in_slots) == [before]
+    for stays in (first, second):
+        (before,) = engine.collective_rpc(in_slots, args=(first, second))
+        (after,) = engine.collective_rpc(in_slots, args=(third, stays))
+        assert after == [number if number == stays[1] else 3 for number in before]
+    picks = [(question, pick) for question in QUESTIONS for pick in (0, 2)]
+    for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
+        assert list(output.outputs[0].token_ids) == greedy_ids(base, paths[pick], asked(question), N_TOKENS)

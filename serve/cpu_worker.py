@@ -1,0 +1,47 @@
+"""The worker class that serve/cpu_platform.py names: when an adapter is read, and when it takes a slot.
+
+vLLM gives each adapter a slot the moment it is read, and takes slots in whatever order a step names its adapters. While
+answers run on every slot, that turns out adapters in use, which the next step writes again, one after the other. Here
+an adapter that was read waits in host memory until a step needs it, and what the step already has keeps its slot.
+"""
+
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class HostFirstLoRAManager(LRUCacheWorkerLoRAManager):
+    """vLLM's manager of adapters, in host memory first."""
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Read an adapter into host memory; False where it was there. Raises what vLLM raises for its files."""
+        if lora_request.load_inplace:
+            return super().add_adapter(lora_request)
+        if lora_request.lora_int_id in self.list_adapters():
+            return False
+        adapter = self._load_adapter(lora_request)
+        if len(self._adapter_manager) >= self._adapter_manager.capacity:
+            self._adapter_manager.remove_oldest_adapter()
+        return self._adapter_manager.add_adapter(adapter)
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        taken = self._adapter_manager.lora_index_to_id
+        for request in sorted(lora_requests, key=lambda request: request.lora_int_id not in taken):
+            super().add_adapter(request)
+
+
+class CounselCpuWorker(CPUWorker):
+    """vLLM's CPU worker with that manager."""
+
+    def load_model(self, **options: Any) -> None:
+        super().load_model(**options)
+        if self.vllm_config.lora_config is None:
+            return
+        runner = self.model_runner
+        manager = HostFirstLoRAManager(self.vllm_config, self.device, runner.model.embedding_modules)
+        manager._adapter_manager = slots = runner.lora_manager._adapter_manager
+        runner.lora_manager = manager
+        for wrapper in slots.punica_wrapper_mapping.values():
+            wrapper.adapter_of = slots.get_adapter
