@@ -7,16 +7,15 @@ Conversation = list[dict[str, str]]
 
 
 class Greedy(NamedTuple):
-    """A greedy answer; for each step the token chosen, the next best, and by how many logits it lost."""
+    """A greedy answer: for each step the token chosen, and by how many logits each of the next best lost."""
 
     ids: list[int]
-    seconds: list[int]
-    margins: list[float]
+    lost_by: list[dict[int, float]]
 
     def is_near_tie(self, ids: list[int], margin: float) -> bool:
-        """Whether `ids` first leaves this answer by taking the next best token where that lost by under `margin`."""
+        """Whether `ids` first leaves this answer by taking a token that lost by under `margin`."""
         step = next((n for n, (ours, theirs) in enumerate(zip(self.ids, ids, strict=False)) if ours != theirs), None)
-        return step is not None and ids[step] == self.seconds[step] and self.margins[step] < margin
+        return step is not None and self.lost_by[step].get(ids[step], margin) < margin
 
 
 def greedy_ids(base: Path, adapter: Path | None, messages: Conversation, n_tokens: int) -> list[int]:
@@ -38,15 +37,15 @@ def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], 
     for messages in asked:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        said, cache = Greedy([], [], []), None
+        said, cache = Greedy([], []), None
         with torch.inference_mode():
             for _ in range(n_tokens):
                 step = model(ids, past_key_values=cache, use_cache=True)
-                best = step.logits[0, -1].topk(2)
+                best = step.logits[0, -1].topk(5)
                 cache, ids = step.past_key_values, best.indices[None, :1]
                 said.ids.append(int(best.indices[0]))
-                said.seconds.append(int(best.indices[1]))
-                said.margins.append(float(best.values[0] - best.values[1]))
+                lost_by = (best.values[0] - best.values).tolist()
+                said.lost_by.append(dict(zip(best.indices.tolist()[1:], lost_by[1:], strict=True)))
         answers.append(said)
     return answers
 

@@ -8,7 +8,8 @@ one JSON object:
 
 requests                      answered in full
 wrong_answers                 of those, not PEFT's for the version that answered, or of a name that was not asked for
-near_ties                     not PEFT's, but first different where PEFT's two best tokens are under 0.001 logits apart
+near_ties                     not PEFT's, but first different by a token that lost with PEFT by under 0.001 logits
+                              (a server in bfloat16: 0.25)
 errors                        by kind: ended with an HTTP error or a broken connection (the kill, names just removed)
 lost                          ended without an answer and without an error
 restarts                      of the engine, after the kill
@@ -52,15 +53,10 @@ from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
 from tests.gate_cost import PAST_IT, gate_cost, processes_of
-from tests.greedy import Greedy, greedy_answers
-from tests.tiny import tiny_adapter, tiny_base
+from tests.soak_shop import EXACTLY, N_TOKENS, PROMPTS, ROUNDED, Shop, ask
 from train import store as shelves
-from train.catalog import Base, resolve
 from train.command import Command, Result, main, option
 
-N_TOKENS = 24
-PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep")
-NEAR_TIE = 1e-3
 GATE = f"{Gateway.__module__}.{Gateway.__name__}"
 GAPS = "COUNSEL_SOAK_GAPS"
 EXACT = {"ignore_eos": True, "return_token_ids": True}
@@ -69,6 +65,7 @@ EXACT = {"ignore_eos": True, "return_token_ids": True}
 @dataclass(frozen=True)
 class Soak:
     model: str = option("tiny", "base model; `tiny` is a random Gemma-2, made for the purpose")
+    bfloat16: bool = option(False, "serve in bfloat16, as most models are; PEFT, and else the server, in float32")
     seconds: float = option(180.0, "seconds of load, half of it after the kill (the restart itself is not counted)")
     adapters: int = option(64, "adapters published at the start")
     streams: int = option(16, "streams at a time")
@@ -136,58 +133,14 @@ class Probed(Server):
         return tuple("tests.soak_serve.Probe" if word == GATE else word for word in super().command())
 
 
-class Shop:
-    """The adapters on disk, the store, and what PEFT says for each exact version."""
-
-    def __init__(self, folder: Path, model: str, n: int) -> None:
-        import torch
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        # Tiny products gain nothing from a second thread, and lose much where cores are shared.
-        torch.set_num_threads(1)
-        self.folder, self.store = folder, folder / "store"
-        self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
-        self.expected: dict[tuple[str, str], Greedy] = {}
-        self.live: list[str] = []
-        self._n_made = 0
-        for prompt, answer in self._answers(None).items():
-            self.expected[self.base.name, prompt] = answer
-        # Those published later reuse contents, but never for the same name twice in a row.
-        self.spare = [self.make() for _ in range(n + 8)]
-        for number in range(n):
-            self.publish(f"adapter{number}")
-
-    def make(self) -> tuple[Path, dict[str, Greedy]]:
-        self._n_made += 1
-        path = tiny_adapter(self.base.path, self.folder / str(self._n_made), seed=self._n_made)
-        return path, self._answers(path)
-
-    def _answers(self, path: Path | None) -> dict[str, Greedy]:
-        asked = [_ask(prompt) for prompt in PROMPTS]
-        return dict(zip(PROMPTS, greedy_answers(self.base.path, path, asked, N_TOKENS), strict=True))
-
-    def publish(self, name: str) -> None:
-        path, answers = self.spare.pop(0)
-        manifest = shelves.publish(self.store, name, path, self.base)
-        for prompt, answer in answers.items():
-            self.expected[manifest.id, prompt] = answer
-        self.spare.append((path, answers))
-        if name not in self.live:
-            self.live.append(name)
-
-    def remove(self, name: str) -> None:
-        self.live.remove(name)
-        shelves.remove(self.store, name)
-
-
 def run(options: Soak) -> Result:
     """Run the soak; the exit status is 1 when an answer was wrong or lost."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         say(f"making {options.adapters} adapters, and asking PEFT what each answers")
-        shop = Shop(folder, options.model, options.adapters)
-        config = tiny_config(folder, shop.base.path, slots=4, host_adapters=32, restarts=3)
+        shop = Shop(folder, options.model, options.adapters, ROUNDED if options.bfloat16 else EXACTLY)
+        chosen = {"slots": 4, "host_adapters": 32, "restarts": 3, "compile": options.model != "tiny"}
+        config = tiny_config(folder, shop.base.path, dtype=shop.precision.dtype, **chosen)
         figures: dict[str, Any] = {}
         with Probed(config) as server:
             stop = threading.Event()
@@ -283,7 +236,11 @@ async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, 
             wanted = shop.expected.get((answered, prompt))
             if answered.split("@")[0] == model and wanted is not None and ids == wanted.ids:
                 continue
-            if answered.split("@")[0] == model and wanted is not None and wanted.is_near_tie(ids, NEAR_TIE):
+            if (
+                answered.split("@")[0] == model
+                and wanted is not None
+                and wanted.is_near_tie(ids, shop.precision.near_tie)
+            ):
                 tally.near_ties += 1
                 continue
             tally.wrong_answers += 1
@@ -295,7 +252,7 @@ async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[
     answered, ids, finished, start_s, first_token_s = "", list[int](), False, time.monotonic(), 0.0
     chunks = await client.chat.completions.create(
         model=model,
-        messages=_ask(prompt),  # type: ignore[arg-type]
+        messages=ask(prompt),  # type: ignore[arg-type]
         max_completion_tokens=N_TOKENS,
         temperature=0,
         stream=True,
@@ -327,19 +284,22 @@ async def churn(server: Server, shop: Shop, tally: Tally, over: asyncio.Event) -
             wanted = shelves.find(shop.store, name).id
             try:
                 async with asyncio.timeout(10):
-                    while await _answerer(client, name) != wanted:
+                    while await _meaning(client, name) != wanted:
                         await asyncio.sleep(0.02)
-                tally.loads.append((start_s, time.monotonic()))
+                    answered = (await client.completions.create(model=name, prompt="sleep", max_tokens=1)).model
             except TimeoutError:
                 tally.unserved += 1
             except openai.APIError as error:
                 tally.error(error)
+            else:
+                tally.loads.append((start_s, time.monotonic()))
+                tally.wrong_answers += answered != wanted
 
 
-async def _answerer(client: openai.AsyncOpenAI, name: str) -> str | None:
-    """Which version of a name answers; None while it is not served yet."""
+async def _meaning(client: openai.AsyncOpenAI, name: str) -> str | None:
+    """Which version a name means to the server; None while it knows none."""
     try:
-        return (await client.completions.create(model=name, prompt="sleep", max_tokens=1)).model
+        return (await client.models.retrieve(name)).root  # type: ignore[attr-defined]
     except openai.NotFoundError:
         return None
 
@@ -348,10 +308,6 @@ async def _a_long_answer(client: openai.AsyncOpenAI, model: str) -> int:
     """Ask for one; how many tokens it has."""
     await _answer(client, model, PROMPTS[0])
     return N_TOKENS
-
-
-def _ask(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
 
 
 def _worker(server: Server) -> psutil.Process:

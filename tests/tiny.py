@@ -73,7 +73,9 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
     return path
 
 
-def tiny_adapter(base: Path, path: Path, seed: int, rank: int = 8, targets: tuple[str, ...] | None = None) -> Path:
+def tiny_adapter(
+    base: Path, path: Path, seed: int, rank: int = 8, targets: tuple[str, ...] | None = None, std: float = 0.1
+) -> Path:
     """Save a random LoRA adapter for `base` in `path`, with B far from zero so that its text differs; return `path`."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -85,7 +87,7 @@ def tiny_adapter(base: Path, path: Path, seed: int, rank: int = 8, targets: tupl
     peft_model = get_peft_model(model, config)
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=std)
     peft_model.save_pretrained(path)
     return path
 
