@@ -61,6 +61,12 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def along_k() -> int:
+    """How many numbers along k lie side by side in a bfloat16 A: 2 where the processor multiplies pairs, else 1."""
+    loaded = library()
+    return ctypes.c_int64.in_dll(loaded, "bfloat16_along_k").value if loaded else 1
+
+
 def _compile(compiler: str, target: Path) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")

@@ -2,13 +2,17 @@
 //
 // Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both
 // lie as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A
-// and the slice's rank for B, so that they are read in the order they lie in. Weights and activations are bfloat16 or
-// float32; all arithmetic, the intermediate too, is float32. GCC's vector types keep this free of any one processor's
-// intrinsics. Compiled at first use by serve/cpu_kernel.py.
+// and the slice's rank for B, so that they are read in the order they lie in. Where the processor multiplies pairs of
+// bfloat16 (AVX512-BF16), A lies in pairs along k: (columns / LANES, n_in / 2 rounded up, LANES, 2). Weights and
+// activations are bfloat16 or float32; all sums, the intermediate too, are float32. But for two instructions of
+// AVX512-BF16, GCC's vector types keep this free of any one processor's. Compiled at first use by serve/cpu_kernel.py.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -48,11 +52,15 @@ inline Floats load(const bfloat16* from) {
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 inline void store(bfloat16* to, Floats value) {
+#ifdef __AVX512BF16__
+    __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+#else
     Words word = (Words)value;
     // Round to nearest, ties to even; a NaN keeps a mantissa bit.
     Words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     Words nan = (Words)(value != value);
     Halves halves = __builtin_convertvector((rounded & ~nan) | (((word >> 16) | 0x40) & nan), Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -77,39 +85,78 @@ inline Floats stream(const T* from) {
     return load(from);
 }
 
-// h (N, columns), the C vectors of columns from `column` on, = x A. Few sums are split over k as well.
+// What one step along k takes of x and of A: one number of each, in float32.
+template <typename T>
+struct Step {
+    static constexpr int K = 1;
+    typedef float Input;
+    typedef Floats Weight;
+    static void read(int64_t n_in, const T* x, Input* to) {
+        for (int64_t k = 0; k < n_in; ++k) to[k] = to_float(x[k]);
+    }
+    static Weight weight(const T* from) { return stream(from); }
+    static Floats add(Floats sum, Weight weight, Input x) { return sum + weight * x; }
+};
+
+#ifdef __AVX512BF16__
+// Two numbers of each, as they are.
+template <>
+struct Step<bfloat16> {
+    static constexpr int K = 2;
+    typedef uint32_t Input;
+    typedef __m512bh Weight;
+    static void read(int64_t n_in, const bfloat16* x, Input* to) {
+        to[(n_in - 1) / 2] = 0;
+        std::memcpy(to, x, n_in * sizeof(bfloat16));
+    }
+    static Weight weight(const bfloat16* from) {
+        __builtin_prefetch(from + AHEAD);
+        __m512bh out;
+        std::memcpy(&out, from, sizeof out);
+        return out;
+    }
+    static Floats add(Floats sum, Weight weight, Input x) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, weight, (__m512bh)_mm512_set1_epi32(x));
+    }
+};
+#endif
+
+// h (N, columns), the C vectors of columns from `column` on, = scale * x A. Few sums are split over k as well.
 template <typename T, int N, int C>
-void shrink_block(int64_t n_in, int64_t columns, int64_t column, const T* a, const float* x, float* h) {
+void shrink_block(int64_t n_steps, int64_t columns, int64_t column, const T* a, const typename Step<T>::Input* x,
+                  float scale, float* h) {
     constexpr int SPLIT = std::max(1, CHAINS / (N * C));
     Floats sum[SPLIT][N][C] = {};
-    auto add = [&](int part, int64_t k) {
-        Floats weight[C];
-        for (int c = 0; c < C; ++c) weight[c] = stream(a + ((column / LANES + c) * n_in + k) * LANES);
+    auto add = [&](int part, int64_t step) {
+        typename Step<T>::Weight weight[C];
+        for (int c = 0; c < C; ++c)
+            weight[c] = Step<T>::weight(a + ((column / LANES + c) * n_steps + step) * LANES * Step<T>::K);
         for (int i = 0; i < N; ++i)
-            for (int c = 0; c < C; ++c) sum[part][i][c] += weight[c] * x[i * n_in + k];
+            for (int c = 0; c < C; ++c)
+                sum[part][i][c] = Step<T>::add(sum[part][i][c], weight[c], x[i * n_steps + step]);
     };
-    int64_t k = 0;
-    for (; k + SPLIT <= n_in; k += SPLIT)
-        for (int part = 0; part < SPLIT; ++part) add(part, k + part);
-    for (; k < n_in; ++k) add(0, k);
+    int64_t step = 0;
+    for (; step + SPLIT <= n_steps; step += SPLIT)
+        for (int part = 0; part < SPLIT; ++part) add(part, step + part);
+    for (; step < n_steps; ++step) add(0, step);
     for (int i = 0; i < N; ++i)
         for (int c = 0; c < C; ++c) {
             for (int part = 1; part < SPLIT; ++part) sum[0][i][c] += sum[part][i][c];
-            store(h + i * columns + column + c * LANES, sum[0][i][c]);
+            store(h + i * columns + column + c * LANES, sum[0][i][c] * scale);
         }
 }
 
-// h (N, columns) = x A, where x (N, n_in) is dense.
+// h (N, columns) = scale * x A, where x (N, n_steps) is dense.
 template <typename T, int N>
-void shrink(const Layer& layer, const Adapter& adapter, const float* x, float* h) {
+void shrink(int64_t n_steps, const Adapter& adapter, const typename Step<T>::Input* x, float scale, float* h) {
     const T* a = static_cast<const T*>(adapter.a);
     int64_t column = 0;
     for (; column + 3 * LANES <= adapter.columns; column += 3 * LANES)
-        shrink_block<T, N, 3>(layer.n_in, adapter.columns, column, a, x, h);
+        shrink_block<T, N, 3>(n_steps, adapter.columns, column, a, x, scale, h);
     if (column + 2 * LANES == adapter.columns)
-        shrink_block<T, N, 2>(layer.n_in, adapter.columns, column, a, x, h);
+        shrink_block<T, N, 2>(n_steps, adapter.columns, column, a, x, scale, h);
     else if (column < adapter.columns)
-        shrink_block<T, N, 1>(layer.n_in, adapter.columns, column, a, x, h);
+        shrink_block<T, N, 1>(n_steps, adapter.columns, column, a, x, scale, h);
 }
 
 // y += h B, for one slice's C vectors of columns from `column` on; `width`: how many columns of the last are there.
@@ -140,7 +187,7 @@ void expand_block(int64_t rank, int64_t column, int64_t width, const T* b, const
 // y[rows] += h B, slice by slice.
 template <typename T, int N>
 void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const* y) {
-    constexpr int WIDE = std::max(1, CHAINS / N);
+    constexpr int WIDE = std::max(2, CHAINS / N);  // each number of h is loaded once for them
     int64_t h_at = 0, y_at = 0;
     for (int64_t slice = 0; slice < layer.n_slices; ++slice) {
         const int64_t n_out = layer.n_out[slice];
@@ -162,17 +209,18 @@ void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const
 template <typename T, int N>
 void tile(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stride, T* y, int64_t y_stride,
           const int32_t* rows, float scale) {
+    static thread_local std::vector<typename Step<T>::Input> inputs;
     static thread_local std::vector<float> scratch;
-    if (scratch.size() < size_t(N * (layer.n_in + adapter.columns))) scratch.resize(N * (layer.n_in + adapter.columns));
-    float* wide = scratch.data();
-    float* h = wide + N * layer.n_in;
+    const int64_t n_steps = (layer.n_in + Step<T>::K - 1) / Step<T>::K;
+    if (inputs.size() < size_t(N * n_steps)) inputs.resize(N * n_steps);
+    if (scratch.size() < size_t(N * adapter.columns)) scratch.resize(N * adapter.columns);
+    float* h = scratch.data();
     T* to[N];
     for (int i = 0; i < N; ++i) {
-        const T* from = x + rows[i] * x_stride;
-        for (int64_t k = 0; k < layer.n_in; ++k) wide[i * layer.n_in + k] = to_float(from[k]) * scale;
+        Step<T>::read(layer.n_in, x + rows[i] * x_stride, inputs.data() + i * n_steps);
         to[i] = y + rows[i] * y_stride;
     }
-    shrink<T, N>(layer, adapter, wide, h);
+    shrink<T, N>(n_steps, adapter, inputs.data(), scale, h);
     expand<T, N>(layer, adapter, h, to);
 }
 
@@ -217,6 +265,9 @@ void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_str
         lora<T>(*layer, adapters, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, n_groups, slots,  \
                 starts, rows, scale);                                                                                 \
     }
+
+// How many numbers along k lie side by side in A when weights are bfloat16.
+extern "C" const int64_t bfloat16_along_k = Step<bfloat16>::K;
 
 EXPORT(lora_bfloat16, bfloat16)
 EXPORT(lora_float32, float)

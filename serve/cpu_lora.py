@@ -48,7 +48,8 @@ class Groups:
 class Packed(NamedTuple):
     """One adapter's weights for one layer at its own rank, as vectors of LANES columns (see _in_vectors).
 
-    a: (vectors, n_in, LANES), the slices' columns side by side; b, for each slice: (vectors, rank, LANES).
+    a: (vectors, n_in, LANES, 1), the slices' columns side by side; b, for each slice: (vectors, rank, LANES, 1). Where
+    the kernel multiplies pairs, a is (vectors, n_in / 2 rounded up, LANES, 2).
     """
 
     a: torch.Tensor
@@ -98,7 +99,8 @@ class Layer:
         # In numpy: torch would wake its threads for each of a model's hundreds of slices, and running answers wait.
         a_used = [_used_rows(_bits(a_all[slot, 0])) for a_all in self.a_stacked]
         ranks = tuple(len(rows) for rows in a_used)
-        a = _in_vectors(np.concatenate(a_used), self.a_stacked[0].dtype)
+        dtype = self.a_stacked[0].dtype
+        a = _in_vectors(np.concatenate(a_used), dtype, cpu_kernel.along_k() if dtype is torch.bfloat16 else 1)
         b = tuple(
             _in_vectors(_bits(b_all[slot, 0])[:n_out, :rank], b_all.dtype)
             for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True)
@@ -111,13 +113,14 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
 
 
-def _in_vectors(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """(columns, k) -> (columns / LANES rounded up, k, LANES): what is multiplied by one input lies side by side."""
+def _in_vectors(rows: np.ndarray, dtype: torch.dtype, along_k: int = 1) -> torch.Tensor:
+    """(columns, k) -> (columns / LANES, k / along_k, LANES, along_k), both rounded up: what is multiplied by one input
+    (or `along_k` of them) lies side by side."""
     n_columns, k = rows.shape
-    n_vectors = -(-n_columns // LANES)
-    filled = np.zeros((n_vectors * LANES, k), rows.dtype)
-    filled[:n_columns] = rows
-    vectors = filled.reshape(n_vectors, LANES, k).transpose(0, 2, 1)
+    n_vectors, n_steps = -(-n_columns // LANES), -(-k // along_k)
+    filled = np.zeros((n_vectors * LANES, n_steps * along_k), rows.dtype)
+    filled[:n_columns, :k] = rows
+    vectors = filled.reshape(n_vectors, LANES, n_steps, along_k).transpose(0, 2, 1, 3)
     return torch.from_numpy(np.ascontiguousarray(vectors)).view(dtype)
 
 
@@ -267,7 +270,7 @@ def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, 
     """What the kernel does, with torch operators."""
     for slot, rows in groups:
         packed = layer.in_slots[slot]
-        h = scale * (x[rows].float() @ _as_matrix(packed.a))
+        h = scale * (x[rows].float() @ _as_matrix(packed.a)[: x.shape[1]])
         h_at = y_at = 0
         for b, rank, n_out in zip(packed.b, packed.ranks, layer.n_out, strict=True):
             if rank:
@@ -277,8 +280,8 @@ def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, 
 
 
 def _as_matrix(vectors: torch.Tensor) -> torch.Tensor:
-    """(vectors, k, LANES) -> (k, columns) in float32."""
-    return vectors.float().transpose(0, 1).flatten(1)
+    """(vectors, steps, LANES, along_k) -> (k, columns) in float32."""
+    return vectors.float().permute(1, 3, 0, 2).flatten(0, 1).flatten(1)
 
 
 # torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here.
