@@ -15,10 +15,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 class HostFirstLoRAManager(LRUCacheWorkerLoRAManager):
     """vLLM's manager of adapters, in host memory first."""
 
-    def add_adapter(self, lora_request: LoRARequest) -> bool:
+    def read(self, lora_request: LoRARequest) -> bool:
         """Read an adapter into host memory; False where it was there. Raises what vLLM raises for its files."""
-        if lora_request.load_inplace:
-            return super().add_adapter(lora_request)
         if lora_request.lora_int_id in self.list_adapters():
             return False
         adapter = self._load_adapter(lora_request)
@@ -27,9 +25,9 @@ class HostFirstLoRAManager(LRUCacheWorkerLoRAManager):
         return self._adapter_manager.add_adapter(adapter)
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        taken = self._adapter_manager.lora_index_to_id
-        for request in sorted(lora_requests, key=lambda request: request.lora_int_id not in taken):
-            super().add_adapter(request)
+        # vLLM takes them in this order, and the slot of the one that was longest not taken.
+        standing = self._adapter_manager.lora_index_to_id
+        super()._apply_adapters(sorted(lora_requests, key=lambda request: request.lora_int_id not in standing))
 
 
 class CounselCpuWorker(CPUWorker):
@@ -45,3 +43,8 @@ class CounselCpuWorker(CPUWorker):
         runner.lora_manager = manager
         for wrapper in slots.punica_wrapper_mapping.values():
             wrapper.adapter_of = slots.get_adapter
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        if self.vllm_config.lora_config is None or lora_request.load_inplace:
+            return super().add_lora(lora_request)
+        return self.model_runner.lora_manager.read(lora_request)
