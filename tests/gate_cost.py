@@ -103,6 +103,11 @@ def processes_of(server: Server) -> list[psutil.Process]:
     return [parent, *parent.children(recursive=True)]
 
 
+def model_process(processes: list[psutil.Process]) -> psutil.Process:
+    """The one that holds the model, by the title vLLM gives it: the engine core, or the worker below it."""
+    return [process for process in processes if process.name().startswith("VLLM::")][-1]
+
+
 async def _load(server: Server, client: openai.AsyncOpenAI, answer: Answer, streams: int, round_s: float) -> Load:
     before_s, start_s = _spent_s(server), time.monotonic()
 

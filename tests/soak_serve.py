@@ -44,7 +44,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 
 from serve.client import make_async_client
 from serve.config import ServeConfig
@@ -52,7 +51,7 @@ from serve.gateway import App, Gateway, Message, Receive, Scope, Send
 from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
-from tests.gate_cost import PAST_IT, gate_cost, processes_of
+from tests.gate_cost import PAST_IT, gate_cost, model_process, processes_of
 from tests.soak_shop import EXACTLY, N_TOKENS, PROMPTS, ROUNDED, Shop, ask
 from train import store as shelves
 from train.command import Command, Result, main, option
@@ -165,7 +164,7 @@ async def soak(server: Probed, shop: Shop, options: Soak) -> dict[str, Any]:
     churning = asyncio.create_task(churn(server, shop, tally, over))
     await asyncio.sleep(options.seconds / 2)
     say("killing the engine's worker; the streams go on asking")
-    _worker(server).send_signal(signal.SIGKILL)
+    model_process(processes_of(server)).send_signal(signal.SIGKILL)
     async with asyncio.timeout(server.config.start_s):
         await _back(server)
     await asyncio.sleep(options.seconds / 4)
@@ -304,11 +303,6 @@ async def _a_long_answer(client: openai.AsyncOpenAI, model: str) -> int:
     """Ask for one; how many tokens it has."""
     await _answer(client, model, PROMPTS[0])
     return N_TOKENS
-
-
-def _worker(server: Server) -> psutil.Process:
-    """The process that runs the model: the largest."""
-    return max(processes_of(server)[1:], key=lambda process: process.memory_info().rss)
 
 
 def _rss_bytes(server: Server) -> int:

@@ -21,6 +21,7 @@ from serve import supervise
 from serve.client import make_client
 from serve.server import Server
 from tests.conftest import tiny_config
+from tests.gate_cost import model_process
 from tests.tiny import tiny_adapter
 from train import store as shelves
 from train.catalog import Base
@@ -92,11 +93,6 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def largest(processes: list[psutil.Process]) -> psutil.Process:
-    """The process that holds the model."""
-    return max(processes, key=lambda process: process.memory_info().rss)
-
-
 def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], within_s: float = 600) -> None:
     """Until `model` answers."""
     deadline_s = time.monotonic() + within_s
@@ -146,13 +142,13 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
             assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
 
         children = psutil.Process(process.pid).children(recursive=True)
-        largest(children).kill()
+        model_process(children).kill()
         with pytest.raises(openai.OpenAIError):
             client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=300, extra_body=LONG)
         wait_for(client, "calm", process)
 
         # The worker stands still meanwhile, so that all 60 answers are under way when the signal comes.
-        worker = largest(psutil.Process(process.pid).children(recursive=True))
+        worker = model_process(psutil.Process(process.pid).children(recursive=True))
         worker.suspend()
         long = {"model": "calm", "messages": ASK, "max_completion_tokens": 450, "n": 12, "extra_body": LONG}
         with concurrent.futures.ThreadPoolExecutor() as pool:
