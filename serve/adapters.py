@@ -22,7 +22,7 @@ from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
 from train import store as shelves
-from train.catalog import fingerprint
+from train.fingerprint import fingerprint
 from train.store import Manifest
 
 log = logging.getLogger("vllm.counsel")

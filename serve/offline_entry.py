@@ -19,7 +19,7 @@ from serve.bodies import CHAT, COMPLETIONS, Body, prepare
 from serve.config import from_environment
 from serve.openai_errors import Refusal
 from serve.plane import Plane
-from train.catalog import fingerprint
+from train.fingerprint import fingerprint
 
 LINGER_S = 10.0
 READY = {"number": 0}

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from tests.tiny import tiny_base, tiny_tokenizer
 from train import catalog
-from train.catalog import CATALOG, fingerprint, resolve
+from train.catalog import CATALOG, resolve
 from train.chat import SYSTEM_PROMPT, prompt_messages
 from train.errors import UserError
 
@@ -30,12 +30,11 @@ def test_folder_without_weights_is_refused(tmp_path):
         resolve(str(tmp_path))
 
 
-def test_local_folder_and_its_fingerprint(tmp_path):
-    """Two different models of one shape have different fingerprints; a copy has the same."""
-    one, two, again = (tiny_base(tmp_path / name, "llama", seed) for name, seed in (("a", 1), ("b", 2), ("c", 1)))
+def test_local_folder_is_a_base(tmp_path):
+    """A model folder of one's own is served under its name."""
+    folder = tiny_base(tmp_path / "own", "llama")
 
-    assert resolve(str(one)).path == one
-    assert fingerprint(one) == fingerprint(again) != fingerprint(two)
+    assert (resolve(str(folder)).name, resolve(str(folder)).path) == ("own", folder)
 
 
 def test_wrong_checksum_leaves_nothing(cache, monkeypatch):

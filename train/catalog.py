@@ -9,7 +9,6 @@
 A download or conversion happens under a temporary name and is renamed when it is whole.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -99,21 +98,18 @@ def resolve(model: str) -> Base:
     )
 
 
-def fingerprint(path: Path) -> str:
-    """The SHA-256 over a base's weight files (names and contents): what an adapter was trained against."""
-    digest = hashlib.sha256()
-    for file in _weight_files(path):
-        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def cache_dir() -> Path:
     """Where fetched bases are kept: $XDG_CACHE_HOME/counsel-stack, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "counsel-stack"
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """A model folder's weights, sorted by name."""
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _local(folder: Path) -> Base:
-    if not (folder / "config.json").is_file() or not _weight_files(folder):
+    if not (folder / "config.json").is_file() or not weight_files(folder):
         raise UserError(f"{str(folder)!r} is not a model folder: it needs config.json and *.safetensors")
     folder = folder.resolve()
     marker = folder / "base.json"
@@ -121,10 +117,6 @@ def _local(folder: Path) -> Base:
         known = read_json(marker)
         return Base(known["name"], known["hub_id"], known["license"], folder)
     return Base(folder.name, str(folder), "unknown", folder)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
 
 
 def _from_hub(name: str, entry: Entry) -> Path:

@@ -18,6 +18,7 @@ from train import catalog, store
 from train.card import card_text
 from train.chat import prompt_messages
 from train.files import new_directory, read_json, read_jsonl, write_json
+from train.fingerprint import fingerprint
 from train.hardware import Machine, Plan, machine, plan
 from train.preflight import refuse_unless_ready
 from train.recipe import Recipe
@@ -294,7 +295,7 @@ def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) ->
     return provenance() | {
         "seed": recipe.seed,
         "data_sha256": report["source_sha256"],
-        "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": catalog.fingerprint(base.path)},
+        "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)},
         "machine": asdict(here),
         "dtype": how.dtype,
         "downgrades": [item._asdict() for item in how.downgrades],

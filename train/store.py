@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from train.adapter import CARD, CONFIG, WEIGHTS, check, check_files
-from train.catalog import Base, fingerprint
+from train.catalog import Base
 from train.command import nearest
 from train.errors import UserError
 from train.files import new_directory, read_json, sha256_of, write_json, write_text
+from train.fingerprint import fingerprint
 
 FORMAT = 1
 MANIFEST, CURRENT, PINNED = "manifest.json", "current", "pinned"
