@@ -24,12 +24,6 @@ LANES = 16
 logger = logging.getLogger("vllm.counsel")
 
 
-class Layer(ctypes.Structure):
-    """The shape of one linear layer; the same fields as in the source."""
-
-    _fields_ = [("n_in", ctypes.c_int64), ("n_slices", ctypes.c_int64), ("n_out", ctypes.c_int64 * MAX_SLICES)]
-
-
 class Adapter(ctypes.Structure):
     """Where one adapter's weights for one layer lie; the same fields as in the source."""
 
@@ -38,6 +32,28 @@ class Adapter(ctypes.Structure):
         ("b", ctypes.c_void_p * MAX_SLICES),
         ("columns", ctypes.c_int64),
         ("rank", ctypes.c_int64 * MAX_SLICES),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """The shape of one linear layer, and where its table of adapters lies; the same fields as in the source."""
+
+    _fields_ = [
+        ("n_in", ctypes.c_int64),
+        ("n_slices", ctypes.c_int64),
+        ("n_out", ctypes.c_int64 * MAX_SLICES),
+        ("adapters", ctypes.c_void_p),
+    ]
+
+
+class Groups(ctypes.Structure):
+    """Where the rows of each adapter are listed; the same fields as in the source."""
+
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
     ]
 
 
@@ -56,8 +72,7 @@ def library() -> ctypes.CDLL | None:
     for name in ("lora_bfloat16", "lora_float32"):
         function = getattr(loaded, name)
         function.restype = None
-        function.argtypes = [pointer, pointer, pointer, integer, pointer, integer, integer, pointer, pointer, pointer,
-                             ctypes.c_float]  # fmt: skip
+        function.argtypes = [pointer, pointer, integer, pointer, integer, pointer]
     return loaded
 
 

@@ -1,4 +1,4 @@
-// y[rows] += scale * (x[rows] A) B, for many adapters in one call: the LoRA step of one linear layer.
+// y[rows] += (x[rows] A) B, for many adapters in one call: the LoRA step of one linear layer.
 //
 // Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both
 // lie as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A
@@ -64,14 +64,21 @@ inline void store(bfloat16* to, Floats value) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-struct Layer {
-    int64_t n_in, n_slices, n_out[8];
-};
-
 struct Adapter {
     const void* a;
     const void* b[8];
     int64_t columns, rank[8];
+};
+
+struct Layer {
+    int64_t n_in, n_slices, n_out[8];
+    const Adapter* adapters;  // by slot
+};
+
+// Rows of x and y by adapter: those of slots[i] are rows[starts[i]] up to rows[starts[i + 1]].
+struct Groups {
+    int64_t n;
+    const int32_t *slots, *starts, *rows;
 };
 
 // A sum takes some four cycles before the next can be added to it, and two start in each: at least this many at a time.
@@ -121,10 +128,10 @@ struct Step<bfloat16> {
 };
 #endif
 
-// h (N, columns), the C vectors of columns from `column` on, = scale * x A. Few sums are split over k as well.
+// h (N, columns), the C vectors of columns from `column` on, = x A. Few sums are split over k as well.
 template <typename T, int N, int C>
 void shrink_block(int64_t n_steps, int64_t columns, int64_t column, const T* a, const typename Step<T>::Input* x,
-                  float scale, float* h) {
+                  float* h) {
     constexpr int SPLIT = std::max(1, CHAINS / (N * C));
     Floats sum[SPLIT][N][C] = {};
     auto add = [&](int part, int64_t step) {
@@ -142,21 +149,21 @@ void shrink_block(int64_t n_steps, int64_t columns, int64_t column, const T* a, 
     for (int i = 0; i < N; ++i)
         for (int c = 0; c < C; ++c) {
             for (int part = 1; part < SPLIT; ++part) sum[0][i][c] += sum[part][i][c];
-            store(h + i * columns + column + c * LANES, sum[0][i][c] * scale);
+            store(h + i * columns + column + c * LANES, sum[0][i][c]);
         }
 }
 
-// h (N, columns) = scale * x A, where x (N, n_steps) is dense.
+// h (N, columns) = x A, where x (N, n_steps) is dense.
 template <typename T, int N>
-void shrink(int64_t n_steps, const Adapter& adapter, const typename Step<T>::Input* x, float scale, float* h) {
+void shrink(int64_t n_steps, const Adapter& adapter, const typename Step<T>::Input* x, float* h) {
     const T* a = static_cast<const T*>(adapter.a);
     int64_t column = 0;
     for (; column + 3 * LANES <= adapter.columns; column += 3 * LANES)
-        shrink_block<T, N, 3>(n_steps, adapter.columns, column, a, x, scale, h);
+        shrink_block<T, N, 3>(n_steps, adapter.columns, column, a, x, h);
     if (column + 2 * LANES == adapter.columns)
-        shrink_block<T, N, 2>(n_steps, adapter.columns, column, a, x, scale, h);
+        shrink_block<T, N, 2>(n_steps, adapter.columns, column, a, x, h);
     else if (column < adapter.columns)
-        shrink_block<T, N, 1>(n_steps, adapter.columns, column, a, x, scale, h);
+        shrink_block<T, N, 1>(n_steps, adapter.columns, column, a, x, h);
 }
 
 // y += h B, for one slice's C vectors of columns from `column` on; `width`: how many columns of the last are there.
@@ -208,7 +215,7 @@ void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const
 
 template <typename T, int N>
 void tile(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stride, T* y, int64_t y_stride,
-          const int32_t* rows, float scale) {
+          const int32_t* rows) {
     static thread_local std::vector<typename Step<T>::Input> inputs;
     static thread_local std::vector<float> scratch;
     const int64_t n_steps = (layer.n_in + Step<T>::K - 1) / Step<T>::K;
@@ -220,7 +227,7 @@ void tile(const Layer& layer, const Adapter& adapter, const T* x, int64_t x_stri
         Step<T>::read(layer.n_in, x + rows[i] * x_stride, inputs.data() + i * n_steps);
         to[i] = y + rows[i] * y_stride;
     }
-    shrink<T, N>(n_steps, adapter, inputs.data(), scale, h);
+    shrink<T, N>(n_steps, adapter, inputs.data(), h);
     expand<T, N>(layer, adapter, h, to);
 }
 
@@ -230,19 +237,19 @@ constexpr decltype(&tile<T, 1>) OF_SIZE[TILE] = {tile<T, 1>, tile<T, 2>, tile<T,
                                                  tile<T, 5>, tile<T, 6>, tile<T, 7>, tile<T, 8>};
 
 template <typename T>
-void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_stride, T* y, int64_t y_stride,
-          int64_t n_groups, const int32_t* slots, const int32_t* starts, const int32_t* rows, float scale) {
+void lora(const Layer& layer, const T* x, int64_t x_stride, T* y, int64_t y_stride, const Groups& groups) {
     struct Work {
         int32_t slot, begin, count;
     };
     std::vector<Work> tiles;
     int64_t work = 0;
-    for (int64_t group = 0; group < n_groups; ++group) {
-        const Adapter& adapter = adapters[slots[group]];
+    for (int64_t group = 0; group < groups.n; ++group) {
+        const Adapter& adapter = layer.adapters[groups.slots[group]];
         if (!adapter.columns) continue;  // this adapter leaves the layer alone
-        for (int32_t at = starts[group]; at < starts[group + 1]; at += TILE)
-            tiles.push_back({slots[group], at, std::min<int32_t>(TILE, starts[group + 1] - at)});
-        work += (starts[group + 1] - starts[group]) * adapter.columns * layer.n_in * 2;
+        const int32_t end = groups.starts[group + 1];
+        for (int32_t at = groups.starts[group]; at < end; at += TILE)
+            tiles.push_back({groups.slots[group], at, std::min<int32_t>(TILE, end - at)});
+        work += (end - groups.starts[group]) * adapter.columns * layer.n_in * 2;
     }
     const int64_t n_tiles = int64_t(tiles.size());
 #pragma omp parallel if (work > SERIAL && n_tiles > 1)
@@ -250,8 +257,8 @@ void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_str
 #pragma omp for schedule(dynamic, 1)
         for (int64_t t = 0; t < n_tiles; ++t) {
             const Work& item = tiles[t];
-            const Adapter& adapter = adapters[item.slot];
-            OF_SIZE<T>[item.count - 1](layer, adapter, x, x_stride, y, y_stride, rows + item.begin, scale);
+            const Adapter& adapter = layer.adapters[item.slot];
+            OF_SIZE<T>[item.count - 1](layer, adapter, x, x_stride, y, y_stride, groups.rows + item.begin);
         }
     }
 }
@@ -259,11 +266,9 @@ void lora(const Layer& layer, const Adapter* adapters, const T* x, int64_t x_str
 }  // namespace
 
 #define EXPORT(name, T)                                                                                               \
-    extern "C" void name(const Layer* layer, const Adapter* adapters, const void* x, int64_t x_stride, void* y,       \
-                         int64_t y_stride, int64_t n_groups, const int32_t* slots, const int32_t* starts,             \
-                         const int32_t* rows, float scale) {                                                          \
-        lora<T>(*layer, adapters, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, n_groups, slots,  \
-                starts, rows, scale);                                                                                 \
+    extern "C" void name(const Layer* layer, const void* x, int64_t x_stride, void* y, int64_t y_stride,              \
+                         const Groups* groups) {                                                                      \
+        lora<T>(*layer, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, *groups);                   \
     }
 
 // How many numbers along k lie side by side in A when weights are bfloat16.

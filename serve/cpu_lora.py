@@ -36,8 +36,9 @@ class Groups:
         self.slots = slots.to(torch.int32)
         self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         self.present = frozenset(slots.tolist())
-        # The kernel's arguments, read once a step and not once a layer.
-        self.pointers = (len(slots), self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
+        pointers = (self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
+        self.for_kernel = cpu_kernel.Groups(len(slots), *pointers)
+        self.at = ctypes.addressof(self.for_kernel)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         bounds = self.starts.tolist()
@@ -68,10 +69,11 @@ class Layer:
         self.version = -1
         self.in_slots: dict[int, Packed] = {}
         self.packed = weakref.WeakKeyDictionary[Any, Packed]()
-        shape = cpu_kernel.Layer(a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out))
         self.table = (cpu_kernel.Adapter * a_stacked[0].shape[0])()
-        self.shape = shape
-        self.shape_at, self.table_at = ctypes.addressof(shape), ctypes.addressof(self.table)
+        self.for_kernel = cpu_kernel.Layer(
+            a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out), ctypes.addressof(self.table)
+        )
+        self.at = ctypes.addressof(self.for_kernel)
 
     def ready(self, present: frozenset[int], adapter_in: Callable[[int], object]) -> None:
         """Have what stands in these slots packed. `adapter_in`: vLLM's object for the adapter in a slot, or None."""
@@ -145,6 +147,11 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.handle = len(_WRAPPERS)
         _WRAPPERS.append(self)
 
+    def know(self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]) -> Layer:
+        """Take in one layer's adapters, of which compiled code passes only where those of the first slice lie."""
+        layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
+        return layer
+
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
         """Group the rows of the coming step; vLLM calls this only when the mapping or a slot changed."""
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
@@ -161,13 +168,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += scale * x A B for every row with an adapter."""
+        """y[:, slice] += x A B for every row with an adapter; its scale is in B since it was read."""
+        assert scale == 1.0
         if torch.compiler.is_compiling():
-            torch.ops.vllm.counsel_lora_linear(
-                y, x, list(lora_a_stacked), list(lora_b_stacked), scale, list(output_slices), self.handle
-            )
+            torch.ops.vllm.counsel_lora_linear(y, x, lora_a_stacked[0], self.handle)
         elif self.tokens.present:
-            self._linear(self.tokens, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+            layer = self.layers.get(lora_a_stacked[0].data_ptr())
+            self._add(self.tokens, layer or self.know(lora_a_stacked, lora_b_stacked, output_slices), y, x)
 
     def add_lora_logits(
         self,
@@ -179,11 +186,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """The same for the vocabulary projection, whose rows are the sampled ones or a request's prompt rows."""
+        assert scale == 1.0
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         groups = self._logits_groups(x)
         if groups.present:
+            layer = self.layers.get(lora_a_stacked.data_ptr())
             n_out = min(y.shape[1], lora_b_stacked.shape[-2])
-            self._linear(groups, y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (n_out,))
+            self._add(groups, layer or self.know((lora_a_stacked,), (lora_b_stacked,), (n_out,)), y, x)
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
@@ -240,37 +249,25 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             return Groups(self.token_lora_indices[first : first + len(x)])
         return self.samples
 
-    def _linear(
-        self,
-        groups: Groups,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a_stacked: Sequence[torch.Tensor],
-        b_stacked: Sequence[torch.Tensor],
-        scale: float,
-        n_out: Sequence[int],
-    ) -> None:
-        layer = self.layers.get(a_stacked[0].data_ptr())
-        if layer is None:
-            layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
+    def _add(self, groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor) -> None:
         layer.ready(groups.present, self._adapter_in)
-        if x.dtype not in self.kernels or not x.dtype == y.dtype == a_stacked[0].dtype:
-            return _with_torch(groups, layer, y, x, scale)
+        kernel = self.kernels.get(x.dtype)
+        if kernel is None or not x.dtype == y.dtype == layer.a_stacked[0].dtype:
+            return _with_torch(groups, layer, y, x)
         # The kernel trusts what it is given.
         (n_x, _), (n_y, _) = x.shape, y.shape
         (x_stride, x_step), (y_stride, y_step) = x.stride(), y.stride()
         assert x_step == y_step == 1, "rows must be dense"
         assert n_x >= groups.n_rows <= n_y, "the mapping is of another step"
-        kernel = self.kernels[x.dtype]
-        kernel(layer.shape_at, layer.table_at, x.data_ptr(), x_stride, y.data_ptr(), y_stride, *groups.pointers, scale)
+        kernel(layer.at, x.data_ptr(), x_stride, y.data_ptr(), y_stride, groups.at)
         return None
 
 
-def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor) -> None:
     """What the kernel does, with torch operators."""
     for slot, rows in groups:
         packed = layer.in_slots[slot]
-        h = scale * (x[rows].float() @ _as_matrix(packed.a)[: x.shape[1]])
+        h = x[rows].float() @ _as_matrix(packed.a)[: x.shape[1]]
         h_at = y_at = 0
         for b, rank, n_out in zip(packed.b, packed.ranks, layer.n_out, strict=True):
             if rank:
@@ -284,33 +281,18 @@ def _as_matrix(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.float().permute(1, 3, 0, 2).flatten(0, 1).flatten(1)
 
 
-# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here.
+# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here,
+# and there the layer by the one tensor of it that is passed: passing all of them costs as much as the rest of the call.
 _WRAPPERS: list[GroupedPunicaWrapper] = []
 
 
-def _lora_linear(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a_stacked: list[torch.Tensor],
-    b_stacked: list[torch.Tensor],
-    scale: float,
-    n_out: list[int],
-    handle: int,
-) -> None:
+def _lora_linear(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, handle: int) -> None:
     wrapper = _WRAPPERS[handle]
     if wrapper.tokens.present:
-        wrapper._linear(wrapper.tokens, y, x, a_stacked, b_stacked, scale, n_out)
+        wrapper._add(wrapper.tokens, wrapper.layers[a.data_ptr()], y, x)
 
 
-def _lora_linear_fake(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a_stacked: list[torch.Tensor],
-    b_stacked: list[torch.Tensor],
-    scale: float,
-    n_out: list[int],
-    handle: int,
-) -> None:
+def _lora_linear_fake(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, handle: int) -> None:
     return None
 
 

@@ -7,6 +7,7 @@ an adapter that was read waits in host memory until a step needs it, and what th
 
 from typing import Any
 
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -43,6 +44,9 @@ class CounselCpuWorker(CPUWorker):
         runner.lora_manager = manager
         for wrapper in slots.punica_wrapper_mapping.values():
             wrapper.adapter_of = slots.get_adapter
+        for layer in slots.modules.values():
+            if isinstance(layer, BaseLinearLayerWithLoRA):
+                layer.punica_wrapper.know(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices)
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None or lora_request.load_inplace:
