@@ -6,6 +6,7 @@ import pytest
 
 from tests.tiny import tiny_base
 from train import fingerprint as module
+from train.errors import UserError
 from train.fingerprint import fingerprint
 
 
@@ -57,11 +58,49 @@ def test_a_file_that_just_changed_is_not_remembered(tmp_path, cache, hashed):
     assert not cache.exists()
 
 
-def test_without_a_place_to_remember_it_is_computed(tmp_path, cache, monkeypatch):
-    """A read-only home costs time, not the fingerprint."""
+@pytest.mark.parametrize("trouble", [PermissionError("not yours"), RuntimeError("no home directory")])
+def test_without_a_place_to_remember_it_is_computed(tmp_path, hashed, monkeypatch, trouble):
+    """A home that is another's, or none at all, costs time and nothing else."""
+
+    def refuse(*_args):
+        raise trouble
+
     monkeypatch.setattr(module, "SETTLED_S", -1.0)
+    monkeypatch.setattr(module, "cache_dir", refuse)
     base = tiny_base(tmp_path / "a", "llama")
-    cache.parent.mkdir(parents=True)
-    cache.write_text("in the way")
 
     assert fingerprint(base) == fingerprint(base)
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"\xff"])
+def test_a_damaged_memory_is_mended(tmp_path, cache, hashed, monkeypatch, damage):
+    """What cannot be what was kept is computed and kept anew."""
+    monkeypatch.setattr(module, "SETTLED_S", -1.0)
+    base = tiny_base(tmp_path / "a", "llama")
+    first = fingerprint(base)
+    (file,) = cache.iterdir()
+    file.write_bytes(damage)
+
+    assert fingerprint(base) == fingerprint(base) == first
+    assert len(hashed) == 2
+
+
+def test_times_alone_do_not_make_it_the_same(tmp_path, cache, monkeypatch):
+    """On file systems that keep no times of change, two models of one shape differ in a few blocks."""
+    monkeypatch.setattr(module, "SETTLED_S", -1.0)
+    weights, others = (
+        tiny_base(tmp_path / name, "llama", seed) / "model.safetensors" for name, seed in (("a", 1), ("b", 2))
+    )
+    same = weights.stat()
+    monkeypatch.setattr(module.os, "fstat", lambda _file: same)
+    first = fingerprint(weights.parent)
+    weights.write_bytes(others.read_bytes())
+
+    assert fingerprint(weights.parent) != first
+
+
+def test_without_weights_there_is_none(tmp_path, cache):
+    """A folder without safetensors is not silently one and the same base."""
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
+        fingerprint(tmp_path)

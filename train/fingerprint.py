@@ -1,44 +1,80 @@
 """Which base an adapter was trained against: the hash of the base's weights, computed once for files that stay.
 
 Hashing takes a second for every gigabyte or two, each time an adapter is published and a server started. So the result
-is kept in the cache folder, one small file for each state of the weight files: their paths, inodes, sizes, and times of
-change, by which git too tells that a file is as it was. Its caution is taken over as well: a file changed a moment ago
-may change again without a new time, so the hash of such a file is not kept.
+is kept in the cache folder, one small file a base, with the state that the weight files had: inode, size, times of
+change, by which git too tells that a file is as it was, and a few blocks of each, since some file systems keep no such
+times. As git does, it leaves out a file that changed a moment ago, which may change again without a new time.
 """
 
-import contextlib
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 from train.catalog import cache_dir, weight_files
 from train.errors import UserError
-from train.files import sha256_of, write_text
+from train.files import sha256_of, write_json
 
 SETTLED_S = 2.0
+SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 def fingerprint(base: Path) -> str:
     """The SHA-256 over a base's weight files (names and contents): what an adapter was trained against."""
     files = weight_files(base)
+    if not files:
+        raise UserError(f"{str(base)!r} holds no *.safetensors: a base is known by its weights")
     state = [_state(file) for file in files]
-    settled = all(time.time() - changed_ns / 1e9 > SETTLED_S for *_, changed_ns in state)
-    kept = cache_dir() / "fingerprints" / hashlib.sha256(json.dumps(state).encode()).hexdigest()
-    if settled and kept.is_file():
-        return kept.read_text(encoding="utf-8")
+    settled = all(time.time() - entry["changed_ns"] / 1e9 > SETTLED_S for entry in state)
+    kept = _kept(base, state) if settled else None
+    if kept:
+        return kept
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     if settled and state == [_state(file) for file in files]:
-        # Where nothing can be kept (a read-only home), it is computed each time.
-        with contextlib.suppress(OSError, UserError):
-            write_text(kept, digest.hexdigest())
+        _keep(base, state, digest.hexdigest())
     return digest.hexdigest()
 
 
-def _state(file: Path) -> tuple[str, str, int, int, int, int]:
-    """Changes with the file's name and content; the last is when anything about it changed, in nanoseconds."""
-    real = file.resolve()
-    about = real.stat()
-    return file.name, str(real), about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+def _state(file: Path) -> dict[str, Any]:
+    """What tells a file from any other, and from what it was before, at the cost of reading a few pages."""
+    with file.open("rb") as opened:
+        about = os.fstat(opened.fileno())
+        sample = hashlib.sha256()
+        for i in range(SAMPLES):
+            opened.seek(about.st_size * i // SAMPLES)
+            sample.update(opened.read(SAMPLE_BYTES))
+    return {
+        "name": file.name,
+        "inode": about.st_ino,
+        "bytes": about.st_size,
+        "written_ns": about.st_mtime_ns,
+        "changed_ns": about.st_ctime_ns,
+        "sample": sample.hexdigest(),
+    }
+
+
+# Where nothing can be kept or read (no home, or one that is read-only or another's), the hash is computed each time.
+
+
+def _kept(base: Path, state: list[dict[str, Any]]) -> str | None:
+    try:
+        known = json.loads(_place(base).read_text(encoding="utf-8"))
+        return str(known["fingerprint"]) if known["state"] == state else None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(base: Path, state: list[dict[str, Any]], found: str) -> None:
+    try:
+        write_json(_place(base), {"base": str(base.resolve()), "fingerprint": found, "state": state})
+    except (OSError, RuntimeError, UserError):
+        return
+
+
+def _place(base: Path) -> Path:
+    name = hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:16]
+    return cache_dir() / "fingerprints" / f"{name}.json"
