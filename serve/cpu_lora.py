@@ -144,12 +144,12 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         # The adapter with a number, as serve/cpu_worker.py has it; while that is unknown, whatever was written is new.
         self.adapter_of: Callable[[int], object] = lambda _number: None
         self.numbers: list[int | None] = []
-        self.handle = len(_WRAPPERS)
-        _WRAPPERS.append(self)
 
     def know(self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]) -> Layer:
-        """Take in one layer's adapters, of which compiled code passes only where those of the first slice lie."""
-        layer = self.layers[a_stacked[0].data_ptr()] = Layer(a_stacked, b_stacked, n_out)
+        """Take in where one layer's adapters lie, which compiled code does not say."""
+        address = a_stacked[0].data_ptr()
+        layer = self.layers[address] = Layer(a_stacked, b_stacked, n_out)
+        _KNOWN[address] = self, layer
         return layer
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
@@ -171,7 +171,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         """y[:, slice] += x A B for every row with an adapter; its scale is in B since it was read."""
         assert scale == 1.0
         if torch.compiler.is_compiling():
-            torch.ops.vllm.counsel_lora_linear(y, x, lora_a_stacked[0], self.handle)
+            torch.ops.vllm.counsel_lora_linear(y, x, lora_a_stacked[0])
         elif self.tokens.present:
             layer = self.layers.get(lora_a_stacked[0].data_ptr())
             self._add(self.tokens, layer or self.know(lora_a_stacked, lora_b_stacked, output_slices), y, x)
@@ -281,18 +281,18 @@ def _as_matrix(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.float().permute(1, 3, 0, 2).flatten(0, 1).flatten(1)
 
 
-# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds its wrapper here,
-# and there the layer by the one tensor of it that is passed: passing all of them costs as much as the rest of the call.
-_WRAPPERS: list[GroupedPunicaWrapper] = []
+# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds the layer and its
+# wrapper by where the one tensor that is passed lies. To pass all of a layer's tensors costs as much as the rest.
+_KNOWN: dict[int, tuple[GroupedPunicaWrapper, Layer]] = {}
 
 
-def _lora_linear(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, handle: int) -> None:
-    wrapper = _WRAPPERS[handle]
+def _lora_linear(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> None:
+    wrapper, layer = _KNOWN[a.data_ptr()]
     if wrapper.tokens.present:
-        wrapper._add(wrapper.tokens, wrapper.layers[a.data_ptr()], y, x)
+        wrapper._add(wrapper.tokens, layer, y, x)
 
 
-def _lora_linear_fake(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, handle: int) -> None:
+def _lora_linear_fake(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> None:
     return None
 
 

@@ -9,6 +9,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from serve.cpu_ops import PROVIDER
 from serve.launch import EXECUTOR, START_METHOD
 
+WORKER = "serve.cpu_worker.CounselCpuWorker"
+
 # The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
 _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
@@ -43,8 +45,11 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
         mode, start_method = compilation.mode, os.environ.get(START_METHOD)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
-        if parallel.worker_cls == "auto":
-            parallel.worker_cls = "serve.cpu_worker.CounselCpuWorker"
+        if parallel.worker_cls not in ("auto", WORKER):
+            # Compiled code needs our worker. With one of the user's own vLLM's decisions stand: eager.
+            super().check_and_update_config(vllm_config)
+            return
+        parallel.worker_cls = WORKER
         # Stock turns compilation off when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
         # operator a layer. LoRA decides nothing else in there.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None

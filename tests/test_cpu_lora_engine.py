@@ -1,5 +1,6 @@
 """The CPU LoRA arithmetic inside vLLM's real engine, on a tiny random Llama in float32, against PEFT."""
 
+import contextlib
 import os
 
 import pytest
@@ -27,11 +28,10 @@ def model(tmp_path_factory):
     return base, paths
 
 
-@pytest.fixture(scope="module", params=["compiled", "eager"])
-def engine(model, request):
-    """Compiled and eager. Both slots are taken by two adapters, so that no slot is empty when base rows come by."""
+@contextlib.contextmanager
+def engine_of(base, **options):
+    """An engine in a process of its own. Both slots are taken by two adapters: none is empty when base rows come by."""
     vllm = pytest.importorskip("vllm")
-    base, _ = model
     with pytest.MonkeyPatch.context() as kept:
         # vLLM preloads its OpenMP for every child of this process; later tests start servers of their own.
         kept.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
@@ -40,10 +40,16 @@ def engine(model, request):
         started = vllm.LLM(
             str(base), dtype="float32", enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=8,
             max_model_len=256, max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32,
-            enable_prefix_caching=False, enforce_eager=request.param == "eager",
+            enable_prefix_caching=False, **options,
         )  # fmt: skip
         yield started
         started.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module", params=["compiled", "eager"])
+def engine(model, request):
+    with engine_of(model[0], enforce_eager=request.param == "eager") as started:
+        yield started
 
 
 def said(engine, model, picks, prompt_logprobs=None):
@@ -78,6 +84,16 @@ def assert_same(left, right):
 
 def test_a_mixed_batch_says_what_peft_says_for_each(engine, model):
     """Base and both adapters in one batch: each greedy answer is that of transformers or PEFT in float32."""
+    assert_answers_are_pefts(engine, model)
+
+
+def test_with_a_worker_of_ones_own_answers_are_right(model):
+    """A worker that does not make the layers known to compiled code gets none: vLLM's --worker-cls goes on working."""
+    with engine_of(model[0], worker_cls="vllm.v1.worker.cpu_worker.CPUWorker") as started:
+        assert_answers_are_pefts(started, model)
+
+
+def assert_answers_are_pefts(engine, model):
     base, paths = model
     picks = [(question, pick) for question in QUESTIONS for pick in (None, 0, 1)]
     for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
