@@ -10,6 +10,7 @@ from serve.cpu_ops import PROVIDER
 from serve.launch import EXECUTOR, START_METHOD
 
 WORKER = "serve.cpu_worker.CounselCpuWorker"
+SCHEDULER = "serve.cpu_scheduler.OneEntryScheduler"
 
 # The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
 _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
@@ -38,7 +39,7 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Let vLLM adapt its config to a CPU with our worker, and take back four of its decisions: see the comments."""
+        """Let vLLM adapt its config to a CPU, with our worker and scheduler, and take back four of its decisions."""
         from vllm.config import CompilationMode
 
         compilation = vllm_config.compilation_config
@@ -57,6 +58,8 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
             super().check_and_update_config(vllm_config)
         finally:
             vllm_config.lora_config = lora_config
+        if lora_config is not None and vllm_config.scheduler_config.scheduler_cls is None:
+            vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if executor == os.environ.get(EXECUTOR) == "uni":
             # Stock insists on a process of its own for the model, to bind that process's threads to cores.
             parallel.distributed_executor_backend = executor

@@ -144,3 +144,25 @@ def test_adapters_in_use_keep_their_slots(engine, model):
     picks = [(question, pick) for question in QUESTIONS for pick in (0, 2)]
     for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
         assert list(output.outputs[0].token_ids) == greedy_ids(base, paths[pick], asked(question), N_TOKENS)
+
+
+def test_adapters_enter_one_a_step(engine, model):
+    """Of two adapters without a slot that are asked for together, one begins a step later; the base waits for none."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    _, paths = model
+    prompt, sampling = {"prompt_token_ids": [*range(5, 25)]}, SamplingParams(max_tokens=2, ignore_eos=True)
+    for turn in range(6):
+        for pick in (0, 1):
+            adapter = LoRARequest(f"new{turn}-{pick}", 10 + 2 * turn + pick, str(paths[pick]))
+            engine.llm_engine.add_request(f"{turn}-{pick}", prompt, sampling, lora_request=adapter)
+        engine.llm_engine.add_request(f"{turn}-base", prompt, sampling)
+        first_steps, step = {}, 0
+        while engine.llm_engine.has_unfinished_requests():
+            step += 1
+            for output in engine.llm_engine.step():
+                first_steps.setdefault(output.request_id, step)
+        adapters = sorted(first_steps[f"{turn}-{pick}"] for pick in (0, 1))
+        assert adapters[0] < adapters[1]
+        assert first_steps[f"{turn}-base"] <= adapters[1]
