@@ -8,7 +8,8 @@ Four servers of one base and 16 random adapters: `stock` (vLLM as it starts), `t
 that. While one server is measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms
 in turn, forth and back; a ratio is the median of the rounds' own ratios. Each measurement asks all its requests at
 once, and again when all have ended, until 3 seconds have passed. Nothing is streamed, every answer has its full length,
-and no prompt repeats.
+and no prompt repeats; those of `chat` open with the same system
+prompt.
 
 Writes <out>/bench.json (every measurement: arm, cell, round, tokens_s), bench.png, and each server's log.
 """
@@ -35,6 +36,7 @@ from serve.launch import PLUGINS, TARGET_MODULES, plan
 from serve.machine import look
 from serve.server import health
 from train.catalog import Base, resolve
+from train.chat import SYSTEM_PROMPT
 from train.command import Command, Result, main, option
 from train.errors import UserError
 from train.files import write_json
@@ -58,18 +60,34 @@ class BenchConfig:
     out: str = option("runs/bench-serve", "folder for the results")
 
 
+class Load(NamedTuple):
+    """How long a request and its answer are, and what its prompt opens with."""
+
+    prompt_words: int
+    new_tokens: int
+    system: str = ""
+
+
+LOADS = {
+    "decode": Load(16, 32),
+    # Half of the questions on CounselChat have 46 words or more; every recipe opens with the system prompt.
+    "chat": Load(46, 48, system=SYSTEM_PROMPT),
+    "prefill": Load(300, 4),
+    "warm-up": Load(16, 2),
+}
+
+
 class Cell(NamedTuple):
-    """One load: how many adapters share it with the base (0: base only, -1: one adapter and no base), and its size."""
+    """How many adapters share a load with the base (0: base only, -1: one adapter and no base), and what load."""
 
     adapters: int
     concurrency: int
-    prompt_words: int = 16
-    new_tokens: int = 32
+    load: str = "decode"
 
     @property
     def name(self) -> str:
         who = {0: "base", -1: "adapter"}.get(self.adapters, f"mixed{self.adapters}")
-        return f"{who}_c{self.concurrency}" + ("" if self.prompt_words < 100 else "_prefill")
+        return f"{who}_c{self.concurrency}" + ("" if self.load == "decode" else f"_{self.load}")
 
     def models(self, base: str) -> list[str]:
         """The model each of the cell's requests asks for."""
@@ -81,13 +99,17 @@ class Cell(NamedTuple):
         return list(itertools.islice(itertools.cycle(names), self.concurrency))
 
 
-QUICK = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32))
-FULL = tuple(
-    Cell(adapters, concurrency, words, tokens)
-    for words, tokens in ((16, 32), (300, 4))
-    for adapters in (0, -1, 4, 16)
-    for concurrency in (1, 8, 32)
-    if adapters <= 0 or concurrency > 1
+CHAT = (Cell(0, 32, "chat"), Cell(4, 32, "chat"))
+QUICK = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32), *CHAT)
+FULL = (
+    tuple(
+        Cell(adapters, concurrency, load)
+        for load in ("decode", "prefill")
+        for adapters in (0, -1, 4, 16)
+        for concurrency in (1, 8, 32)
+        if adapters <= 0 or concurrency > 1
+    )
+    + CHAT
 )
 
 
@@ -196,12 +218,12 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
     rows = []
     for turn in range(rounds + 1):
         for cell, arm in itertools.product(cells, arms if turn % 2 else arms[::-1]):
-            # vLLM's own LoRA is slow: beyond the cells the targets are about, one round of it is what time allows.
-            once = arm.name == "tuned" or (arm.name == "stock" and cell not in QUICK)
+            # vLLM's own LoRA is slow, the more so the longer the prompts: one round of those is what time allows.
+            once = arm.name == "tuned" or (arm.name == "stock" and (cell not in QUICK or cell in CHAT))
             if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
                 continue
             if turn == 0 and arm.name in ("stock", "tuned"):
-                cell = cell._replace(new_tokens=2, prompt_words=16)
+                cell = cell._replace(load="warm-up")
             arm.resume()
             tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
             arm.pause()
@@ -212,9 +234,9 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
 
 
 async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
-    """New tokens per second over the whole load, or prompt tokens where the cell is about prompts."""
-    # Neither another round nor another cell may leave the prompt in a prefix cache.
-    words = random.Random(f"{cell.name} {seed}")
+    """New tokens per second over the whole load; of the prefill load, prompt tokens."""
+    # Neither another round nor another cell may leave the prompt, but for the system's part, in a prefix cache.
+    words, load = random.Random(f"{cell.name} {seed}"), LOADS[cell.load]
     counted, started_s = 0, time.perf_counter()
     async with make_async_client(f"{arm.url}/v1", "none") as client:
         while not counted or time.perf_counter() - started_s < at_least_s:
@@ -222,8 +244,8 @@ async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: 
                 *(
                     client.completions.create(
                         model=model,
-                        prompt=" ".join(words.choices(WORDS, k=cell.prompt_words)),
-                        max_tokens=cell.new_tokens,
+                        prompt=" ".join((load.system, *words.choices(WORDS, k=load.prompt_words))),
+                        max_tokens=load.new_tokens,
                         temperature=0,
                         extra_body=arm.extra(model),
                     )
@@ -231,7 +253,7 @@ async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: 
                 )
             )
             usages = [reply.usage for reply in replies if reply.usage]
-            counted += sum(u.prompt_tokens if cell.prompt_words >= 100 else u.completion_tokens for u in usages)
+            counted += sum(u.prompt_tokens if cell.load == "prefill" else u.completion_tokens for u in usages)
         return counted / (time.perf_counter() - started_s)
 
 
@@ -250,6 +272,9 @@ def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[
 
     return {
         "mixed4_c32_vs_stock": ratio(("ours", "mixed4_c32"), ("stock", "mixed4_c32")),
+        "mixed4_c32_chat_vs_stock": ratio(("ours", "mixed4_c32_chat"), ("stock", "mixed4_c32_chat")),
+        "mixed4_c32_chat_vs_base": ratio(("ours", "mixed4_c32_chat"), ("ours", "base_c32_chat")),
+        "mixed4_c32_prefill_vs_stock": ratio(("ours", "mixed4_c32_prefill"), ("stock", "mixed4_c32_prefill")),
         "mixed4_c32_vs_tuned": ratio(("ours", "mixed4_c32"), ("tuned", "mixed4_c32")),
         "mixed4_c32_vs_base": ratio(("ours", "mixed4_c32"), ("ours", "base_c32")),
         "mixed16_c32_vs_base": ratio(("ours", "mixed16_c32"), ("ours", "base_c32")),
