@@ -133,6 +133,7 @@ class VllmEngine:
         try:
             await self.client.add_lora(request)
         except Exception as error:  # vLLM reports whatever went wrong in the engine as a bare Exception
+            _refuse_if_gone(manifest, path)
             raise Refusal(500, f"the engine refused {manifest.id}: {error}") from error
         self.requests[manifest.id] = request
 
@@ -162,9 +163,16 @@ def _verify(manifest: Manifest, path: Path) -> None:
         try:
             found = shelves.sha256_of(path / name)
         except OSError as error:
+            _refuse_if_gone(manifest, path)
             raise Refusal(500, f"{manifest.id} is not whole: {name}: {error.strerror}; publish it again") from error
         if found != file["sha256"]:
             raise Refusal(500, f"{manifest.id}: {name} changed after it was published; publish it again")
+
+
+def _refuse_if_gone(manifest: Manifest, path: Path) -> None:
+    if not path.is_dir():
+        message = f"the model {manifest.id!r} does not exist any more: it was removed a moment ago"
+        raise Refusal(404, message, param="model", code="model_not_found")
 
 
 def _cards(state: Any) -> list[dict[str, Any]]:

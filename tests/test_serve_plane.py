@@ -2,17 +2,28 @@
 
 import asyncio
 import dataclasses
+import hashlib
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from serve.adapters import VllmEngine
 from serve.openai_errors import Refusal
 from serve.plane import Plane
 from tests.tiny import tiny_manifest
 from train.files import write_json, write_text
 from train.store import Manifest
+
+
+class Serving:
+    """What vLLM's API process knows of its models."""
+
+    def __init__(self) -> None:
+        self.lora_requests: dict[str, object] = {}
+        self.base_model_paths = [types.SimpleNamespace(name="tiny")]
 
 
 class Notes:
@@ -227,3 +238,32 @@ def test_one_broken_version_leaves_the_others_served_and_is_told_once(tmp_path, 
 
     asyncio.run(scene())
     assert len([record for record in caplog.records if "left broken" in record.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["before it is read", "while the engine reads it"])
+def test_a_version_removed_while_it_loads_is_no_fault_of_the_server(tmp_path, read):
+    """Whoever asked for it is told that it is gone (404), not that something broke; a damaged one stays a 500."""
+    manifest = tiny_manifest("a")
+    folder = tmp_path / "a" / manifest.version
+    folder.mkdir(parents=True)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    manifest = dataclasses.replace(manifest, files={"adapter_model.safetensors": {"sha256": digest, "bytes": 7}})
+
+    class Reader:
+        async def add_lora(self, _request: object) -> None:
+            (folder / "adapter_model.safetensors").unlink()
+            if gone:
+                folder.rmdir()
+            raise RuntimeError("no such file")
+
+    async def refusal() -> Refusal:
+        with pytest.raises(Refusal) as refused:
+            await VllmEngine(Reader(), Serving()).load(manifest, folder)
+        return refused.value
+
+    for gone, expected in ((False, 500), (True, 404)):
+        if read:
+            (folder / "adapter_model.safetensors").write_bytes(b"weights")
+        elif gone:
+            folder.rmdir()
+        assert asyncio.run(refusal()).status == expected
