@@ -8,8 +8,7 @@ Four servers of one base and 16 random adapters: `stock` (vLLM as it starts), `t
 that. While one server is measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms
 in turn, forth and back; a ratio is the median of the rounds' own ratios. Each measurement asks all its requests at
 once, and again when all have ended, until 3 seconds have passed. Nothing is streamed, every answer has its full length,
-and no prompt repeats; those of `chat` open with the same system
-prompt.
+and no prompt repeats; those of chats open with the same system prompt.
 
 Writes <out>/bench.json (every measurement: arm, cell, round, tokens_s), bench.png, and each server's log.
 """
@@ -35,7 +34,7 @@ from serve.config import ServeConfig
 from serve.launch import PLUGINS, TARGET_MODULES, plan
 from serve.machine import look
 from serve.server import health
-from train.catalog import Base, resolve
+from train.catalog import Base, resolve, weight_files
 from train.chat import SYSTEM_PROMPT
 from train.command import Command, Result, main, option
 from train.errors import UserError
@@ -65,13 +64,13 @@ class Load(NamedTuple):
 
     prompt_words: int
     new_tokens: int
-    system: str = ""
+    opening: str = ""
 
 
 LOADS = {
     "decode": Load(16, 32),
     # Half of the questions on CounselChat have 46 words or more; every recipe opens with the system prompt.
-    "chat": Load(46, 48, system=SYSTEM_PROMPT),
+    "chat": Load(46, 48, opening=f"{SYSTEM_PROMPT} "),
     "prefill": Load(300, 4),
     "warm-up": Load(16, 2),
 }
@@ -99,17 +98,18 @@ class Cell(NamedTuple):
         return list(itertools.islice(itertools.cycle(names), self.concurrency))
 
 
-CHAT = (Cell(0, 32, "chat"), Cell(4, 32, "chat"))
-QUICK = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32), *CHAT)
+TARGETS = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32))
+CHATS = (Cell(0, 32, "chat"), Cell(4, 32, "chat"))
+QUICK = (*TARGETS, *CHATS)
 FULL = (
-    tuple(
+    *(
         Cell(adapters, concurrency, load)
         for load in ("decode", "prefill")
         for adapters in (0, -1, 4, 16)
         for concurrency in (1, 8, 32)
         if adapters <= 0 or concurrency > 1
-    )
-    + CHAT
+    ),
+    *CHATS,
 )
 
 
@@ -218,8 +218,8 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
     rows = []
     for turn in range(rounds + 1):
         for cell, arm in itertools.product(cells, arms if turn % 2 else arms[::-1]):
-            # vLLM's own LoRA is slow, the more so the longer the prompts: one round of those is what time allows.
-            once = arm.name == "tuned" or (arm.name == "stock" and (cell not in QUICK or cell in CHAT))
+            # vLLM's own LoRA is slow: beyond the cells the targets are about, one round of it is what time allows.
+            once = arm.name == "tuned" or (arm.name == "stock" and cell not in TARGETS)
             if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
                 continue
             if turn == 0 and arm.name in ("stock", "tuned"):
@@ -235,7 +235,7 @@ def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rou
 
 async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
     """New tokens per second over the whole load; of the prefill load, prompt tokens."""
-    # Neither another round nor another cell may leave the prompt, but for the system's part, in a prefix cache.
+    # Neither another round nor another cell may leave the prompt, but for its opening, in a prefix cache.
     words, load = random.Random(f"{cell.name} {seed}"), LOADS[cell.load]
     counted, started_s = 0, time.perf_counter()
     async with make_async_client(f"{arm.url}/v1", "none") as client:
@@ -244,7 +244,7 @@ async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: 
                 *(
                     client.completions.create(
                         model=model,
-                        prompt=" ".join((load.system, *words.choices(WORDS, k=load.prompt_words))),
+                        prompt=load.opening + " ".join(words.choices(WORDS, k=load.prompt_words)),
                         max_tokens=load.new_tokens,
                         temperature=0,
                         extra_body=arm.extra(model),
@@ -338,7 +338,7 @@ def _random_adapter(base: Base, folder: Path, rank: int, seed: int) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     generator, weights = torch.Generator().manual_seed(seed), {}
-    for file in sorted(base.path.glob("*.safetensors")):
+    for file in weight_files(base.path):
         with safe_open(file, "pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 if key.split(".")[-2] in TARGET_MODULES:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.catalog import weight_files
 from train.errors import UserError
 from train.files import read_json
 
@@ -47,7 +48,7 @@ def check(folder: Path, base: Path) -> Facts:
     ranks = check_config(config)
     pairs = _pairs(tensor_shapes(folder / WEIGHTS))
     base_shapes: dict[str, Shape] = {}
-    for file in sorted(base.glob("*.safetensors")):
+    for file in weight_files(base):
         base_shapes.update(tensor_shapes(file))
     for module, (shape_a, shape_b) in pairs.items():
         _check_shapes(module, shape_a, shape_b, base_shapes, ranks)

@@ -7,7 +7,6 @@ times. As git does, it leaves out a file that changed a moment ago, which may ch
 """
 
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from train.catalog import cache_dir, weight_files
 from train.errors import UserError
-from train.files import sha256_of, write_json
+from train.files import read_json, sha256_of, write_json
 
 SETTLED_S = 2.0
 SAMPLES, SAMPLE_BYTES = 16, 4096
@@ -62,9 +61,9 @@ def _state(file: Path) -> dict[str, Any]:
 
 def _kept(base: Path, state: list[dict[str, Any]]) -> str | None:
     try:
-        known = json.loads(_place(base).read_text(encoding="utf-8"))
+        known = read_json(_place(base))
         return str(known["fingerprint"]) if known["state"] == state else None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except (OSError, RuntimeError, UserError, KeyError):
         return None
 
 

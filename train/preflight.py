@@ -197,7 +197,7 @@ def memory(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder).get_text_config()
-    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = sum(file.stat().st_size for file in catalog.weight_files(folder))
     if how.dtype == "float32":
         weights *= 2
     if how.load_4bit:
