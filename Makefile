@@ -1,9 +1,6 @@
-# Every target sets the environment up first. `make help` lists them.
-PYTHON ?= python3.11
+# Every target sets the environment up first. `make help` lists them. PYTHON=... names another Python, from 3.11 to 3.13.
 BIN := .venv/bin
-EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-# uv does not read pip's find-links; where pip has a local wheel folder, uv gets it too.
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-step bench-loadtest bench-eval
@@ -11,21 +8,13 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/.ready  ## the environment in .venv: exact versions from locks/, extra cpu or cuda by what the machine has
+setup: .venv/.ready-$(EXTRA)  ## the environment in .venv: exact versions from locks/, extra cpu or cuda by what the machine has
 
-.venv/.ready: locks/$(EXTRA).txt pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet uv==0.13.9
-	@# A local CPU torch wheel needs no further index; elsewhere uv knows the public one.
-	@# Bytecode now: it halves the start of each of the many processes to come.
-	@$(BIN)/uv pip install --quiet --compile-bytecode --requirement locks/$(EXTRA).txt \
-	    $$(ls $(UV_FIND_LINKS)/torch-*+cpu-*.whl >/dev/null 2>&1 || echo --torch-backend=$$(test $(EXTRA) = cpu && echo cpu || echo auto))
-	@$(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+.venv/.ready-$(EXTRA): locks/$(EXTRA).txt locks/setup.sh pyproject.toml
+	@PYTHON='$(PYTHON)' sh locks/setup.sh $(EXTRA)
 
-lock: setup  ## solve pyproject.toml again into locks/
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --extra dev --quiet --no-annotate --no-header --generate-hashes --output-file locks/cpu.txt
-	$(BIN)/uv pip compile pyproject.toml --extra cuda --extra dev --quiet --no-annotate --no-header --generate-hashes --output-file locks/cuda.txt
+lock: setup  ## solve pyproject.toml again into locks/, for every Python and machine that it names
+	$(BIN)/python locks/solve.py
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .
