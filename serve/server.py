@@ -56,7 +56,9 @@ class Server:
         """Raises UserError for what can be seen beforehand: no such base, port in use, no keys on an open address."""
         self.base: Base = resolve(config.model)
         _refuse_open_door(config)
-        self.config = dataclasses.replace(config, port=_free_port(config), logs=str(Path(config.logs).absolute()))
+        self._port = _reserve_port(config)
+        port = int(self._port.getsockname()[1])
+        self.config = dataclasses.replace(config, port=port, logs=str(Path(config.logs).absolute()))
         self.quiet = quiet
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_s = 0.0
@@ -120,6 +122,7 @@ class Server:
 
     def stop(self) -> None:
         """Let running requests end within `drain_s`, then end the child; kill what is left, at once if interrupted."""
+        self._port.close()
         if self.process is None:
             return
         try:
@@ -220,19 +223,24 @@ def _refuse_open_door(config: ServeConfig) -> None:
         )
 
 
-def _free_port(config: ServeConfig) -> int:
-    """The port to use; binding it now tells at once when it is taken."""
+def _reserve_port(config: ServeConfig) -> socket.socket:
+    """A socket bound to the port to use, which tells at once when it is taken.
+
+    It never listens. While it stays open nobody else is given the port, also where any free one was asked for and the
+    child takes half a minute to get there; the child may listen on it all the same, as both set SO_REUSEADDR.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise UserError(
-                f"cannot listen on {config.host} port {config.port}: {error.strerror}; "
-                "stop what listens there, or take another with --port (0: any free one)"
-            ) from error
-        return int(probe.getsockname()[1])
+    reserved = socket.socket(family)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind((config.host, config.port))
+    except OSError as error:
+        reserved.close()
+        raise UserError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; "
+            "stop what listens there, or take another with --port (0: any free one)"
+        ) from error
+    return reserved
 
 
 def _phase(log: Path) -> str:
