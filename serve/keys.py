@@ -47,7 +47,7 @@ class KeyRing:
     def __init__(self, path: Path | None, environ: Mapping[str, str] = os.environ) -> None:
         self.path = path
         self._given = _from_environment(environ)
-        self._stamp = -1
+        self._stamp = (-1, -1, -1)
         self._checked_s = time.monotonic()
         self._keys = [*self._given, *self._read()]
         self._started_open = not self._keys
@@ -135,8 +135,10 @@ def _from_environment(environ: Mapping[str, str]) -> list[Key]:
     return keys
 
 
-def _stamp(path: Path) -> int:
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Differs when the file does. The time alone would not: two writes may fall into one tick of the clock."""
     try:
-        return path.stat().st_mtime_ns
+        state = path.stat()
     except FileNotFoundError:
-        return 0
+        return (0, 0, 0)
+    return (state.st_mtime_ns, state.st_ino, state.st_size)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 
 import pytest
 
@@ -48,6 +49,18 @@ def test_the_ring_follows_its_file_and_survives_a_broken_one(tmp_path):
     later()
     assert ring.find(first) is None
     assert not ring.open
+
+
+def test_a_key_removed_within_one_tick_of_the_clock_opens_nothing_any_more(tmp_path):
+    """A revoked key is refused, also where the file's time is the one that it had before."""
+    path = tmp_path / "keys.txt"
+    key = add_key(path, USER, "ann")
+    before = path.stat()
+    ring = KeyRing(path, {})
+    path.write_text("# nobody\n")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    ring._checked_s -= 10
+    assert ring.find(key) is None
 
 
 def test_a_ring_that_started_open_closes_with_its_first_key(tmp_path):
