@@ -1,13 +1,19 @@
 """One real server for the whole session: vLLM on a tiny random Gemma-2, with two adapters published."""
 
+import contextlib
+import http.client
 import json
-import time
+import re
+import urllib.parse
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from serve.client import make_client
@@ -15,8 +21,32 @@ from serve.config import ServeConfig
 from serve.keys import ADMIN, USER, add_key
 from serve.server import Server
 from tests.tiny import tiny_adapter, tiny_base
+from tests.waiting import until
 from train import store as shelves
 from train.catalog import Base, resolve
+
+# How often each test was run in this session.
+RUNS: Counter[str] = Counter()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    RUNS[report.nodeid] += report.when == "setup"
+
+
+def run_again() -> list[str]:
+    return [test for test, times in RUNS.items() if times > 1]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A test that passes at its second try has failed once: no plugin may run one again in silence."""
+    if run_again():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for test in run_again():
+        terminalreporter.write_line(f"FAILED {test} - run {RUNS[test]} times; a test is run once")
+
 
 SYSTEM = "you are supportive"
 ORIGIN = "https://app.example"
@@ -51,11 +81,42 @@ class Served:
 
     def lines(self, name: str, wanted: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
         """The rows of a log once they are as `wanted`: a row is written when its answer has gone out, or just after."""
-        deadline = time.monotonic() + 10
-        while not wanted(rows := [json.loads(line) for line in (self.logs / name).read_text().splitlines()]):
-            assert time.monotonic() < deadline, rows[-6:]
-            time.sleep(0.05)
-        return rows
+
+        def read() -> list[dict[str, Any]]:
+            # What stands behind the last end of line is still being written.
+            return [json.loads(line) for line in (self.logs / name).read_text().split("\n")[:-1]]
+
+        until(lambda: wanted(read()))
+        return read()
+
+    def metric(self, name: str) -> float:
+        """The value of a series without regard to its labels."""
+        asked = urllib.request.Request(
+            self.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {self.admin_key}"}
+        )
+        with urllib.request.urlopen(asked) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[{ ]", line, maxsplit=1)[0] == name)
+
+    def send(self, key: str, **fields: object) -> http.client.HTTPConnection:
+        """Send a chat request and return at once, without waiting for its answer; closing the connection hangs up."""
+        address = urllib.parse.urlsplit(self.base_url)
+        connection = http.client.HTTPConnection(address.hostname, address.port)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
+        return connection
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """The engine's processes are stopped and the API process goes on: no answer comes until this ends."""
+        engine = psutil.Process(self.server.pid).children(recursive=True)
+        for process in engine:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in engine:
+                process.resume()
 
     def publish(self, name: str, folder: Path, system: str = "") -> shelves.Manifest:
         return shelves.publish(self.store, name, folder, self.base, system=system)

@@ -1,9 +1,6 @@
 """The gate: who may pass where, what is too much, and how a refusal reads to the official SDK."""
 
-import concurrent.futures
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from serve.client import make_client
 from serve.gateway import ROUTES
 from serve.keys import USER, add_key
 from tests.conftest import ORIGIN, Served
+from tests.waiting import until
 
 ASK = [{"role": "user", "content": "what can help me sleep"}]
 # What vLLM mounts beside the API, and what it would mount in its development mode: none of it exists here.
@@ -91,62 +89,51 @@ def test_a_body_that_is_no_json_object_is_a_400(server, raw):
     assert call(server, "GET", "/health").status_code == 200
 
 
-def metric(served: Served, name: str) -> float:
-    """The value of a series without regard to its labels."""
-    text = call(served, "GET", "/metrics", served.admin_key).text
-    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0].split(" ")[0] == name)
-
-
-def wait_for(promise: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not promise():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 def test_bursts_wait_their_turn_up_to_429_for_a_key_and_503_for_the_server(server):
     """64 answers run for a key, 16 wait for a turn and get it, a 17th is a 429; the whole server takes 96, then 503."""
     client, other = server.client(), make_client(server.base_url, server.admin_key)
-    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 256, "extra_body": {"ignore_eos": True}}
-    stream = client.chat.completions.create(**ask, n=64, stream=True)
-    # All 64 count from the first piece of the first answer to the last piece of the last.
-    pieces = [next(stream)]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        waiting = pool.submit(client.chat.completions.create, **{**ask, "max_completion_tokens": 1}, n=16)
-        wait_for(lambda: metric(server, "counsel_sequences_in_flight") == 80)
+    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 4, "ignore_eos": True}
+    asked = {"model": "calm", "messages": ASK}
+    with server.standing_still():
+        running = server.send(server.user_key, **ask, n=64)
+        until(lambda: server.metric("counsel_sequences_in_flight") == 64)
+        waiting = server.send(server.user_key, **ask, n=16)
+        until(lambda: server.metric("counsel_sequences_in_flight") == 80)
         with pytest.raises(openai.RateLimitError, match="64 answers running of 64 and 16 waiting of 16") as of_key:
-            client.chat.completions.create(**ask)
+            client.chat.completions.create(**asked)
         with pytest.raises(openai.InternalServerError, match="80 answers running or waiting") as of_server:
-            other.chat.completions.create(**ask, n=17)
-        assert len(other.chat.completions.create(**{**ask, "max_completion_tokens": 1}, n=2).choices) == 2
-        assert not waiting.done()
-        pieces += stream
-        assert len(waiting.result().choices) == 16
+            other.chat.completions.create(**asked, n=17)
+        beside = server.send(server.admin_key, **ask, n=16)
+        until(lambda: server.metric("counsel_sequences_in_flight") == 96)
+        with pytest.raises(openai.InternalServerError, match="96 answers running or waiting"):
+            other.chat.completions.create(**asked)
     assert (of_key.value.status_code, of_key.value.response.headers["retry-after"]) == (429, "1")
     assert (of_server.value.status_code, of_server.value.response.headers["retry-after"]) == (503, "2")
-    finished = [choice.index for piece in pieces for choice in piece.choices if choice.finish_reason]
-    assert sorted(finished) == list(range(64))
+    for connection, n in ((running, 64), (waiting, 16), (beside, 16)):
+        choices = json.loads(connection.getresponse().read())["choices"]
+        assert [choice["finish_reason"] for choice in choices] == ["length"] * n
+        connection.close()
 
 
-def test_a_caller_who_hangs_up_in_the_queue_leaves_it(server):
-    """Its place is free at once, and the engine never sees the request."""
-    stream = server.client().chat.completions.create(
-        model="calm", messages=ASK, n=64, max_completion_tokens=256, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(stream)
-    with pytest.raises(openai.APITimeoutError):
-        make_client(server.base_url, server.user_key, timeout_s=0.3).chat.completions.create(
-            model="calm", messages=ASK, n=16
-        )
-    wait_for(lambda: metric(server, "counsel_sequences_in_flight") <= 64)
-    stream.close()
-    wait_for(lambda: metric(server, "counsel_sequences_in_flight") == 0)
+def test_a_caller_who_hangs_up_leaves_the_line_and_the_engine(server):
+    """Whether it waits for its turn or is being answered, its place is free at once and nothing works for it."""
+    ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 256, "ignore_eos": True}
+    with server.standing_still():
+        running = server.send(server.user_key, **ask, n=64, stream=True)
+        until(lambda: server.metric("counsel_sequences_in_flight") == 64)
+        waiting = server.send(server.user_key, **ask, n=16)
+        until(lambda: server.metric("counsel_sequences_in_flight") == 80)
+        waiting.close()
+        until(lambda: server.metric("counsel_sequences_in_flight") == 64)
+        running.close()
+        until(lambda: server.metric("counsel_sequences_in_flight") == 0)
+    until(lambda: server.metric("vllm:num_requests_running") == 0)
 
 
 def test_a_key_made_while_the_server_runs_is_known_to_it(server):
     """The key file is reread within seconds; no restart."""
     late = add_key(Path(server.server.config.keys), USER, "late")
-    wait_for(lambda: call(server, "GET", "/v1/models", late).status_code == 200)
+    until(lambda: call(server, "GET", "/v1/models", late).status_code == 200)
 
 
 def test_a_stream_shows_usage_only_to_those_who_asked(server):
@@ -254,14 +241,14 @@ def test_what_one_key_asked_is_in_no_other_keys_prefix_cache(server):
     """The same long prompt again is read from the cache for the same key, and computed anew for another."""
 
     def hits_of(key: str) -> float:
-        queries, hits = (metric(server, f"vllm:prefix_cache_{name}_total") for name in ("queries", "hits"))
+        queries, hits = (server.metric(f"vllm:prefix_cache_{name}_total") for name in ("queries", "hits"))
         messages = [{"role": "user", "content": "thank you for sharing this with me " * 12}]
         reply = make_client(server.base_url, key).chat.completions.create(
             model="calm", messages=messages, max_completion_tokens=1
         )
         # The engine's figures arrive a moment after the answer.
-        wait_for(lambda: metric(server, "vllm:prefix_cache_queries_total") >= queries + reply.usage.prompt_tokens)
-        return metric(server, "vllm:prefix_cache_hits_total") - hits
+        until(lambda: server.metric("vllm:prefix_cache_queries_total") >= queries + reply.usage.prompt_tokens)
+        return server.metric("vllm:prefix_cache_hits_total") - hits
 
     assert [hits_of(key) > 0 for key in (server.user_key, server.user_key, server.admin_key)] == [False, True, False]
 

@@ -1,7 +1,6 @@
 """One real server, many adapters: who answers, what is loaded when, and what a client sees of it."""
 
 import concurrent.futures
-import time
 from pathlib import Path
 
 import openai
@@ -11,6 +10,7 @@ from serve.client import make_client, timed_reply
 from tests.conftest import SYSTEM, Served
 from tests.greedy import greedy_ids
 from tests.tiny import tiny_adapter
+from tests.waiting import until
 from train import store as shelves
 
 ASK = [{"role": "user", "content": "i feel lonely since we moved"}]
@@ -28,14 +28,6 @@ def ask(served: Served, model: str, messages: list[dict[str, str]] = ASK) -> lis
 
 def model_ids(served: Served) -> list[str]:
     return [card.id for card in served.client().models.list()]
-
-
-def wait_until(promise, within_s: float) -> None:
-    """Fail unless `promise()` comes true in time."""
-    deadline_s = time.monotonic() + within_s
-    while not promise():
-        assert time.monotonic() < deadline_s, f"not true within {within_s} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +61,24 @@ def test_a_system_text_of_the_request_wins_over_the_manifests(server):
 
 
 def test_what_is_published_while_it_runs_is_served_replaced_rolled_back_and_removed(server, tmp_path):
-    """An adapter lives its whole life in a running server, each step seen within 2 s, each answer PEFT's."""
+    """An adapter lives its whole life in a running server, each step seen without a restart, each answer PEFT's."""
     sources = [tiny_adapter(server.base.path, tmp_path / str(seed), seed=seed) for seed in (11, 12)]
     texts = [greedy_ids(server.base.path, source, ASK, N_TOKENS) for source in sources]
 
     first = server.publish("fresh", sources[0])
-    wait_until(lambda: "fresh" in model_ids(server), within_s=2)
+    until(lambda: "fresh" in model_ids(server))
     assert ask(server, "fresh") == texts[0]
 
     second = server.publish("fresh", sources[1])
-    wait_until(lambda: ask(server, "fresh") == texts[1], within_s=2)
+    until(lambda: ask(server, "fresh") == texts[1])
     assert ask(server, first.id) == texts[0]
     assert ask(server, second.id) == texts[1]
 
     shelves.rollback(server.store, "fresh")
-    wait_until(lambda: ask(server, "fresh") == texts[0], within_s=2)
+    until(lambda: ask(server, "fresh") == texts[0])
 
     shelves.remove(server.store, "fresh")
-    wait_until(lambda: "fresh" not in model_ids(server), within_s=2)
+    until(lambda: "fresh" not in model_ids(server))
     with pytest.raises(openai.NotFoundError):
         ask(server, "fresh")
 
@@ -120,15 +112,15 @@ def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_
     first = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept1", seed=50))
     shelves.pin(server.store, "kept", pinned=True)
     ask(server, "kept")
-    wait_until(lambda: all(row["pinned"] for row in rows_of_admin(server) if row["id"] == first.id), within_s=2)
+    until(lambda: all(row["pinned"] for row in rows_of_admin(server) if row["id"] == first.id))
     assert others_pass(first) == {"loaded"}
 
     second = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept2", seed=51))
-    wait_until(lambda: states_of(server).get(second.id) == "loaded", within_s=5)
-    wait_until(lambda: states_of(server).get(first.id) == "published", within_s=5)
+    until(lambda: states_of(server).get(second.id) == "loaded")
+    until(lambda: states_of(server).get(first.id) == "published")
     assert others_pass(second) == {"loaded"}
     shelves.pin(server.store, "kept", pinned=False)
-    wait_until(lambda: not any(row["pinned"] for row in rows_of_admin(server)), within_s=2)
+    until(lambda: not any(row["pinned"] for row in rows_of_admin(server)))
     others_pass(second)
     assert states_of(server)[second.id] == "published"
     for name in (*names, "kept"):

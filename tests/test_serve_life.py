@@ -3,13 +3,11 @@
 import concurrent.futures
 import contextlib
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -23,6 +21,7 @@ from serve.server import Server
 from tests.conftest import tiny_config
 from tests.gate_cost import model_process
 from tests.tiny import tiny_adapter
+from tests.waiting import HANG_S, until
 from train import store as shelves
 from train.catalog import Base
 from train.errors import UserError
@@ -32,10 +31,10 @@ LONG = {"ignore_eos": True}
 
 
 SERVE = ("-m", "serve")
-# The same command with less patience for a child that hangs: 4 misses of 5 s, 1 s apart.
+# The same command with less patience for a child that hangs: 3 misses of 15 s, 1 s apart.
 IMPATIENT = (
     "-c",
-    "import sys, serve.supervise as s; s.HEALTH_EVERY_S, s.HEALTH_WAIT_S, s.HEALTH_MISSES = 1.0, 5.0, 4\n"
+    "import sys, serve.supervise as s; s.HEALTH_EVERY_S, s.HEALTH_WAIT_S, s.HEALTH_MISSES = 1.0, 15.0, 3\n"
     "from serve.__main__ import COMMANDS; from train.command import main; sys.exit(main('serve', COMMANDS))",
 )
 
@@ -61,10 +60,10 @@ class Doomed(Small):
     code = "raise ValueError('no weights')"
 
 
-def start(base: Base, folder: Path, port: int, *flags: str, how: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
+def start(base: Base, folder: Path, *flags: str, how: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
     """`python -m serve` as a user runs it in a terminal (a process group of its own), with a store of one adapter."""
     words = [sys.executable, *how, "--model", str(base.path), "--store", str(folder / "store")]
-    words += ["--port", str(port), "--logs", str(folder / "logs"), "--dtype", "float32", "--context-tokens", "512"]
+    words += ["--port", "0", "--logs", str(folder / "logs"), "--dtype", "float32", "--context-tokens", "512"]
     words += ["--kv-gb", "0.1", "--running", "8", "--no-compile", *flags]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -73,16 +72,12 @@ def start(base: Base, folder: Path, port: int, *flags: str, how: tuple[str, ...]
     )  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def until(promise: Callable[[], bool], within_s: float = 60) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not promise():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+def address_of(process: subprocess.Popen[str]) -> str:
+    """Where it will listen: it says so before it starts its child."""
+    for line in process.stderr:
+        if found := re.search(r"on (http://[^/]+)/v1", line):
+            return found[1]
+    pytest.fail("it ended without an address")
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -93,26 +88,23 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def wait_for(client: openai.OpenAI, model: str, process: subprocess.Popen[str], within_s: float = 600) -> None:
-    """Until `model` answers."""
-    deadline_s = time.monotonic() + within_s
-    while True:
-        try:
-            client.chat.completions.create(model=model, messages=ASK, max_completion_tokens=1)
-            return
-        except (openai.APIConnectionError, openai.InternalServerError):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline_s
-            time.sleep(0.3)
+def answers(client: openai.OpenAI, model: str, process: subprocess.Popen[str]) -> bool:
+    """Whether `model` answers; fails when the server's command has ended instead."""
+    try:
+        client.chat.completions.create(model=model, messages=ASK, max_completion_tokens=1)
+    except (openai.APIConnectionError, openai.InternalServerError):
+        assert process.poll() is None, process.stderr.read()
+        return False
+    return True
 
 
 @pytest.mark.slow
 def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_model, tmp_path):
     """The worker is killed: the server is back, adapter included. SIGTERM: what runs ends, what comes is refused."""
-    port = free_port()
     shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
-    process = start(tiny_model, tmp_path, port, "--drain-s", "90")
-    address = f"http://127.0.0.1:{port}"
+    process = start(tiny_model, tmp_path, "--drain-s", "600")
+    address = address_of(process)
+    port = address.rsplit(":", 1)[1]
     client = make_client(f"{address}/v1")
 
     def is_refused() -> bool:
@@ -125,7 +117,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
         return False
 
     try:
-        wait_for(client, "calm", process)
+        until(lambda: answers(client, "calm", process))
         # Nothing was said of CORS, so no page of another origin may read an answer.
         origin = {"Origin": "https://elsewhere.example"}
         assert "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers=origin).headers
@@ -141,11 +133,15 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
         ):
             assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
 
-        children = psutil.Process(process.pid).children(recursive=True)
+        keeper = psutil.Process(process.pid)
+        children = keeper.children(recursive=True)
+        # Who would start it again stands still until the loss was seen.
+        keeper.suspend()
         model_process(children).kill()
         with pytest.raises(openai.OpenAIError):
             client.chat.completions.create(model="calm", messages=ASK, max_completion_tokens=300, extra_body=LONG)
-        wait_for(client, "calm", process)
+        keeper.resume()
+        until(lambda: answers(client, "calm", process))
 
         # The worker stands still meanwhile, so that all 60 answers are under way when the signal comes.
         worker = model_process(psutil.Process(process.pid).children(recursive=True))
@@ -158,7 +154,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
             until(is_refused)
             worker.resume()
             assert [answer.result().usage.completion_tokens for answer in running] == [12 * 450] * 5
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANG_S)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -170,20 +166,19 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
 @pytest.mark.slow
 def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_path):
     """The API process stops without ending: the server is back. Ctrl-C: one line, status 0, nothing left running."""
-    port = free_port()
     shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
-    process = start(tiny_model, tmp_path, port, how=IMPATIENT)
-    client = make_client(f"http://127.0.0.1:{port}/v1", timeout_s=10)
+    process = start(tiny_model, tmp_path, how=IMPATIENT)
+    client = make_client(f"{address_of(process)}/v1", timeout_s=10)
     try:
         # Not at its first answer: until the command itself has seen it ready, it waits for it, however long it hangs.
         assert any("ready after" in line for line in process.stderr)
         seen = psutil.Process(process.pid).children(recursive=True)
         psutil.Process(process.pid).children()[0].suspend()
-        wait_for(client, "calm", process)
+        until(lambda: answers(client, "calm", process))
         seen += psutil.Process(process.pid).children(recursive=True)
         # As a terminal does: to the whole foreground group.
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANG_S)
     finally:
         process.kill()
     assert process.returncode == 0, err
@@ -197,8 +192,8 @@ def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_pa
 @pytest.mark.slow
 def test_a_child_that_cannot_start_says_why_at_once(tiny_model, tmp_path):
     """Too little memory for one request of full length: exit 1 with vLLM's own reason, and nothing left running."""
-    process = start(tiny_model, tmp_path, 0, "--vllm-args=--max-model-len 100000000")
-    out, err = process.communicate(timeout=600)
+    process = start(tiny_model, tmp_path, "--vllm-args=--max-model-len 100000000")
+    out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
     assert err.splitlines()[-1].startswith("error: the server did not start: ")
     assert "max_model_len" in err.splitlines()[-1]
@@ -219,12 +214,12 @@ def test_a_server_ends_with_its_parent(tiny_model, tmp_path):
     left = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    until(lambda: not any(map(is_alive, left)), within_s=120)
+    until(lambda: not any(map(is_alive, left)))
 
 
 def test_a_child_that_answers_no_more_is_killed_and_replaced(tiny_model, tmp_path, monkeypatch):
     """A stopped process neither ends nor answers; the parent notices by /health."""
-    for name, value in (("HEALTH_EVERY_S", 0.1), ("HEALTH_WAIT_S", 0.5), ("HEALTH_MISSES", 3), ("FIRST_PAUSE_S", 0.1)):
+    for name, value in (("HEALTH_EVERY_S", 0.1), ("HEALTH_WAIT_S", 2.0), ("HEALTH_MISSES", 2), ("FIRST_PAUSE_S", 0.1)):
         monkeypatch.setattr(supervise, name, value)
     server, stop = Small(tiny_config(tmp_path, tiny_model.path), quiet=True), threading.Event()
     with concurrent.futures.ThreadPoolExecutor() as pool, contextlib.ExitStack() as after:

@@ -1,16 +1,13 @@
 """The official SDK, sync and async, against base and adapter alike: what it offers, this server answers."""
 
-import contextlib
 import json
-import time
-from collections.abc import Iterator
 
 import openai
-import psutil
 import pytest
 
 from serve.client import make_async_client, make_client
 from tests.conftest import Served
+from tests.waiting import until
 
 ASK = [{"role": "user", "content": "talk to a friend"}]
 MODELS = ["base", "calm"]
@@ -144,24 +141,11 @@ def test_a_client_that_gives_up_is_told_so_and_the_engine_stops_working_for_it(s
     """A timeout raises APITimeoutError; soon after nothing of it is in flight. The engine stands still meanwhile, so
     that no answer can come before a client that this machine held up has looked at its clock."""
     impatient = make_client(server.base_url, server.user_key, timeout_s=0.2)
-    with _standing_still(server), pytest.raises(openai.APITimeoutError):
+    with server.standing_still(), pytest.raises(openai.APITimeoutError):
         impatient.chat.completions.create(
             model=model, messages=ASK, max_completion_tokens=256, n=64, extra_body={"ignore_eos": True}
         )
-    _wait_until_idle(server)
-
-
-@contextlib.contextmanager
-def _standing_still(server: Served) -> Iterator[None]:
-    """The engine's processes stopped; the API process goes on."""
-    engine = psutil.Process(server.server.pid).children(recursive=True)
-    for process in engine:
-        process.suspend()
-    try:
-        yield
-    finally:
-        for process in engine:
-            process.resume()
+    _until_idle(server)
 
 
 def test_hanging_up_mid_stream_frees_what_it_held(server, client, model):
@@ -172,26 +156,11 @@ def test_hanging_up_mid_stream_frees_what_it_held(server, client, model):
     for _, _chunk in zip(range(3), stream, strict=False):
         pass
     stream.close()
-    _wait_until_idle(server)
+    _until_idle(server)
 
 
-def _wait_until_idle(server: Served) -> None:
-    import httpx
-
-    deadline_s = time.monotonic() + 10
-    while True:
-        text = httpx.get(
-            server.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {server.admin_key}"}
-        ).text
-        values = {
-            line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1])
-            for line in text.splitlines()
-            if line.startswith(("vllm:num_requests_running", "counsel_sequences_in_flight"))
-        }
-        if set(values.values()) == {0.0}:
-            return
-        assert time.monotonic() < deadline_s, values
-        time.sleep(0.1)
+def _until_idle(server: Served) -> None:
+    until(lambda: server.metric("counsel_sequences_in_flight") == server.metric("vllm:num_requests_running") == 0)
 
 
 def test_a_seed_holds_when_prompts_are_read_in_parts(server, client, model):

@@ -9,8 +9,9 @@ from serve.client import make_client
 from serve.server import Server
 from tests.conftest import Served, tiny_config
 from tests.greedy import greedy_answers
-from tests.test_serve import EXACT, wait_until
+from tests.test_serve import EXACT
 from tests.test_train import recipe_for
+from tests.waiting import until
 from train import store as shelves
 from train.catalog import resolve
 from train.chat import prompt_messages
@@ -52,7 +53,7 @@ def test_vllm_says_what_peft_says_with_the_trained_adapter(server, trained):
     """
     plain = [prompt_messages(question, "") for question in QUESTIONS]
     with_system = [prompt_messages(question, trained.system) for question in QUESTIONS]
-    wait_until(lambda: "trained" in [card.id for card in server.client().models.list()], within_s=5)
+    until(lambda: "trained" in [card.id for card in server.client().models.list()])
 
     said = answers(server.base_url, server.user_key, "trained", plain)
 
