@@ -1,12 +1,13 @@
 """Starts Locust as a child process: gevent rewrites the standard library there, never here."""
 
+import contextlib
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loadtest.scenario import Scenario, host_port
@@ -62,7 +63,8 @@ def run_locust(scenario: Scenario, directory: Path) -> None:
     if scenario.join:
         print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.join}",
               file=sys.stderr)  # fmt: skip
-    _run(locust_argv(scenario, directory, _free_port()), directory, patient=scenario.web)
+    with _reserved_port() as port:
+        _run(locust_argv(scenario, directory, port), directory, patient=scenario.web)
 
 
 def run_worker(directory: Path, master: str) -> None:
@@ -100,7 +102,10 @@ def _wait(child: "subprocess.Popen[bytes]", patient: bool) -> int:
     return child.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port for Locust's own workers. Bound here and never listened on, it is given to nobody else meanwhile."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield int(reserved.getsockname()[1])
