@@ -5,7 +5,7 @@
 The *model name* says how it judges, in words joined by dots. A pair: `first` always prefers the answer shown first,
 `longer` the one with more characters, `fair` the one that says "better" (neither or both: a tie). A criterion is met
 when the answer says its name. Its replies: `broken` cuts every pair's JSON in the middle, `fenced` wraps it in a code
-fence, `refused` answers 400 to pairs. `slow` waits 50 ms before each. GET /seen counts requests; GET /version is 9.9.
+fence, `refused` answers 400 to pairs. GET /seen counts requests; GET /version is 9.9.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,8 +50,6 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         how = body["model"].split(".")
         SEEN[body["model"]] += 1
-        if "slow" in how:
-            time.sleep(0.05)
         found = verdict(how, body)
         text, finish = json.dumps(found), "stop"
         if "better" in found:

@@ -5,7 +5,7 @@
 It is no model: a reply is `max_tokens` times the word "w ", so a test knows what must come back. The first model is
 the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
 It is plain asyncio with bytes made beforehand, because it must outrun the client it measures.
-GET /seen counts what came: {"requests": {model: n}, "hung_up": n}.
+GET /seen counts what came: {"requests": {model: n}, "hung_up": n}. GET /release lets go what `holds` holds.
 """
 
 import argparse
@@ -29,18 +29,21 @@ class Behaviour:
 
     `first-200`: the first chunk after 200 ms. `gap-10`: 10 ms between chunks. `burst`: all chunks in one write.
     `slots-4`: at most four replies at once, from the first chunk's wait to the last chunk; the others queue, so the
-    capacity is 4 over the time of one reply. `status-503`: answers that status with a JSON error. Half-way through the
-    reply, `half` closes the connection for sending, `reset` breaks it off, `eof` ends the body as if whole, `hang` goes
-    silent, `comment` sends nothing but keep-alive comments, `garbage` sends a line that is no JSON, `shape` JSON that
-    is no chunk, `midway` an error object, `die` ends the process. `dies-30` ends the process at its 30th request.
-    `drop` closes before any answer; `nousage` leaves the usage out, `nonsense` counts in words; `mute` sends a whole
-    reply without text; `eos` ends 50 ms after the last text, with a token that has none.
+    capacity is 4 over the time of one reply. `together-3`: no reply before three requests wait for one, which then all
+    get theirs. `holds-10`: the first ten are answered, the others when told. `status-503`: answers that status with a
+    JSON error. Half-way through the reply, `half` closes the connection for sending, `reset` breaks it off, `eof` ends
+    the body as if whole, `hang` goes silent, `comment` sends nothing but keep-alive comments, `garbage` sends a line
+    that is no JSON, `shape` JSON that is no chunk, `midway` an error object, `die` ends the process. `dies-30` ends the
+    process at its 30th request, when the 29 before it have their replies. `drop` closes before any answer; `nousage`
+    leaves the usage out, `nonsense` counts in words; `mute` sends a whole reply without text.
     """
 
     first_s: float = 0.0
     gap_s: float = 0.0
     status: int = 200
     slots: int = 0
+    together: int = 0
+    holds: int | None = None
     dies: int = 0
     fault: str = ""
 
@@ -53,7 +56,7 @@ class Behaviour:
                 found.first_s = int(value) / 1000
             elif name == "gap":
                 found.gap_s = int(value) / 1000
-            elif name in ("status", "slots", "dies"):
+            elif name in ("status", "slots", "together", "holds", "dies"):
                 setattr(found, name, int(value))
             else:
                 found.fault = name
@@ -83,6 +86,9 @@ class Standin(asyncio.Protocol):
     models: tuple[str, ...]
     requests: Counter
     slots: dict[str, asyncio.Semaphore]
+    waiting: dict[str, list[asyncio.Future]]
+    whole: Counter
+    released: asyncio.Event
     hung_up = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -111,7 +117,7 @@ class Standin(asyncio.Protocol):
             return
         body = json.loads(rest[:length])
         Standin.requests[body["model"]] += 1
-        self.reply = asyncio.ensure_future(self.stream(body))
+        self.reply = asyncio.ensure_future(self.stream(body, Standin.requests[body["model"]]))
 
     def get(self, path: str) -> tuple[int, dict | str]:
         if path == "/v1/models":
@@ -121,6 +127,9 @@ class Standin(asyncio.Protocol):
             return 200, {"object": "list", "data": cards}
         if path == "/seen":
             return 200, {"requests": dict(self.requests), "hung_up": self.hung_up}
+        if path == "/release":
+            self.released.set()
+            return 200, {}
         if path == "/metrics":
             return 200, (
                 'vllm:num_requests_running{engine="0",model_name="base"} 3.0\n'
@@ -136,10 +145,14 @@ class Standin(asyncio.Protocol):
         head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(text.encode())}\r\n\r\n"
         self.transport.write(head.encode() + text.encode())
 
-    async def stream(self, body: dict) -> None:
+    async def stream(self, body: dict, number: int) -> None:
+        """Answer the model's request of that number, from 1."""
         model, n = body["model"], body["max_tokens"]
         how = Behaviour.of(model)
-        if how.dies and self.requests[model] >= how.dies:
+        if how.dies and number >= how.dies:
+            # Many requests may be read at once: the earlier ones are answered first, the later ones never.
+            while number > how.dies or self.whole[model] < how.dies - 1:
+                await asyncio.sleep(0.001)
             os._exit(1)
         if how.fault == "drop":
             self.transport.close()
@@ -147,11 +160,25 @@ class Standin(asyncio.Protocol):
         if how.status != 200:
             self.answer(how.status, {"error": {"message": "as asked", "type": "standin", "code": how.status}})
             return
+        if how.together:
+            await self.gathered(model, how.together)
+        if how.holds is not None and number > how.holds:
+            await self.released.wait()
         if not how.slots:
             await self.reply_to(model, n, how)
             return
         async with self.slots.setdefault(model, asyncio.Semaphore(how.slots)):
             await self.reply_to(model, n, how)
+
+    async def gathered(self, model: str, n: int) -> None:
+        """Return when `n` requests wait here."""
+        waiting, turn = self.waiting.setdefault(model, []), asyncio.get_running_loop().create_future()
+        waiting.append(turn)
+        if len(waiting) == n:
+            for each in waiting:
+                each.set_result(None)
+            waiting.clear()
+        await turn
 
     async def reply_to(self, model: str, n: int, how: Behaviour) -> None:
         write = self.transport.write
@@ -170,8 +197,6 @@ class Standin(asyncio.Protocol):
                 if index and how.gap_s:
                     await asyncio.sleep(how.gap_s)
                 write(word)
-        if how.fault == "eos":
-            await asyncio.sleep(0.05)
         write(event(delta(model, {}, "stop")))
         if how.fault != "nousage":
             usage: dict = {"prompt_tokens": 7, "completion_tokens": n, "total_tokens": n + 7}
@@ -179,6 +204,9 @@ class Standin(asyncio.Protocol):
                 usage = dict.fromkeys(usage, "several")
             write(event({**delta(model, {}), "choices": [], "usage": usage}))
         write(http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+        while self.transport.get_write_buffer_size():
+            await asyncio.sleep(0.001)
+        Standin.whole[model] += 1
 
     async def fail(self, fault: str) -> None:
         if fault == "half":
@@ -217,6 +245,7 @@ def standin(*models: str) -> Iterator[str]:
 async def serve(port: int) -> None:
     """Listen on loopback and print the port."""
     loop = asyncio.get_running_loop()
+    Standin.released = asyncio.Event()
     server = await loop.create_server(Standin, "127.0.0.1", port, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
@@ -227,7 +256,8 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--models", default="base,gentle,brief")
     options = parser.parse_args()
-    Standin.models, Standin.requests, Standin.slots = tuple(options.models.split(",")), Counter(), {}
+    Standin.models, Standin.requests, Standin.whole = tuple(options.models.split(",")), Counter(), Counter()
+    Standin.slots, Standin.waiting = {}, {}
     import uvloop
 
     uvloop.run(serve(options.port))

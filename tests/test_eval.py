@@ -4,20 +4,21 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from eval.__main__ import COMMANDS
 from eval.arms import served
 from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
 from serve.client import make_client
 from tests.conftest import SYSTEM, Served
+from tests.held import kill_when_stopped, stopping
 from train.chat import prompt_messages, template_text
+from train.command import main
 from train.errors import UserError
 from train.files import read_json, sha256_of, write_json, write_jsonl
 
@@ -46,15 +47,24 @@ def make_run(folder: Path, base: Path) -> Path:
     return folder
 
 
-def command(*words: str, key: str = "") -> subprocess.Popen[str]:
+def command(*words: str, key: str = "", stops: str = "") -> subprocess.Popen[str]:
+    """Start `python -m eval`; with `stops` it stops itself as soon as a row log (`self`) makes that expression true."""
     environment = {**os.environ, "COUNSEL_API_KEY": key}
+    program = ["-c", stopping("eval", "eval.samples", "RowLog.append", stops)] if stops else ["-m", "eval"]
     return subprocess.Popen(
-        [sys.executable, "-m", "eval", *words],
+        [sys.executable, *program, *words],
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """The same command in this process, where nothing is killed: its exit status, stdout and stderr."""
+    capsys.readouterr()
+    status = main("eval", COMMANDS, words)
+    return status, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +73,14 @@ def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactor
     run = make_run(tmp_path_factory.mktemp("runs") / "tiny", server.base.path)
     words = ("--run", str(run), "--url", server.base_url, "--models", "base,gentle,calm", "--no-baselines",
              "--max-tokens", "24", "--concurrency", "1")  # fmt: skip
-    first = command(*words, key=server.user_key)
-    deadline = time.monotonic() + 240
-    log = None
-    while time.monotonic() < deadline and first.poll() is None:
-        log = next((run / "eval").glob("*/samples.jsonl"), None)
-        if log is not None and len(read_rows(log)) >= 2:
-            break
-        time.sleep(0.01)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert log is not None
+    two_answers = "self.path.name == 'samples.jsonl' and len(self.done) == 2"
+    kill_when_stopped(command(*words, key=server.user_key, stops=two_answers))
+    (log,) = (run / "eval").glob("*/samples.jsonl")
     before = log.read_text(encoding="utf-8").splitlines()
     with log.open("a", encoding="utf-8") as file:
         file.write('{"arm": "tiny", "question_id": "00')  # what a kill in the middle of a write leaves
     again = command(*words, key=server.user_key)
-    out, err = again.communicate(timeout=300)
+    out, err = again.communicate(timeout=1800)
     assert again.returncode == 0, err
     assert f"continuing {log.parent}" in err
     return log.parent, before, out
@@ -91,7 +93,7 @@ def test_a_killed_evaluation_is_continued_without_a_row_lost_doubled_or_changed(
     keys = [tuple(json.loads(line)[name] for name in SAMPLE_KEY) for line in lines]
     scored = [tuple(row[name] for name in LIKELIHOOD_KEY) for row in read_rows(folder / "likelihood.jsonl")]
 
-    assert 2 <= len(before) < len(lines)
+    assert 2 == len(before) < len(lines)
     assert lines[: len(before)] == before
     assert len(keys) == len(set(keys)) == 3 * QUESTIONS
     assert len(scored) == len(set(scored)) == 3 * QUESTIONS * 2
@@ -163,11 +165,11 @@ def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:
     assert "<link" not in text
 
 
-def test_two_arms_are_compared_and_gated(killed_and_continued) -> None:
+def test_two_arms_are_compared_and_gated(killed_and_continued, capsys: pytest.CaptureFixture[str]) -> None:
     """compare pairs the questions of two arms; gate exits 0 when its rules hold, 1 when one fails or is no rule."""
     folder, _, _ = killed_and_continued
-    compared = command("compare", f"{folder}:gentle,{folder}:calm")
-    document = json.loads(compared.communicate()[0].splitlines()[-1])
+    _, out, _ = called(capsys, "compare", f"{folder}:gentle,{folder}:calm")
+    document = json.loads(out.splitlines()[-1])
     bits = next(row for row in document["differences"] if row["metric"] == "bits_per_byte")
     values = [document["metrics"][side]["bits_per_byte"]["value"] for side in document["sides"]]
 
@@ -177,19 +179,17 @@ def test_two_arms_are_compared_and_gated(killed_and_continued) -> None:
         ("bits_per_byte.high<0", 1),
         ("bits_per_bite.low>0", 1),
     ):
-        gated = command("gate", f"{folder}:gentle", "--rules", rules)
-        _, err = gated.communicate()
-        assert gated.returncode == status, rules
+        found, _, err = called(capsys, "gate", f"{folder}:gentle", "--rules", rules)
+        assert found == status, rules
     assert "did you mean 'bits_per_byte'" in err
 
 
-def test_no_server_is_one_line(tmp_path: Path, tiny_model) -> None:
+def test_no_server_is_one_line(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody listens: exit 1, what to do, and no folder left to be taken for an evaluation."""
     run = make_run(tmp_path / "run", tiny_model.path)
-    failed = command("--run", str(run), "--url", "http://127.0.0.1:9/v1")
-    _, err = failed.communicate()
+    status, _, err = called(capsys, "--run", str(run), "--url", "http://127.0.0.1:9/v1")
 
-    assert failed.returncode == 1
+    assert status == 1
     assert err.strip().splitlines()[-1].startswith("error: no answer from http://127.0.0.1:9/v1")
     assert not (run / "eval").exists()
 
@@ -243,7 +243,9 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
         RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY)
 
 
-def test_a_batch_file_with_several_models_is_answered_once(server: Served, tmp_path: Path) -> None:
+def test_a_batch_file_with_several_models_is_answered_once(
+    server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every request has one line, from its own model; a second run asks nothing; a bad model is that line's error."""
     models = ("base", "gentle", "calm")
     requests = [
@@ -254,27 +256,23 @@ def test_a_batch_file_with_several_models_is_answered_once(server: Served, tmp_p
     ]  # fmt: skip
     write_jsonl(tmp_path / "in.jsonl", requests)
     words = ("batch", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--url", server.base_url)
-    first = command(*words, key=server.user_key)
-    _, err = first.communicate()
+    monkeypatch.setenv("COUNSEL_API_KEY", server.user_key)
+    first, _, err = called(capsys, *words)
     answered = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
     texts = {
         row["custom_id"]: row["response"]["body"]["choices"][0]["text"] for row in read_rows(tmp_path / "out.jsonl")
     }
 
-    assert first.returncode == 0, err
+    assert first == 0, err
     assert set(texts) == {request["custom_id"] for request in requests}
     assert len({texts[f"{name}-0"] for name in models}) == 3
-    again = command(*words, key=server.user_key)
-    again.communicate()
+    called(capsys, *words)
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == answered
 
     requests[0]["body"]["model"] = "nobody"
     write_jsonl(tmp_path / "in2.jsonl", requests[:2])
-    failed = command(
-        "batch", str(tmp_path / "in2.jsonl"), str(tmp_path / "out2.jsonl"), *words[3:], key=server.user_key
-    )
-    failed.communicate()
+    failed, _, _ = called(capsys, "batch", str(tmp_path / "in2.jsonl"), str(tmp_path / "out2.jsonl"), *words[3:])
     rows = {row["custom_id"]: row for row in read_rows(tmp_path / "out2.jsonl")}
-    assert failed.returncode == 1
+    assert failed == 1
     assert "nobody" in rows["base-0"]["error"]["message"]
     assert rows["gentle-0"]["error"] is None

@@ -3,14 +3,13 @@
 import asyncio
 import json
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from eval.__main__ import COMMANDS
 from eval.config import JudgeConfig
 from eval.judge import JUDGEMENT_KEY, Item, answers, ask_missing, judge
 from eval.rubric import (
@@ -25,8 +24,10 @@ from eval.rubric import (
 )
 from eval.samples import RowLog, read_rows
 from tests.conftest import Served
+from tests.held import kill_when_stopped
 from tests.mock_judge import mock_judge
-from tests.test_eval import command, make_run
+from tests.test_eval import called, command, make_run
+from train.command import main
 from train.errors import UserError
 from train.files import read_json, write_json, write_jsonl
 
@@ -67,9 +68,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({**rows[-1], "sample": 1, "error": "APITimeoutError: timed out"})
     write_jsonl(folder / "samples.jsonl", rows)
     write_jsonl(folder / "likelihood.jsonl", [])
-    reported = command("report", str(folder))
-    _, err = reported.communicate()
-    assert reported.returncode == 0, err
+    assert main("eval", COMMANDS, ("report", str(folder))) == 0
     return folder
 
 
@@ -153,13 +152,14 @@ def test_unreadable_replies_are_counted_and_never_scored(folder: Path, url: str,
     assert any("10 of 21 replies are not the JSON" in alarm for alarm in found["alarms"])
 
 
-def test_refused_requests_fail_the_command_and_are_asked_again(folder: Path, url: str) -> None:
+def test_refused_requests_fail_the_command_and_are_asked_again(
+    folder: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Exit 1, the reason in the report; the same command asks the ten that failed, and only these."""
     words = ("judge", str(folder), "--url", url, "--model", "fair.refused")
     for _ in range(2):
-        refused = command(*words)
-        out, err = refused.communicate()
-        assert refused.returncode == 1, err
+        status, out, err = called(capsys, *words)
+        assert status == 1, err
         assert json.loads(out.splitlines()[-1])["counts"]["failed"] == 10
         assert "10 of 21 judgements failed and are not scored: BadRequestError" in out
     assert seen(url, "fair.refused") == JUDGEMENTS + 10
@@ -172,18 +172,13 @@ def seen(url: str, model: str) -> int:
 
 def test_a_killed_judging_is_continued_and_a_finished_one_is_kept(folder: Path, url: str) -> None:
     """After kill -9 every judgement is there once and the first rows unchanged; then nothing is asked a second time."""
-    words = ("judge", str(folder), "--url", url, "--model", "fair.slow", "--concurrency", "1")
+    words = ("judge", str(folder), "--url", url, "--model", "fair.killed", "--concurrency", "1")
     log = folder / "judgements.jsonl"
-    first = command(*words)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and first.poll() is None and len(read_rows(log)) < 3:
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    before = log.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
-    assert 3 <= len(before) < JUDGEMENTS
+    kill_when_stopped(command(*words, stops="len(self.done) == 3"))
+    before = log.read_text(encoding="utf-8").splitlines()
+    assert len(before) == 3 < JUDGEMENTS
     with log.open("a", encoding="utf-8") as file:
-        file.write('{"judge": "fair.sl')  # what a kill in the middle of a write leaves
+        file.write('{"judge": "fair.ki')  # what a kill in the middle of a write leaves
 
     again = command(*words)
     out, err = again.communicate()
@@ -196,10 +191,10 @@ def test_a_killed_judging_is_continued_and_a_finished_one_is_kept(folder: Path, 
     document = json.loads(out.splitlines()[-1])
     assert document["preference"] == read_json(folder / "judge.json")["preference"]
     assert document["preference"]["wins"] == 2
-    asked = seen(url, "fair.slow")
-    third = judged(folder, "http://127.0.0.1:9/v1", "fair.slow")  # nobody listens, and nobody needs to
+    asked = seen(url, "fair.killed")
+    third = judged(folder, "http://127.0.0.1:9/v1", "fair.killed")  # nobody listens, and nobody needs to
     assert third["preference"] == document["preference"]
-    assert seen(url, "fair.slow") == asked
+    assert seen(url, "fair.killed") == asked
 
 
 def test_another_judge_or_another_limit_is_asked_anew(folder: Path, url: str) -> None:
@@ -266,12 +261,11 @@ def test_human_labels_are_set_beside_the_judge(folder: Path, url: str) -> None:
         judged(folder, url, "fair", labels=str(folder / "labels.jsonl"))
 
 
-def test_nobody_at_the_judges_address_is_one_line(folder: Path) -> None:
+def test_nobody_at_the_judges_address_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit 1 and what to do, before any row is written."""
-    failed = command("judge", str(folder), "--url", "http://127.0.0.1:9/v1", "--model", "fair")
-    _, err = failed.communicate()
+    status, _, err = called(capsys, "judge", str(folder), "--url", "http://127.0.0.1:9/v1", "--model", "fair")
 
-    assert failed.returncode == 1
+    assert status == 1
     assert err.strip().splitlines()[-1].startswith("error: no answer from http://127.0.0.1:9/v1")
     assert read_rows(folder / "judgements.jsonl") == []
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -15,6 +16,10 @@ from loadtest.verdict import EXIT_STATUS
 from tests.sse_server import standin
 from train.files import read_jsonl
 
+# 40 requests in 2 s. None is due in the first 2.5 s: a source that begins late leaves out what was due before. And many
+# seconds are left after the last: what is sent later than the schedule's end does not count as sent.
+LOAD = ("--arrivals", "constant", "--rate", "spike(0.001, 20, 2.5, 4.5)", "--duration-s", "60")
+N_PLANNED = 40
 QUESTIONS = ["I feel lonely since we moved.", "Work is hard and I cannot sleep.", "My friend is angry with me."]
 
 
@@ -22,13 +27,13 @@ def loadtest(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
     """Run the command with the questions above, in `tmp_path`."""
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     command = [sys.executable, "-m", "loadtest", "--prompts", "q.jsonl", "--out", "out", *words]
-    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
 
 
 def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
     """Every planned arrival is one row of the model it names; the table, the last line and the files agree."""
     with standin("base", "gentle.first-30.gap-2") as url:
-        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--output-tokens", "8")
+        done = loadtest(tmp_path, "--url", url, *LOAD, "--output-tokens", "8")
 
     *text, last = done.stdout.strip().split("\n")
     summary = json.loads(last)
@@ -40,19 +45,20 @@ def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
     assert {row.outcome for row in rows} == {"ok"}
     assert {name: found["n"] for name, found in summary["models"].items()} == Counter(row.model for row in rows)
     assert summary["all"]["completion_tokens"] == 8 * len(plan)
-    assert summary["models"]["gentle.first-30.gap-2"]["ttft_s"]["p50"] >= 0.03
+    for name, found in summary["models"].items():
+        middle_s = median(row.ttft_s for row in rows if row.model == name)
+        assert found["ttft_s"]["p50"] == pytest.approx(middle_s, rel=1e-3)
     assert any(line.startswith("gentle.first-30.gap-2") for line in text)
 
 
 def test_rows_arrive_from_two_workers(tmp_path):
     """Two Locust processes share the plan: every arrival once, some from each."""
     with standin("base") as url:
-        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--workers", "2")
+        done = loadtest(tmp_path, "--url", url, *LOAD, "--workers", "2")
 
     rows = read_rows(tmp_path / "out/requests.jsonl")
-    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
     assert done.returncode in (0, 2), done.stderr
-    assert sorted(row.id for row in rows) == list(range(n_planned))
+    assert sorted(row.id for row in rows) == list(range(N_PLANNED))
     assert {row.worker for row in rows} == {0, 1}
     assert {row.id % 2 == row.worker % 2 for row in rows} != {True, False}
 
@@ -74,76 +80,60 @@ def test_no_two_runs_send_the_same_prompt_unless_asked_to(tmp_path):
 
 
 def test_open_arrivals_do_not_wait_for_replies(tmp_path):
-    """Ten requests a second for 3 s to a server that takes 2 s each: all are sent within the 3 s."""
-    with standin("slow.first-2000") as url:
-        loadtest(tmp_path, "--url", url, "--arrivals", "constant", "--rate", "10", "--duration-s", "3")
+    """A server that answers nobody before all forty requests are there gets them all, and all are answered."""
+    with standin(f"slow.together-{N_PLANNED}") as url:
+        loadtest(tmp_path, "--url", url, *LOAD)
 
     rows = read_rows(tmp_path / "out/requests.jsonl")
-    assert len(rows) == 30
-    assert max(row.sent_s for row in rows) < min(row.end_s for row in rows) + 2
-    assert sum(row.sent_s < min(other.end_s for other in rows) for row in rows) >= 15
+    assert [row.outcome for row in rows] == ["ok"] * N_PLANNED
+    assert max(row.sent_s for row in rows) < min(row.first_s for row in rows)
 
 
 def test_arrivals_beyond_the_cap_are_dropped_and_counted(tmp_path):
-    """At most three in flight: the rest are rows with outcome dropped, and the run is invalid."""
-    with standin("slow.first-2000") as url:
-        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "3", "--max-in-flight", "3")
+    """Three in flight that never end: the rest are rows with outcome dropped, and the run is invalid."""
+    with standin("slow.holds-0") as url:
+        patience = ("--request-s", "3600", "--silence-s", "3600", "--drain-s", "1")
+        done = loadtest(tmp_path, "--url", url, *LOAD, *patience, "--max-in-flight", "3")
 
     summary = json.loads(done.stdout.strip().split("\n")[-1])
-    assert summary["all"]["outcomes"]["dropped"] > 20
+    assert summary["all"]["outcomes"] == {"dropped": N_PLANNED - 3, "unfinished": 3}
     assert done.returncode == 2
     assert summary["verdict"] == "invalid"
 
 
 def test_a_closed_loop_keeps_its_clients_busy(tmp_path):
-    """Three clients and 24 conversations of two turns: 48 rows, never more than three at once."""
-    with standin("base.first-20") as url:
-        loadtest(
-            tmp_path, "--url", url, "--arrivals", "closed", "--concurrency", "3", "--requests", "24", "--turns", "2"
-        )
+    """Three clients and 24 conversations of two turns: 48 rows, and always three at once: fewer get no answer."""
+    with standin("base.together-3") as url:
+        load = ("--arrivals", "closed", "--concurrency", "3", "--requests", "24", "--turns", "2", "--duration-s", "900")
+        loadtest(tmp_path, "--url", url, *load)
 
     rows = read_rows(tmp_path / "out/requests.jsonl")
     assert sorted((row.id, row.turn) for row in rows) == [(i, turn) for i in range(24) for turn in (0, 1)]
+    assert {row.outcome for row in rows} == {"ok"}
     assert max(sum(other.sent_s <= row.sent_s < other.end_s for other in rows) for row in rows) <= 3
-
-
-def test_a_missed_objective_is_exit_status_1_and_an_unbelievable_run_2(tmp_path):
-    """A server of 300 ms misses a TTFT of 100 ms; the same run with two rows is not judged at all."""
-    with standin("base.first-300") as url:
-        slo = ("--url", url, "--slo", "ttft_p50_s <= 0.1")
-        missed = loadtest(tmp_path, *slo, "--rate", "15", "--duration-s", "3")
-        (tmp_path / "out").rename(tmp_path / "first")
-        few = loadtest(tmp_path, *slo, "--requests", "2")
-
-    assert "MISSED" in missed.stdout
-    assert missed.returncode == 1 or "not to be believed" in missed.stdout
-    assert few.returncode == 2
-    assert json.loads(few.stdout.strip().split("\n")[-1])["verdict"] == "invalid"
 
 
 def test_a_server_that_dies_leaves_counted_failures(tmp_path):
     """The first request ends the server: the run goes on, and every arrival has an outcome that is no success."""
     with standin("base.die") as url:
-        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "3")
+        done = loadtest(tmp_path, "--url", url, *LOAD)
 
     outcomes = json.loads(done.stdout.strip().split("\n")[-1])["all"]["outcomes"]
-    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
-    assert sum(outcomes.values()) == n_planned
+    assert sum(outcomes.values()) == N_PLANNED
     assert set(outcomes) <= {"broken_stream", "connect_error"}
 
 
 def test_a_server_that_dies_in_mid_run_is_counted_from_then_on(tmp_path):
     """It answers 29 requests and ends at the 30th: 29 whole replies, the rest failures, and an objective missed."""
     with standin("base.dies-30") as url:
-        slo = "ttft_p50_s <= 1,error_rate <= 0.1"
-        done = loadtest(tmp_path, "--url", url, "--rate", "20", "--duration-s", "4", "--slo", slo)
+        slo = "ttft_p90_s <= 3600,error_rate <= 0.1"
+        done = loadtest(tmp_path, "--url", url, *LOAD, "--slo", slo)
 
     summary = json.loads(done.stdout.strip().split("\n")[-1])
     rows = read_rows(tmp_path / "out/requests.jsonl")
-    n_planned = len((tmp_path / "out/plan.jsonl").read_text().splitlines())
     outcomes = summary["all"]["outcomes"]
     assert outcomes["ok"] == 29
-    assert outcomes["connect_error"] + outcomes.get("broken_stream", 0) == n_planned - 29
+    assert outcomes["connect_error"] + outcomes.get("broken_stream", 0) == N_PLANNED - 29
     assert summary["all"]["ttft_s"]["n"] == 29
     assert min(row.ttft_s for row in rows if row.ok) > 0
     assert not any(item["held"] for item in summary["slo"])

@@ -1,10 +1,13 @@
 """New versions published while the load runs, from a real store beside the stand-in."""
 
 import shutil
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from loadtest import churn
 from loadtest.play import play
 from loadtest.scenario import Scenario
 from tests.sse_server import standin
@@ -20,22 +23,40 @@ def base(tiny_model: Base, tmp_path: Path) -> Base:
     return resolve(str(shutil.copytree(tiny_model.path, tmp_path / "base")))
 
 
-def churned(tmp_path: Path, **options: object) -> dict:
-    (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
-    with standin("base", "gentle", "calm") as url:
-        return play(
-            Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"), rate="20", duration_s=4.0,
-                     churn_store=str(tmp_path / "store"), **options)  # type: ignore[arg-type]
-        )  # fmt: skip
+@pytest.fixture
+def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict]:
+    """A run beside which new versions are published, and whose replies of the base are held until there were `n`."""
+
+    def run(n: int) -> dict:
+        (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
+        publish, left = churn._publish_again, [n]
+        with standin("base.holds-0", "gentle", "calm") as url:
+
+            def counted(*given: object) -> shelves.Manifest:
+                left[0] -= 1
+                try:
+                    return publish(*given)  # type: ignore[arg-type]
+                finally:
+                    if left[0] == 0:
+                        urllib.request.urlopen(url.replace("/v1", "/release")).close()
+
+            monkeypatch.setattr(churn, "_publish_again", counted)
+            scenario = {"arrivals": "closed", "requests": 24, "duration_s": 900.0, "churn_s": 0.2}
+            return play(
+                Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"),
+                         churn_store=str(tmp_path / "store"), **scenario)  # type: ignore[arg-type]
+            )  # fmt: skip
+
+    return run
 
 
-def test_each_adapter_in_turn_gets_new_versions(base, tmp_path):
-    """Two adapters, something new every 0.7 s: they take turns, and no content comes twice."""
+def test_each_adapter_in_turn_gets_new_versions(base, tmp_path, churned):
+    """Two adapters, something new every 0.2 s: they take turns, and no content comes twice."""
     store = tmp_path / "store"
     for name, system in (("gentle", "you are kind"), ("calm", "")):
         shelves.publish(store, name, tiny_adapter(base.path, tmp_path / name, seed=1), base, system=system)
     begun = {name: shelves.find(store, name).version for name in ("gentle", "calm")}
-    summary = churned(tmp_path, churn_s=0.7)
+    summary = churned(4)
 
     published = read_jsonl(tmp_path / "out/churn.jsonl")
     assert [row["model"] for row in published[:4]] == ["calm", "gentle", "calm", "gentle"]
@@ -45,11 +66,11 @@ def test_each_adapter_in_turn_gets_new_versions(base, tmp_path):
     assert not any("churn" in reason for reason in summary["invalid"])
 
 
-def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path):
+def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path, churned):
     """The base is gone when the first version is to be published: the load is played and reported, and says why."""
     shelves.publish(tmp_path / "store", "gentle", tiny_adapter(base.path, tmp_path / "gentle", seed=1), base)
     shutil.rmtree(base.path)
-    summary = churned(tmp_path, churn_s=1.0)
+    summary = churned(1)
 
     assert summary["verdict"] == "invalid"
     assert any(reason.startswith("the churn stopped: ") for reason in summary["invalid"])

@@ -4,7 +4,8 @@ import itertools
 import json
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -13,9 +14,10 @@ import pytest
 from loadtest.rows import OUTCOMES, Row
 from loadtest.scenario import Scenario
 from loadtest.stream import Limits, ask, make_client, request_body, sse_data
-from tests.sse_server import Behaviour, standin
+from tests.sse_server import Behaviour, delta, standin
+from tests.waiting import until
 
-PATIENT = Limits(None, 5, 0.5)
+PATIENT = Limits(None, 600, 600)
 OUTCOME_OF = {
     "half": ("broken_stream", 200), "reset": ("broken_stream", 200), "eof": ("broken_stream", 200),
     "hang": ("timeout", 200), "comment": ("timeout", 200), "garbage": ("server_error", 200),
@@ -27,7 +29,8 @@ OUTCOME_OF = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with standin("base", "timed.first-200.gap-20", *(f"x.gap-1.{fault}" for fault in OUTCOME_OF)) as address:
+    faults = (f"x.gap-1.{fault}" for fault in OUTCOME_OF)
+    with standin("base", "timed.first-20.gap-2", "x.holds-0", *faults) as address:
         yield address
 
 
@@ -37,6 +40,35 @@ def asked(url: str, model: str, tokens: int = 10, limits: Limits = PATIENT) -> t
         row = Row(0, 0, model, 0, 0.0)
         body = request_body(Scenario(), model, [{"role": "user", "content": "hi"}], tokens)
         return row, ask(client, body, row, time.monotonic(), limits)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, dict]], limits: Limits = PATIENT) -> Row:
+    """The row of a reply whose chunks come after so many seconds each, on a clock that nothing else moves."""
+    clock = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("loadtest.stream.time", clock)
+
+    def chunks() -> Iterator[bytes]:
+        for wait_s, document in script:
+            clock.now_s += wait_s
+            yield b"data: " + json.dumps(document).encode() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    canned = httpx2.MockTransport(lambda request: httpx2.Response(200, content=chunks()))
+    with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=httpx2.Client(transport=canned)) as client:
+        row = Row(0, 0, "base", 0, 0.0)
+        ask(client, request_body(Scenario(), "base", [], 10), row, 99.0, limits)
+    return row
+
+
+ROLE, WORD, END = delta("base", {"content": ""}), delta("base", {"content": "w "}), delta("base", {}, "stop")
+USAGE = {**delta("base", {}), "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 10}}
+
+
+class Ticking:
+    """A clock that is a second later at each look: a limit is then a number of looks, however long they take."""
+
+    def __init__(self) -> None:
+        self.monotonic = itertools.count(1.0).__next__
 
 
 def test_the_standin_sends_what_it_says(url):
@@ -60,6 +92,7 @@ def test_the_standin_reads_its_behaviour_from_the_model_name():
     assert Behaviour.of("a.gap-10.half.first-200") == Behaviour(first_s=0.2, gap_s=0.01, fault="half")
     assert Behaviour.of("a.status-404") == Behaviour(status=404)
     assert Behaviour.of("a.slots-4.dies-30") == Behaviour(slots=4, dies=30)
+    assert Behaviour.of("a.together-3.holds-0") == Behaviour(together=3, holds=0)
     assert Behaviour.of("a") == Behaviour()
 
 
@@ -82,22 +115,27 @@ def test_the_fast_path_equals_the_typed_path(url):
     assert (row.outcome, row.finish, row.status, row.served) == ("ok", "stop", 200, chunks[0].model)
 
 
-def test_times_are_those_of_the_stream(url):
-    """First chunk after 200 ms, then nine gaps of 20 ms: times are of that size, and in the order of the stream."""
-    row, _ = asked(url, "timed.first-200.gap-20")
+def test_times_are_those_of_the_stream(monkeypatch):
+    """First chunk after 200 ms, then nine gaps of 20 ms, of which the last is longer: these are the row's times."""
+    gaps_s = [0.02] * 8 + [0.05]
+    row = told(monkeypatch, [(0.2, ROLE), (0.1, WORD), *((gap_s, WORD) for gap_s in gaps_s), (0.0, END), (0.3, USAGE)])
 
-    assert row.ttft_s >= 0.2
-    # A first chunk that is read late shortens the gaps after it.
-    assert row.tpot_s >= 0.01
-    assert len(row.gaps_s) == 9
-    assert row.sent_s < row.first_s < row.last_s <= row.end_s
-    assert 0.09 < sum(row.gaps_s) <= row.last_s - row.first_s + 1e-6
+    assert row.ok
+    assert (row.sent_s, row.first_s, row.last_s, row.end_s) == pytest.approx((1.0, 1.3, 1.51, 1.81))
+    assert (row.ttft_s, row.tpot_s) == pytest.approx((0.3, 0.21 / 9))
+    assert row.gaps_s == pytest.approx(gaps_s)
 
 
 @pytest.mark.parametrize("fault", OUTCOME_OF)
-def test_every_fault_is_an_outcome(url, fault):
+def test_every_fault_is_an_outcome(url, fault, monkeypatch):
     """Each fault is named, keeps its status, ends in time and claims no time it did not see."""
-    row, _ = asked(url, f"x.gap-1.{fault}", limits=Limits(None, 2, 0.5))
+    limits = PATIENT
+    if fault == "hang":
+        limits = Limits(None, 600, 5)  # many times what the half before the silence takes
+    elif fault == "comment":
+        monkeypatch.setattr("loadtest.stream.time", Ticking())
+        limits = Limits(None, 60, 600)
+    row, _ = asked(url, f"x.gap-1.{fault}", limits=limits)
 
     assert (row.outcome, row.status) == OUTCOME_OF[fault]
     assert row.outcome in OUTCOMES
@@ -121,22 +159,23 @@ def test_json_that_is_no_chunk_is_a_server_error(document):
     assert (row.outcome, row.status) == ("server_error", 200)
 
 
-def test_a_last_token_without_text_ends_the_reply(url):
+def test_a_last_token_without_text_ends_the_reply(monkeypatch):
     """The end of sequence comes 50 ms after the last text, and counts in usage: so it does in the time."""
-    row, _ = asked(url, "x.gap-1.eos")
+    row = told(monkeypatch, [(0.1, WORD), (0.02, WORD), (0.05, END), (0.3, USAGE)])
 
     assert row.ok
-    assert row.last_s - row.first_s >= sum(row.gaps_s) + 0.045
+    assert row.gaps_s == pytest.approx([0.02])
+    assert row.last_s - row.first_s == pytest.approx(0.07)
 
 
 def test_a_wall_clock_that_runs_backwards_bends_no_time(url, monkeypatch):
     """Each look at the wall clock is an hour earlier: the row's times are still those of the stream."""
     hours = itertools.count()
     monkeypatch.setattr(time, "time", lambda: 1e9 - 3600 * next(hours))
-    row, _ = asked(url, "timed.first-200.gap-20")
+    row, _ = asked(url, "timed.first-20.gap-2")
 
     assert row.ok
-    assert 0 < row.sent_s < row.first_s < row.last_s <= row.end_s < 60
+    assert 0 < row.sent_s < row.first_s < row.last_s <= row.end_s < 3600
     assert min(row.gaps_s) >= 0
 
 
@@ -147,20 +186,35 @@ def test_no_server_is_an_outcome():
     assert (row.outcome, row.status, text) == ("connect_error", None, "")
 
 
-@pytest.mark.parametrize("cancel_s", [0.1, 0.3])
-def test_a_client_that_hangs_up_is_no_failure(url, cancel_s):
-    """Before the first chunk or in the middle of the reply: the row says cancelled, and the connection is closed."""
-    row, _ = asked(url, "timed.first-200.gap-20", tokens=50, limits=Limits(cancel_s, 5, 5))
+def test_a_client_hangs_up_before_the_first_chunk(url):
+    """The server never answers, and the client's time is up: the row says cancelled, and is no failure."""
+    row, _ = asked(url, "x.holds-0", limits=Limits(0.1, 600, 600))
 
-    assert row.outcome == "cancelled"
-    assert row.end_s - row.sent_s >= cancel_s
+    assert (row.outcome, row.status, row.first_s) == ("cancelled", None, None)
+    assert row.end_s - row.sent_s >= 0.1
 
 
-def test_a_reply_that_takes_too_long_is_a_timeout(url):
-    """The limit holds even while chunks keep coming."""
-    row, _ = asked(url, "timed.first-200.gap-20", tokens=50, limits=Limits(None, 0.4, 5))
+def test_a_client_hangs_up_in_the_middle_of_a_reply(monkeypatch):
+    """Whatever still comes, the row says cancelled, keeps the times it saw, and the connection is closed."""
+    monkeypatch.setattr("loadtest.stream.time", Ticking())
+    with standin("x.gap-1.comment") as url:
+        row, _ = asked(url, "x.gap-1.comment", limits=Limits(60, 600, 600))
+        until(lambda: seen(url)["hung_up"] == 1)
 
-    assert row.outcome == "timeout"
+    assert (row.outcome, row.status) == ("cancelled", 200)
+    assert row.sent_s < row.first_s < row.end_s
+    assert row.end_s - row.sent_s >= 60
+
+
+@pytest.mark.parametrize(
+    ("limits", "outcome"), [(Limits(None, 0.4, 600), "timeout"), (Limits(0.4, 600, 600), "cancelled")]
+)
+def test_a_limit_holds_while_chunks_keep_coming(monkeypatch, limits, outcome):
+    """Chunks 300 ms apart, and 400 ms for the reply, or until the client hangs up: the second chunk is the last."""
+    row = told(monkeypatch, [(0.3, WORD)] * 10 + [(0.0, END), (0.0, USAGE)], limits)
+
+    assert row.outcome == outcome
+    assert (row.first_s, row.last_s, row.end_s) == pytest.approx((1.3, 1.6, 1.6))
 
 
 def test_events_are_read_however_the_bytes_are_cut():
@@ -172,15 +226,17 @@ def test_events_are_read_however_the_bytes_are_cut():
     assert list(sse_data(stream[i : i + 1] for i in range(len(stream)))) == whole
 
 
+def seen(url: str) -> dict:
+    """What the stand-in has counted."""
+    with urllib.request.urlopen(url.replace("/v1", "/seen")) as response:
+        return json.load(response)
+
+
 def test_requests_are_not_retried(url):
     """One 503 is one request at the server."""
+    model = "x.gap-1.status-503"
+    before = seen(url)["requests"].get(model, 0)
+    asked(url, model)
 
-    def seen() -> int:
-        with urllib.request.urlopen(url.replace("/v1", "/seen")) as response:
-            return json.load(response)["requests"].get("x.gap-1.status-503", 0)
-
-    before = seen()
-    asked(url, "x.gap-1.status-503")
-
-    assert seen() == before + 1
+    assert seen(url)["requests"][model] == before + 1
     assert isinstance(make_client(url), openai.OpenAI)
