@@ -17,6 +17,11 @@ case "$(uname -s) $(uname -m)" in
     *) fail "this machine is $(uname -s) $(uname -m); vLLM's packages are for Linux on x86_64 or aarch64 (on Windows: WSL 2)" ;;
 esac
 
+# PyTorch's compiler puts this path on a linker's command line as it is, and so does LD_PRELOAD.
+case "$PWD" in
+    *[[:space:]]*) fail "the path of this folder holds a space: '$PWD'; PyTorch cannot compile there, move it to a path without" ;;
+esac
+
 # The first Python that fits. PYTHON names the only one to try.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.12 python3.13 python3.11; fi
