@@ -92,7 +92,7 @@ def command(package: str, *words: str, accept: tuple[int, ...] = (0,)) -> dict[s
     print(f"$ python -m {package} {' '.join(words)}", flush=True)
     argv = [sys.executable, "-m", package, *words]
     last = ""
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, encoding="utf-8", bufsize=1) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if last:

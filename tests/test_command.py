@@ -1,10 +1,14 @@
 """The contract every command keeps: precedence, one-line errors, exit status, last JSON line."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
+from tests.test_layout import ROOT
 from train.command import Command, Result, argument, load_config, main, option
 from train.errors import UserError
 
@@ -87,3 +91,15 @@ def test_unknown_flag_is_a_usage_error():
     with pytest.raises(SystemExit) as stop:
         main("greet", COMMANDS, ["ada", "--lod"])
     assert stop.value.code == 2
+
+
+def test_a_locale_without_utf_8_ends_no_command():
+    """Text that people wrote is printed as UTF-8 wherever the command runs."""
+    code = (
+        "import sys; from train.command import exit_status\n"
+        "sys.exit(exit_status(lambda: print('gr\\u00fc\\u00df dich \\u2013 \\u201cja\\u201d') or 0))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8") == "gr\u00fc\u00df dich \u2013 \u201cja\u201d\n"

@@ -17,6 +17,7 @@ Each folder's `__main__` declares its commands and calls `main`. The contract ev
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import sys
 import types
@@ -81,6 +82,10 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
 
 def exit_status(run: Callable[[], int]) -> int:
     """What `run` returns; 1 after a UserError, said in one line on stderr, and 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        # What people wrote is printed, and a locale without UTF-8 would end the command at its first umlaut.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")
     try:
         return run()
     except UserError as error:
