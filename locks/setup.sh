@@ -95,7 +95,11 @@ fi
 
 echo "set-up 2/3: the packages of locks/$extra.txt (some minutes the first time)"
 # Bytecode now: it halves the start of each of the many processes to come.
-.venv/bin/uv pip sync --compile-bytecode "locks/$extra.txt"
+install_lock() {
+    .venv/bin/uv pip sync --compile-bytecode "$@" "locks/$extra.txt"
+}
+# Without a network, what was fetched before is enough.
+install_lock || install_lock --offline || fail "the packages are not all here, as said above; mend that and run the same command again"
 echo "set-up 3/3: this project"
 .venv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
 touch ".venv/.ready-$extra"
