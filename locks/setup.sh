@@ -69,7 +69,8 @@ if ! .venv/bin/python -c "$fits" 2>/dev/null; then
     make_venv
 fi
 rm -f .venv/.ready-*
-[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check "$uv_pin"
+[ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check "$uv_pin" ||
+    fail "pip cannot fetch $uv_pin, as said above; the first set-up needs the package index"
 
 # uv does not read pip's settings: where pip has folders of local wheels, uv gets them too.
 torch=$(sed -n 's/^torch==\([^ ]*\).*/\1/p' "locks/$extra.txt")
