@@ -3,12 +3,14 @@
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType
 
 from serve import chat, shelf
 from serve.config import ServeConfig
 from serve.server import Server
 from serve.supervise import supervise
+from train import store as shelves
 from train.command import Command, Result, main
 
 
@@ -19,12 +21,27 @@ def serve(config: ServeConfig) -> Result:
     print(server.plan().explain(), file=sys.stderr)
     try:
         server.start()
+        print(_welcome(server), file=sys.stderr, flush=True)
         supervise(server, threading.Event())
     except KeyboardInterrupt:
         print("stopping: running requests may end first", file=sys.stderr)
     finally:
         server.stop()
     return Result({"base_url": server.base_url, "log": str(server.log), "restarts": server.restarts})
+
+
+def _welcome(server: Server) -> str:
+    """What is served, how to ask, how to stop: what a person needs who has just started a server."""
+    store = Path(server.config.store)
+    adapters = shelves.names(store)
+    shown = ", ".join(adapters[:5]) + (", ..." if len(adapters) > 5 else "")
+    return "\n".join(
+        (
+            f"serves   {server.base.name}" + (f" and the adapters of {store}/: {shown}" if adapters else ""),
+            f"ask      python -m serve chat --url {server.base_url}, or any OpenAI client with this base_url",
+            "stop     Ctrl-C",
+        )
+    )
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:

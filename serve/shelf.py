@@ -73,7 +73,10 @@ def publish(options: Publish) -> Result:
     folder, name, model, run = _source(options)
     manifest = shelves.publish(Path(options.store), name, folder, resolve(model), system=options.system, run=run)
     print(f"published {manifest.id}: rank {manifest.rank}, {_size(manifest)}, for {manifest.base['name']}")
-    return Result({"adapter": manifest.id, "path": str(shelves.version_dir(Path(options.store), manifest))})
+    return Result(
+        {"adapter": manifest.id, "path": str(shelves.version_dir(Path(options.store), manifest))},
+        next=f"a server on this store serves it within 2 s; ask it with python -m serve chat --model {name}",
+    )
 
 
 def list_all(options: List) -> Result:

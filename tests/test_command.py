@@ -39,6 +39,24 @@ def test_last_line_of_stdout_is_json(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"greeted": "ada", "tags": ["a", "b"]}
 
 
+def test_terminal_is_spared_the_document(monkeypatch, capsys):
+    """On a terminal the table is the last thing on stdout, unless --json asks for the document."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    assert main("greet", COMMANDS, ["ada"]) == 0
+    assert capsys.readouterr().out == "hello \n"
+    assert main("greet", COMMANDS, ["ada", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["greeted"] == "ada"
+
+
+def test_next_step_is_the_last_line_on_stderr(capsys):
+    """What a person may do next is said where it does not disturb programs."""
+    commands = {"": Command(Greeting, lambda config: Result({}, next=f"wave to {config.name}"), "say hello")}
+
+    assert main("greet", commands, ["ada"]) == 0
+    assert capsys.readouterr() == ("{}\n", "next: wave to ada\n")
+
+
 def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
     """Precedence is defaults, then YAML, then flags."""
     file = tmp_path / "g.yaml"

@@ -1,7 +1,9 @@
 """`python -m train`: fine-tune an adapter; check a recipe; merge and push a run; measure the split's leak."""
 
 import os
+import shlex
 import sys
+from typing import Any
 
 from train.command import Command, Result, main
 from train.merge import Merge
@@ -13,7 +15,33 @@ def run_train(recipe: Recipe) -> Result:
     from train.experiments import train_seeds
     from train.sft import train
 
-    return Result(train_seeds(recipe) if recipe.seeds else train(recipe))
+    if recipe.seeds:
+        return Result(train_seeds(recipe), next="compare the seeds with python -m eval --run RUN, one run at a time")
+    summary = train(recipe)
+    # Of several processes only the first has a summary.
+    if not summary:
+        return Result(summary)
+    print(_told(summary))
+    served = f"python -m serve --model {shlex.quote(recipe.base)}"
+    chat = f"python -m serve chat --model {recipe.name}"
+    if summary["adapter"] is None:
+        return Result(summary, next=f"python -m serve publish {recipe.name}, then {served} and {chat}")
+    return Result(summary, next=f"{served}, and in another terminal {chat}, or python -m eval --run {recipe.name}")
+
+
+def _told(summary: dict[str, Any]) -> str:
+    """What a person wants to know of a finished training, a fact per line."""
+    lines = [("adapter", f"{summary['run']}/adapter")]
+    if summary["adapter"]:
+        lines.append(("published", summary["adapter"]))
+    lines.append(("steps", f"{summary['steps']} in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:.0f} tokens/s"))
+    if summary["val_loss"] is None:
+        lines.append(("train loss", f"{summary['train_loss_first']:.3f} to {summary['train_loss_last']:.3f}"))
+    else:
+        best = f"{summary['val_loss_base']:.3f} to {summary['val_loss']:.3f}, best at step {summary['best_step']}"
+        lines.append(("val loss", best))
+    lines.append(("loss curve", f"{summary['run']}/loss.png"))
+    return "\n".join(f"{label:<12} {text}" for label, text in lines)
 
 
 def run_check(recipe: Recipe) -> Result:
@@ -26,13 +54,21 @@ def run_check(recipe: Recipe) -> Result:
         print(finding, flush=True)
         findings.append(finding)
     ready = all(finding.ok for finding in findings)
-    return Result({"ready": ready, "checks": [finding._asdict() for finding in findings]}, 0 if ready else 1)
+    checks = [finding._asdict() for finding in findings]
+    return Result({"ready": ready, "checks": checks}, 0 if ready else 1, _after_check() if ready else "")
+
+
+def _after_check() -> str:
+    """The same words without `check`: the training that was found ready."""
+    return shlex.join(["python", "-m", "train", *(word for word in sys.argv[1:] if word not in ("check", "--json"))])
 
 
 def run_merge(config: Merge) -> Result:
     from train.merge import merge
 
-    return Result(merge(config))
+    document = merge(config)
+    loaded = f"AutoModelForCausalLM.from_pretrained({document['merged']!r})"
+    return Result(document, next=f"load it with {loaded}, or python -m serve --model {document['merged']}")
 
 
 def run_push(config: Push) -> Result:

@@ -191,7 +191,10 @@ def fetch_gguf(entry: Entry, gguf: Path) -> None:
 def _convert_gguf(gguf: Path, folder: Path, turn_end: str | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    # Three bars of a few seconds each; what is done was said in one line.
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )

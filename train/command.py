@@ -3,7 +3,8 @@
 Each folder's `__main__` declares its commands and calls `main`. The contract every command keeps:
 
 - precedence: dataclass defaults < YAML file (`--config`) < flags; an unknown key is refused with the nearest name;
-- stdout carries results and, as its last line, one JSON document; progress goes to stderr;
+- stdout carries results; its last line is one JSON document where stdout is not a terminal, or with `--json`;
+- progress goes to stderr, and after a command one line there says what to do next;
 - exit status 0 done, 1 expected failure (one `error:` line), 2 usage, or what `Result.exit_status` says.
 
     @dataclass(frozen=True)
@@ -35,10 +36,11 @@ _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 class Result(NamedTuple):
-    """What a command leaves: the JSON document for the last line of stdout, and the exit status."""
+    """What a command leaves: the JSON document for programs, the exit status, and what a person may do next."""
 
     document: Mapping[str, Any]
     exit_status: int = 0
+    next: str = ""
 
 
 class Command(NamedTuple):
@@ -69,12 +71,18 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     name = words.pop(0) if words and words[0] in commands else ""
     parser = _parser(program, name, commands)
     flags = vars(parser.parse_args(words))
+    # A document of 20 KB would push the table that a person came for off the screen.
+    machine_readable = flags.pop("json") or not sys.stdout.isatty()
 
     def run() -> int:
         file = _yaml_file(flags.pop("config", None), commands[name].presets)
         config: Any = load_config(commands[name].config, file, flags)
         result = commands[name].run(config)
-        print(json.dumps(result.document, allow_nan=False), flush=True)
+        document = json.dumps(result.document, allow_nan=False)
+        if machine_readable:
+            print(document, flush=True)
+        if result.next:
+            print(f"next: {result.next}", file=sys.stderr)
         return result.exit_status
 
     return exit_status(run)
@@ -147,6 +155,7 @@ def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argpars
         parser.add_argument("config", metavar="RECIPE", nargs="?", help=f"YAML file, or one of: {shipped}")
     elif not any(field.name == "config" for field in fields):
         parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    parser.add_argument("--json", action="store_true", help="end with the JSON document on a terminal too")
     hints = typing.get_type_hints(commands[name].config)
     for field in fields:
         text = field.metadata["help"].replace("%", "%%")

@@ -46,9 +46,12 @@ class Progress(TrainerCallback):
         self.train_s = 0.0
         self.session_tokens = 0
         self._tokens_before = 0
-        self._first_step: int | None = None
         self._started = self._said = time.monotonic()
         self._step_started = self._step_s = 0.0
+        self._steps = 0
+        self._validations: list[float] = []
+        self._validating_since: float | None = None
+        self._validated = 0
         self._loss = self._val_loss = math.nan
 
     @property
@@ -62,7 +65,6 @@ class Progress(TrainerCallback):
         return self.session_tokens / self.train_s if self.train_s else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._first_step = state.global_step
         if not state.is_world_process_zero:
             return
         # What a killed run logged after its last checkpoint is trained, and logged, again.
@@ -77,6 +79,16 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_s = time.perf_counter() - self._step_started
         self.train_s += self._step_s
+        self._steps += 1
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        if self._validating_since is None:
+            self._validating_since, self._validated = now, 0
+        self._validated += 1
+        # Before the first step this is all that happens, for half a minute and more on a CPU.
+        if state.is_world_process_zero and now - self._said >= LINE_EVERY_S:
+            self._print(f"validation   batch {self._validated} of {len(eval_dataloader)}", ends=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
@@ -98,9 +110,15 @@ class Progress(TrainerCallback):
             )
         if state.is_world_process_zero:
             _append(self.metrics_path, row)
-            self._say(state, evaluated="eval_loss" in logs)
+            self._say(args, state, evaluated="eval_loss" in logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self._answer_samples(args, state, model)
+        if self._validating_since is not None:
+            self._validations.append(time.monotonic() - self._validating_since)
+            self._validating_since = None
+
+    def _answer_samples(self, args: Any, state: Any, model: Any) -> None:
         # With several processes generation would need every one of them; samples are a single-process comfort.
         if not self.prompts or args.world_size > 1:
             return
@@ -108,24 +126,46 @@ class Progress(TrainerCallback):
         for question, answer in zip(self.prompts, answers, strict=True):
             _append(self.samples_path, {"step": state.global_step, "question": question, "answer": answer})
 
-    def _say(self, state: Any, evaluated: bool) -> None:
+    def _say(self, args: Any, state: Any, evaluated: bool) -> None:
         now = time.monotonic()
-        terminal = sys.stderr.isatty()
-        if not (evaluated or terminal or now - self._said >= LINE_EVERY_S):
+        if not (evaluated or sys.stderr.isatty() or now - self._said >= LINE_EVERY_S):
             return
-        self._said = now
-        gone, done = now - self._started, state.global_step - (self._first_step or 0)
-        left = f"{_clock(gone / done * (state.max_steps - state.global_step))} to go" if done else "no estimate yet"
+        left_s = seconds_left(
+            state.max_steps - state.global_step, self._steps, self.train_s, args.eval_steps, self._validations
+        )
         line = f"step {state.global_step:>4}/{state.max_steps}  epoch {state.epoch or 0:.2f}"
         line += "".join(
             f"  {name} {value:.3f}"
             for name, value in (("loss", self._loss), ("val", self._val_loss))
             if not math.isnan(value)
         )
-        line += f"  {self.tokens_per_s:.0f} tok/s" if done else ""
-        line += f"  {_clock(gone)} gone, {left}"
-        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if evaluated or not terminal else "", file=sys.stderr)
+        line += f"  {self.tokens_per_s:.0f} tok/s" if self._steps else ""
+        line += f"  {_clock(now - self._started)} elapsed"
+        line += "" if left_s is None else f", {_clock(left_s)} left"
+        self._print(line, ends=evaluated)
+
+    def _print(self, line: str, ends: bool) -> None:
+        """One line on stderr; on a terminal it is written over the line before, unless that one was to stay."""
+        self._said = time.monotonic()
+        terminal = sys.stderr.isatty()
+        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if ends or not terminal else "", file=sys.stderr)
         sys.stderr.flush()
+
+
+def seconds_left(
+    steps_left: int, steps_done: int, train_s: float, steps_per_validation: float | None, validations_s: Sequence[float]
+) -> float | None:
+    """Seconds until the last step and its validation are done; None before the first step.
+
+    Steps and validations are counted apart: on a CPU one validation takes as long as many steps.
+    train_s: of the steps done. validations_s: what each validation so far took.
+    """
+    if not steps_done:
+        return None
+    left_s = steps_left * train_s / steps_done
+    if validations_s and steps_per_validation:
+        left_s += math.ceil(steps_left / steps_per_validation) * sum(validations_s) / len(validations_s)
+    return left_s
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
