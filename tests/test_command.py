@@ -49,12 +49,15 @@ def test_terminal_is_spared_the_document(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["greeted"] == "ada"
 
 
-def test_next_step_is_the_last_line_on_stderr(capsys):
-    """What a person may do next is said where it does not disturb programs."""
+def test_next_step_is_said_to_a_person(monkeypatch, capsys):
+    """What to do next is said on a terminal; a program that reads the document is left alone."""
     commands = {"": Command(Greeting, lambda config: Result({}, next=f"wave to {config.name}"), "say hello")}
 
     assert main("greet", commands, ["ada"]) == 0
-    assert capsys.readouterr() == ("{}\n", "next: wave to ada\n")
+    assert capsys.readouterr() == ("{}\n", "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main("greet", commands, ["ada"]) == 0
+    assert capsys.readouterr() == ("", "next: wave to ada\n")
 
 
 def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):

@@ -4,7 +4,7 @@ Each folder's `__main__` declares its commands and calls `main`. The contract ev
 
 - precedence: dataclass defaults < YAML file (`--config`) < flags; an unknown key is refused with the nearest name;
 - stdout carries results; its last line is one JSON document where stdout is not a terminal, or with `--json`;
-- progress goes to stderr, and after a command one line there says what to do next;
+- progress goes to stderr, and there a last line for the person at a terminal says what to do next;
 - exit status 0 done, 1 expected failure (one `error:` line), 2 usage, or what `Result.exit_status` says.
 
     @dataclass(frozen=True)
@@ -71,17 +71,18 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     name = words.pop(0) if words and words[0] in commands else ""
     parser = _parser(program, name, commands)
     flags = vars(parser.parse_args(words))
-    # A document of 20 KB would push the table that a person came for off the screen.
-    machine_readable = flags.pop("json") or not sys.stdout.isatty()
+    json_wanted = flags.pop("json")
 
     def run() -> int:
         file = _yaml_file(flags.pop("config", None), commands[name].presets)
         config: Any = load_config(commands[name].config, file, flags)
         result = commands[name].run(config)
         document = json.dumps(result.document, allow_nan=False)
-        if machine_readable:
+        person = sys.stdout.isatty()
+        # A document of 20 KB would push the table that a person came for off the screen.
+        if json_wanted or not person:
             print(document, flush=True)
-        if result.next:
+        if result.next and person:
             print(f"next: {result.next}", file=sys.stderr)
         return result.exit_status
 
