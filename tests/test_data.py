@@ -85,6 +85,39 @@ def test_copies_of_a_question_have_one_id():
     assert question_id("I can't sleep. Who helps?") != question_id(one)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("\u0915\u093f", "\u0915\u0940"),  # Hindi ki, kii: only the vowel sign differs
+        ("\u092e\u0947\u0930\u093e \u092e\u0928", "\u092e\u0947\u0930\u0940 \u092e\u0928"),
+        ("\u0995\u09be\u09b2", "\u0995\u09bf\u09b2"),  # Bengali kaal, kil
+        ("\u0e1b\u0e49\u0e32", "\u0e1b\u0e48\u0e32"),  # Thai paa: aunt, and forest but for its tone
+        ("\u0e01\u0e34\u0e19", "\u0e01\u0e31\u0e19"),  # Thai kin, kan
+        ("\u0ba8\u0bbe\u0ba9\u0bcd", "\u0ba8\u0bc0\u0ba9\u0bcd"),  # Tamil naan, niin
+        ("\u1780\u17b6", "\u1780\u17b7"),  # Khmer
+        ("x\u0304 is low", "x\u0305 is low"),  # a mark that makes no single character with its letter
+    ],
+)
+def test_vowel_signs_and_tones_are_part_of_a_word(one, other):
+    """Questions that differ only in combining marks are different questions."""
+    assert normalised(one) != normalised(other)
+    assert question_id(one) != question_id(other)
+    rows, dropped = clean_rows(
+        [{"Context": one, "Response": ANSWER}, {"Context": other, "Response": f"{ANSWER} Then walk."}], DataConfig()
+    )
+    assert [row["question"] for row in rows] == [one, other]
+    assert dropped == {}
+
+
+def test_how_a_mark_is_written_makes_no_other_question():
+    """One character or two, joined or not, a picture or a sign, a dot that only folding adds: copies of one text."""
+    assert normalised("caf\u00e9") == normalised("cafe\u0301") == normalised("cafe\u200d\u0301") == "caf\u00e9"
+    assert normalised("\u0b95\u0bca") == normalised("\u0b95\u0bc6\u0bbe")  # Tamil ko, whole and in two parts
+    assert normalised("love \u2764\ufe0f you") == normalised("love \u2764 you") == "loveyou"
+    assert normalised("\u0130yi misin") == normalised("iyi misin") == "iyimisin"
+    assert normalised(" _-!") == ""
+
+
 def test_duplicates_are_dropped_and_counted():
     """Of six rows, one repeats a pair, one repeats it but for case and breaks, one pastes it under another question."""
     raw = [

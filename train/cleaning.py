@@ -106,12 +106,28 @@ def fault(question: str, answer: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """The letters and digits of `text`, case folded, without spaces: equal for copies of one text.
+    """The letters, their marks and the digits of `text`, case folded, without spaces: equal for copies of one text.
 
     >>> normalised("I can't sleep!") == normalised("i  cant\\nSLEEP")
     True
     """
-    return _NOT_WORDS.sub("", unicodedata.normalize("NFKC", text).casefold())
+    # Folded, the Turkish capital \u0130 is an i with a dot more than the i of its copies.
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
+    return unicodedata.normalize("NFKC", _NOT_WORDS.sub(_marks, folded))
+
+
+def _marks(gap: re.Match[str]) -> str:
+    """The vowel signs and accents among characters that are no letters: Hindi, Bengali and Thai write words with them.
+
+    `re` counts them as no part of a word. Variation selectors are marks that only choose between two pictures.
+    """
+    if gap[0].isascii():
+        return ""
+    return "".join(
+        char
+        for char in gap[0]
+        if unicodedata.category(char)[0] == "M" and "VARIATION SELECTOR" not in unicodedata.name(char, "")
+    )
 
 
 def question_id(question: str) -> str:
