@@ -253,7 +253,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("t.txt", "x", r"end in \.csv, \.json, \.jsonl, \.parquet"),
+        ("t.doc", "x", r"end in \.csv, \.tsv, .*, \.json, \.jsonl, .*\.parquet"),
         ("t.csv", "", "holds no rows"),
         ("t.csv", "Context,Response\n", "holds no rows"),
         ("t.csv", "Context,Response\nwhy,well,so\n", "line 2 has more fields"),
@@ -306,13 +306,13 @@ def test_a_hub_set_is_read_from_the_local_cache_at_its_commit(tmp_path):
 
 
 def test_bad_settings_are_one_line(tmp_path):
-    """Missing files, text that is not UTF-8, and impossible settings are refused before any work."""
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes("Context,Response\nwhy,caf\u00e9\n".encode("latin-1"))
+    """Missing files, text in an unknown encoding, and impossible settings are refused before any work."""
+    cyrillic = tmp_path / "cyrillic.csv"
+    cyrillic.write_bytes("Context,Response\nwhy,\u042f \u0443\u0441\u0442\u0430\u043b\n".encode("cp1251"))
 
     for config, message in (
         (DataConfig(data="nowhere/at/all.csv"), "no data file"),
-        (DataConfig(data=str(latin)), "is not UTF-8"),
+        (DataConfig(data=str(cyrillic)), "is not UTF-8"),
         (DataConfig(revision="main"), "only a hub set has revisions"),
         (DataConfig(val_share=0.5, test_share=0.5), "together under 1"),
         (DataConfig(split="topic"), "must be question or row"),

@@ -20,6 +20,7 @@ _HIDDEN = frozenset({"script", "style", "xml", "head", "title"})
 
 # Joiners (U+200C, U+200D) stay: Persian words and many emoji are spelled with them.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
+_HALF_PAIRS = re.compile("[\ud800-\udfff]")
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
 _NOT_WORDS = re.compile(r"[\W_]+")
@@ -72,7 +73,8 @@ def clean(text: str) -> str:
     >>> clean("<p>I&nbsp;can&#39;t   sleep.</p><p>Why?</p>")
     "I can't sleep.\\n\\nWhy?"
     """
-    text = _LINE_ENDS.sub("\n", text)
+    # JSON can hold half of a surrogate pair, which no file in UTF-8 can.
+    text = _LINE_ENDS.sub("\n", _HALF_PAIRS.sub("", text))
     if _MARKUP.search(text):
         parser = _Text()
         # In HTML a line's end is a space; only tags and character references break lines.

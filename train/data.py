@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import math
 import statistics
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ Splits = dict[str, list[Row]]
 class DataConfig:
     """Where conversations come from and how they are split; a `Recipe` has the same fields.
 
-    data: a CSV, JSON, JSONL or Parquet file, a hub id (org/name), or `sample`, the shipped set.
+    data: a CSV, TSV, JSON, JSONL or Parquet file, packed or not, a hub id (org/name), or `sample`, the shipped set.
     revision: commit, tag or branch of a hub set; empty means its newest.
     val_share, test_share: shares of the questions.
     split: `question`; or `row`, which leaks and is there only to measure how much.
@@ -56,6 +57,7 @@ class Report:
     """What became of every row. Counts; lengths are in words.
 
     dropped: rows by reason, each row counted once, under the first reason that applies.
+    read_as: the source's form as it was found (encoding, separator, packing), and columns under other names than asked.
     leak: questions that are in more than one split; 0 unless `split` is `row`.
     row_split_leak: the share of test questions that a random row split of the same rows puts in training too.
     """
@@ -63,6 +65,7 @@ class Report:
     source: str
     revision: str
     source_sha256: str
+    read_as: str
     split: str
     split_seed: int
     rows_in: int
@@ -79,6 +82,7 @@ class Report:
     def __str__(self) -> str:
         commit = f" at {self.revision[:12]}" if self.revision else ""
         lines = [f"data         {self.source}{commit} (sha256 {self.source_sha256[:12]})"]
+        lines += [f"read as      {self.read_as}"]
         lines += [f"rows in      {self.rows_in:>7,}"]
         lines += [f"  dropped    {n:>7,}  {reason}" for reason, n in self.dropped.items()]
         lines += [f"rows out     {self.rows_out:>7,}  answers to {sum(self.questions.values()):,} questions"]
@@ -101,7 +105,8 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
     if config.split not in ("question", "row"):
         raise UserError(f"split is {config.split!r}; it must be question or row")
     source = load(config.data, config.revision)
-    rows, dropped = clean_rows(source.rows, config)
+    found, renamed = with_columns(config, source.columns)
+    rows, dropped = clean_rows(source.rows, found)
     if not rows:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
@@ -117,6 +122,7 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
         source=config.data,
         revision=source.revision,
         source_sha256=source.sha256,
+        read_as="; ".join([source.read_as, *renamed]),
         split=config.split,
         split_seed=config.split_seed,
         rows_in=len(source.rows),
@@ -146,17 +152,17 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> tuple[list[
     Of several copies of one pair the longest is kept: the others have lost their paragraph breaks. One text of a
     question stands for all its rows. An answer pasted under several questions stays only under the first.
     """
-    _check_columns(raw, config)
     dropped: Counter[str] = Counter()
     pairs: dict[tuple[str, str], Row] = {}
     exact: set[tuple[str, str]] = set()
     owner: dict[str, str] = {}
     question_text: dict[str, str] = {}
     for number, fields in enumerate(raw, start=1):
-        question, answer, topic = (
+        question, answer = (
             clean(_text(fields.get(column), column, number))
-            for column in (config.question_column, config.answer_column, config.topic_column)
+            for column in (config.question_column, config.answer_column)
         )
+        topic = clean(_label(fields.get(config.topic_column)))
         if reason := fault(question, answer):
             dropped[reason] += 1
             continue
@@ -219,17 +225,49 @@ def _statistics(values: list[int]) -> dict[str, float]:
     }
 
 
-def _check_columns(raw: Sequence[dict[str, Any]], config: DataConfig) -> None:
-    present = list(dict.fromkeys(column for row in raw for column in row))
-    wanted = {"question_column": config.question_column, "answer_column": config.answer_column}
-    if config.topic_column != DEFAULT_TOPIC_COLUMN:
-        wanted["topic_column"] = config.topic_column
-    for option_name, column in wanted.items():
-        if column not in present:
-            raise UserError(
-                f"{config.data!r} has no column {column!r}, only {', '.join(map(repr, present))}; "
-                f"say which one it is with --{option_name.replace('_', '-')}"
-            )
+def with_columns(config: DataConfig, present: Sequence[str]) -> tuple[DataConfig, list[str]]:
+    """The config with the columns that are `present` for those that it asks for, and what was taken for another name.
+
+    A name that is there as asked is taken; else the one that differs in case and outer spaces only. Raises UserError
+    where there is none, or where there are two.
+    """
+    said: list[str] = []
+
+    def find(name: str, wanted: str) -> str:
+        found = [column for column in present if column == wanted]
+        found = found or [column for column in present if _folded(column) == _folded(wanted)]
+        if len(found) > 1:
+            names = " and ".join(map(repr, found))
+            raise UserError(f"{config.data!r} has {len(found)} columns of one name, {names}; rename or remove one")
+        if not found and (name != "topic_column" or wanted != DEFAULT_TOPIC_COLUMN):
+            raise UserError(_no_column(present, config, name))
+        if found and found[0] != wanted:
+            said.append(f"{found[0]!r} taken for {wanted!r}")
+        return found[0] if found else wanted
+
+    columns = dataclasses.replace(
+        config,
+        question_column=find("question_column", config.question_column),
+        answer_column=find("answer_column", config.answer_column),
+        topic_column=find("topic_column", config.topic_column),
+    )
+    return columns, said
+
+
+def _no_column(present: Sequence[str], config: DataConfig, name: str) -> str:
+    wanted, shown = getattr(config, name), [column if len(column) <= 40 else f"{column[:40]}..." for column in present]
+    if any(len(column) > 60 or "\n" in column for column in present):
+        return (
+            f"{config.data!r} has no header row: its first line holds {shown[0]!r}; put a first line with the columns' "
+            f"names, such as {config.question_column},{config.answer_column}"
+        )
+    listed = ", ".join(map(repr, shown[:12])) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+    option_name = name.replace("_", "-")
+    return f"{config.data!r} has no column {wanted!r}, only {listed}; say which one it is with --{option_name}"
+
+
+def _folded(column: str) -> str:
+    return unicodedata.normalize("NFKC", column).strip().casefold()
 
 
 def _text(value: Any, column: str, number: int) -> str:
@@ -238,3 +276,11 @@ def _text(value: Any, column: str, number: int) -> str:
     if not isinstance(value, str):
         raise UserError(f"row {number}: {column} holds {type(value).__name__} {str(value)[:40]!r}; text is needed")
     return value
+
+
+def _label(value: Any) -> str:
+    """A topic as text: numbers and lists of labels as they read, anything else as no topic."""
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(_label, value)))
+    is_label = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if is_label else ""

@@ -58,7 +58,8 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     check_run_directory(dataclasses.replace(whole, resume=folder.exists(), overwrite=False))
     write_json(folder / "config.json", whole.document())
     held_out = recipe.val_share + recipe.test_share
-    rows, _ = data.clean_rows(load(recipe.data, recipe.revision).rows, recipe.data_config())
+    source = load(recipe.data, recipe.revision)
+    rows, _ = data.clean_rows(source.rows, data.with_columns(recipe.data_config(), source.columns)[0])
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
     write_jsonl(folder / "rows.jsonl", rows)

@@ -21,7 +21,7 @@ class Recipe:
 
     name: str = option("gentle", "run directory under --runs, and adapter name in the store")
     base: str = option("smollm2-135m", "base model: catalog name, hub id or local folder")
-    data: str = option("sample", "conversations: a CSV, JSON, JSONL or Parquet file, a hub id, or `sample`")
+    data: str = option("sample", "conversations: a CSV, TSV, JSON, JSONL or Parquet file, a hub id, or `sample`")
     revision: str = option("", "commit, tag or branch of a hub set; pin one to repeat a run")
     question_column: str = option("Context", "column that holds the question")
     answer_column: str = option("Response", "column that holds the answer")

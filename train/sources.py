@@ -1,25 +1,47 @@
-"""Raw rows of conversations, from a CSV, JSON, JSONL or Parquet file, a set on the hub, or the shipped sample."""
+"""Raw rows of conversations, from a table, JSON or Parquet, packed or not, a set on the hub, or the shipped sample."""
 
-import csv
+import gzip
 import hashlib
+import io
 import json
-from pathlib import Path
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from train import delimited, documents
+from train.decoding import decode
 from train.errors import UserError
-from train.files import read_jsonl, sha256_of
+from train.files import sha256_of
 
 SAMPLE = Path(__file__).parent / "sample" / "conversations.jsonl"
+
+_TABLES = (".csv", ".tsv", ".tab", ".txt")
+_JSON = (".json", ".jsonl", ".ndjson")
+_PACKED = (".gz", ".zip")
+SUFFIXES = (*_TABLES, *_JSON, ".parquet", *_PACKED)
 
 RawRow = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """Rows as they are, the commit of a hub set ("" for a file), and the SHA-256 of the file or of the set's rows."""
+    """Rows as they are, the commit of a hub set ("" for a file), and the SHA-256 of the file or of the set's rows.
+
+    read_as: the file's form in words, as it was found. columns: names in the file's order, some of them twice perhaps.
+    """
 
     rows: list[RawRow]
     revision: str
     sha256: str
+    read_as: str
+    columns: list[str]
+
+
+class _Content(NamedTuple):
+    rows: list[RawRow]
+    read_as: str
+    columns: list[str]
 
 
 def load(data: str, revision: str = "") -> Source:
@@ -29,71 +51,92 @@ def load(data: str, revision: str = "") -> Source:
     """
     path = SAMPLE if data == "sample" else Path(data).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in _READERS and data.count("/") == 1 and not data.startswith((".", "~", "/")) and not path.exists():
+    if suffix not in SUFFIXES and data.count("/") == 1 and not data.startswith((".", "~", "/")) and not path.exists():
         source = _from_hub(data, revision)
-    elif suffix not in _READERS:
-        raise UserError(f"data is {data!r}; it must end in {', '.join(_READERS)}, or be a hub id (org/name) or sample")
+    elif suffix not in SUFFIXES:
+        raise UserError(f"data is {data!r}; it must end in {', '.join(SUFFIXES)}, or be a hub id (org/name) or sample")
     elif not path.is_file():
         raise UserError(f"no data file {data!r}; check the path, or leave --data out to use the shipped sample")
     elif revision:
         raise UserError(f"revision is {revision!r}, but {data!r} is a file; only a hub set has revisions")
     else:
-        source = Source(_read(path), "", sha256_of(path))
+        try:
+            content = _read(path.read_bytes(), str(path))
+            source = Source(content.rows, "", sha256_of(path), content.read_as, content.columns)
+        except OSError as error:
+            raise UserError(f"cannot read {data!r}: {error.strerror or error}") from error
     if not source.rows:
         raise UserError(f"{data!r} holds no rows")
     return source
 
 
-def _read(path: Path) -> list[RawRow]:
+def _read(content: bytes, name: str) -> _Content:
+    """The rows of a file by its name's end; what is packed is unpacked, whatever its name."""
+    if content.startswith(b"\x1f\x8b"):
+        inside = _read(_gunzip(content, name), name[: -len(".gz")] if name.lower().endswith(".gz") else name)
+        return inside._replace(read_as=f"{inside.read_as}, in gzip")
+    if content.startswith(b"PK\x03\x04"):
+        member, unpacked = _unzip(content, name)
+        inside = _read(unpacked, member)
+        return inside._replace(read_as=f"{inside.read_as}, {member!r} in a zip archive")
+    suffix = PurePath(name).suffix.lower()
+    if suffix in _PACKED:
+        raise UserError(f"{name!r} is not packed as its name says; give it its own suffix, such as .csv")
+    if suffix == ".parquet":
+        return _read_parquet(content, name)
+    if suffix not in SUFFIXES:
+        raise UserError(f"{name!r} must end in {', '.join(SUFFIXES)}")
+    text, encoding = decode(content, name)
+    if suffix in _JSON or (suffix == ".txt" and text.lstrip().startswith(("{", "["))):
+        objects, shape = documents.read(text, name)
+        return _Content(objects, f"{shape}, {encoding}", list(dict.fromkeys(key for row in objects for key in row)))
+    header, rows, said = delimited.read(text, name)
+    cells = [dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True)) for row in rows]
+    return _Content(cells, f"a table, {said}, {encoding}", header)
+
+
+def _gunzip(content: bytes, name: str) -> bytes:
     try:
-        return _READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name!r} is not whole: {error}; fetch or pack it again") from error
 
 
-def _read_csv(path: Path) -> list[RawRow]:
-    csv.field_size_limit(1 << 27)  # the default, 128 KiB, is shorter than some pasted pages
-    rows: list[RawRow] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                if None in row:
-                    raise UserError(
-                        f"{str(path)!r} line {reader.line_num} has more fields than the header; "
-                        "quote the fields that hold commas"
-                    )
-                rows.append(row)
-        except csv.Error as error:
-            raise UserError(f"{str(path)!r} line {reader.line_num} is not CSV: {error}") from error
-    return rows
-
-
-def _read_json(path: Path) -> list[RawRow]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return read_jsonl(path)  # hub sets often name JSON Lines .json
+def _unzip(content: bytes, name: str) -> tuple[str, bytes]:
+    """The name and content of the one data file in an archive."""
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} is not JSON: {error}") from error
-    if not all(isinstance(row, dict) for row in document):
-        raise UserError(f"{str(path)!r} must hold a list of objects, or one object a line")
-    return document
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        names = [
+            entry.filename
+            for entry in archive.infolist()
+            if not entry.is_dir()
+            and not entry.filename.startswith("__MACOSX/")
+            and PurePath(entry.filename).name[0] != "."
+        ]
+        if "[Content_Types].xml" in names:
+            raise UserError(f"{name!r} is an Excel workbook; save the sheet as CSV UTF-8 and give that")
+        found = [member for member in names if PurePath(member).suffix.lower() in SUFFIXES]
+        if len(found) != 1:
+            held = ", ".join(map(repr, (found or names)[:5])) or "no files"
+            raise UserError(f"{name!r} holds {held}; it must hold one data file ({', '.join(SUFFIXES)})")
+        return found[0], archive.read(found[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{name!r} is not whole: {error}; fetch or pack it again") from error
+    except (RuntimeError, NotImplementedError) as error:  # a password, a rare compression
+        raise UserError(f"{name!r} cannot be unpacked: {error}; unpack it yourself and give the file") from error
 
 
-def _read_parquet(path: Path) -> list[RawRow]:
-    from pyarrow import ArrowException, parquet
+def _read_parquet(content: bytes, name: str) -> _Content:
+    from pyarrow import ArrowException, BufferReader, parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        table = parquet.read_table(BufferReader(content))
+        twice = [column for column, n in Counter(table.column_names).items() if n > 1]
+        if twice:
+            raise UserError(f"{name!r} has two columns {twice[0]!r}; rename or remove one")
+        return _Content(table.to_pylist(), "Parquet", table.column_names)
     except ArrowException as error:
-        raise UserError(f"{str(path)!r} is not Parquet: {' '.join(str(error).split())}") from error
-
-
-_READERS = {".csv": _read_csv, ".json": _read_json, ".jsonl": read_jsonl, ".parquet": _read_parquet}
+        raise UserError(f"{name!r} is not Parquet: {' '.join(str(error).split())}") from error
 
 
 def _from_hub(name: str, revision: str) -> Source:
@@ -119,4 +162,5 @@ def _from_hub(name: str, revision: str) -> Source:
     rows = found["train"].to_list()
     content = "".join(json.dumps(row, sort_keys=True, default=str) + "\n" for row in rows)
     # A snapshot's folder is named by its commit.
-    return Source(rows, folder.name, hashlib.sha256(content.encode()).hexdigest())
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return Source(rows, folder.name, sha256, "a hub set", list(found["train"].column_names))

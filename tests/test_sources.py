@@ -1,0 +1,423 @@
+"""Files are read as they are exported: separators, quoting, encodings, packing and shapes are found, and said.
+
+What a table holds is held against Python's csv module, which is told the dialect, and against pandas.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zipfile
+
+import pandas
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from train import delimited, documents
+from train.data import DataConfig, prepare
+from train.decoding import decode
+from train.errors import UserError
+from train.sources import load
+
+HEADER = ["Context", "Response", "topic"]
+ROWS = [[f"I feel stuck in week {n}", f"That sounds tiring, and it makes sense, week {n}", "work"] for n in range(40)]
+TRICKY = st.text(alphabet="ab ,;\t|\"'\n\r\\&#1\u00e9\u4f60\U0001f622\u2028\x85", max_size=12)
+DIALECTS = st.fixed_dictionaries(
+    {
+        "delimiter": st.sampled_from(",;\t|"),
+        "quoting": st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+        "lineterminator": st.sampled_from(["\n", "\r\n", "\r"]),
+    }
+)
+
+
+def written(rows: list[list[str]], header: list[str] = HEADER, **dialect: object) -> str:
+    """A table as Python's csv module writes it."""
+    file = io.StringIO(newline="")
+    csv.writer(file, **dialect).writerows([header, *rows])
+    return file.getvalue()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(TRICKY, min_size=3, max_size=3), max_size=6), DIALECTS)
+def test_a_table_reads_as_the_csv_module_wrote_it(rows, dialect):
+    """Whatever stands in the fields, under every separator, way of quoting and end of line, none of which is given."""
+    text = written(rows, **dialect)
+    known = list(csv.reader(io.StringIO(text, newline=""), **dialect))
+    assume(known == [HEADER, *rows])  # it writes some line ends that it does not read back
+
+    table = delimited.read(text, "t.csv")
+
+    assert [table.header, *table.rows] == known
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(TRICKY, min_size=3, max_size=3), max_size=4), st.sampled_from(",;\t|"), st.booleans())
+def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
+    """MySQL and Spark write so. What reads without a backslash's help, reads as the csv module does by default."""
+    quoting = csv.QUOTE_ALL if is_quoted else csv.QUOTE_NONE
+    rows = [[cell.replace("\r", "").replace("\n", "") for cell in row] for row in rows]
+    rows.append(['she said "no", twice; then\tleft|it', 'a "b" c', "d"])
+    text = written(rows, delimiter=separator, quoting=quoting, escapechar="\\", doublequote=False)
+
+    table = delimited.read(text, "t.csv")
+
+    assert [table.header, *table.rows] == [HEADER, *rows]
+    assert "backslash" in table.said
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("utf-8", "UTF-8"),
+        ("utf-8-sig", "UTF-8 with a byte-order mark"),
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16 without a byte-order mark"),
+        ("utf-16-be", "UTF-16 without a byte-order mark"),
+        ("utf-32", "UTF-32"),
+    ],
+)
+@pytest.mark.parametrize("dialect", [{}, {"delimiter": ";"}, {"delimiter": "\t", "quoting": csv.QUOTE_ALL}])
+def test_every_encoding_reads_as_pandas_reads_it(tmp_path, encoding, said, dialect):
+    """Umlauts, quotes, emoji and Chinese come out as pandas, which is told the encoding, reads them."""
+    rows = [
+        ["Ich gr\u00fcble, nachts", "\u201cdo\u201d \u2013 it\nnow", ""],
+        ["\u6211\u7761\u4e0d\u7740", "\U0001f622 ok", "x;y"],
+    ]
+    path = tmp_path / "t.csv"
+    path.write_bytes(written(rows, **dialect).encode(encoding))
+
+    source = load(str(path))
+
+    known = pandas.read_csv(path, sep=dialect.get("delimiter", ","), encoding=encoding, keep_default_na=False)
+    assert source.rows == known.to_dict("records")
+    assert source.read_as.endswith(f", {said}")
+
+
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_windows_1252_is_read_where_it_fits(tmp_path, separator):
+    """German, French, Spanish and typographic quotes; the words that it gives are shown, so that a person can judge."""
+    rows = [
+        [
+            "Ich gr\u00fcble nachts \u2013 w\u00e4re das schlimm?",
+            "\u201cDas klingt schwer\u201d, \u00c4nne\u2026",
+            "Stra\u00dfe",
+        ],
+        ["J\u2019ai peur de l\u2019\u00e9t\u00e9", "d\u00e9j\u00e0 vu, \u0153uvre, na\u00efve", "10 \u20ac"],
+        ["\u00bfQu\u00e9 te pas\u00f3 ma\u00f1ana?", "cora\u00e7\u00e3o, emo\u00e7\u00f5es", "\u00ab\u00e7a\u00bb"],
+    ]
+    path = tmp_path / "t.csv"
+    path.write_bytes(written(rows, delimiter=separator).encode("cp1252"))
+
+    source = load(str(path))
+
+    assert [list(row.values()) for row in source.rows] == rows
+    assert "Windows-1252 (it gives gr\u00fcble, \u2013, w\u00e4re)" in source.read_as
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("\u042f \u043f\u043b\u043e\u0445\u043e \u0441\u043f\u043b\u044e, and I am tired", "cp1251"),
+        ("\u042f \u043f\u043b\u043e\u0445\u043e \u0441\u043f\u043b\u044e, and I am tired", "koi8-r"),
+        ("\u0394\u03b5\u03bd \u03ba\u03bf\u03b9\u03bc\u03ac\u03bc\u03b1\u03b9, and I am tired", "cp1253"),
+        ("\u6211\u6700\u8fd1\u603b\u662f\u7761\u4e0d\u7740, and I am tired", "gb18030"),
+        ("\u6700\u8fd1\u7720\u308c\u306a\u3044, and I am tired", "shift_jis"),
+        ("\uc694\uc998 \uc7a0\uc774 \uc548 \uc640\uc694, and I am tired", "euc-kr"),
+        ("B\u0119d\u0119 \u015bmia\u0142a, cho\u0107 \u017cycie mnie m\u0119czy i jest \u017ale", "cp1250"),
+        ("P\u0159\u00edli\u0161 \u017elu\u0165ou\u010dk\u00fd k\u016f\u0148, p\u011bl", "cp1250"),
+        ("\u0130yi de\u011filim, \u00e7ok \u00fcz\u00fcl\u00fcyorum ve \u015fa\u015fk\u0131n\u0131m", "cp1254"),
+        ("caf\u00e9 na\u00efve, I don\u2019t know", "mac-roman"),
+        ("caf\u00e9 na\u00efve, d\u00e9j\u00e0 vu, m\u00fcde", "cp850"),
+    ],
+)
+def test_other_old_encodings_are_refused(text, encoding):
+    """Read as Windows-1252 they would give other letters without a word."""
+    with pytest.raises(UserError, match=r"'t.csv' is not UTF-8 \(byte \d+, line 2\).*save it as UTF-8"):
+        decode(b"Context,Response\n" + text.encode(encoding), "t.csv")
+
+
+def test_utf_8_with_one_foreign_byte_is_refused():
+    """It is no Windows-1252: the characters that are right would turn into two wrong ones."""
+    content = "Context,Response\nna\u00efve,it\u2019s fine\n".encode() + b"caf\xe9,gr\xfc\xdfe f\xfcr dich"
+
+    with pytest.raises(UserError, match=r"not UTF-8 \(byte 39, line 3\)"):
+        decode(content, "t.csv")
+
+
+# A fault in a table: what stands in it, what is to be found, and the line.
+def with_stray_opening(line: int, column: int) -> str:
+    lines = written(ROWS, lineterminator="\n").split("\n")
+    fields = next(csv.reader([lines[line - 1]]))
+    quoted = [f'"{field}"' if "," in field else field for field in fields]
+    quoted[column] = '"' + quoted[column].replace('"', "").replace(",", ";")
+    lines[line - 1] = ",".join(quoted)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("line", [2, 27, 40, 41])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_stray_opening_quote_is_refused_by_line(line, column):
+    """In any column, before fields that are quoted and fields that are not, in the last row too."""
+    with pytest.raises(UserError, match=rf"'t.csv' line {line} "):
+        delimited.read(with_stray_opening(line, column), "t.csv")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.text(alphabet="ab ,;\n", min_size=1, max_size=9).map(lambda text: f"so {text} it"),
+            min_size=2,
+            max_size=2,
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    DIALECTS,
+    st.data(),
+)
+def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
+    """One quote put in or taken out: the file is refused, or no row and no word of a row is lost."""
+    text = written(rows, ["q", "a"], **dialect)
+    body = text.index(dialect["lineterminator"]) + 1
+    quotes = [at for at in range(body, len(text)) if text[at] == '"']
+    starts = [
+        at for at in range(body, len(text)) if text[at - 1] in dialect["delimiter"] + "\r\n" and text[at].isalpha()
+    ]
+    added, removed = [text[:at] + '"' + text[at:] for at in starts], [text[:at] + text[at + 1 :] for at in quotes]
+    if not added + removed:
+        return
+    broken = data.draw(st.sampled_from(added + removed))
+    try:
+        table = delimited.read(broken, "t.csv")
+    except UserError:
+        return
+    letters = [[cell.replace('"', "").strip() for cell in row] for row in table.rows]
+    assert letters == [[cell.strip() for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        # Closed in due form by another stray quote: by the end of a question, an answer, a row.
+        ('q,a\n"one two three,well then\nfour five six,so be it\nwhy me now",that is\na,b\n', "line 2 opens a quote"),
+        ('q,a\nmy first one,"well\nfour five six,so it is\nwhy me now,that is hard"\na,b\n', "line 2 opens a quote"),
+        ('q,a\nfine here,yes it is\n"one two three,well then\nfour five six,so it is"\n', "line 3 opens a quote"),
+        ('q,a\nwhy,"not\nnow\n', "line 2 opens a quote, and nothing closes it"),
+        ('q,a\n"bad day, and I,That sounds hard\n"Second","It is fine"\n', "line 2 opens a quote"),
+        ('"q","a"\n"one","well\n"two","so"\n', "line 2 opens a quote"),
+        ('"q","a"\none\ntwo","well"\n', 'line 3 closes a quote that nothing opens'),
+        ('q,a\n"no, never" he said,well\n', "line 2 has text behind a closing quote (' he said,well')"),
+        ("q,a\nwhy,well,so\n", "line 2 has more fields than the header; quote the fields that hold commas"),
+        ("q;a\nok;yes\nwhy;well;so\n", "line 3 has more fields than the header; quote the fields that hold the sep"),
+        ("sep=;\nq;a\nwhy;well;so\n", "line 3 has more fields"),
+        ('\ufeffq\ta\r\nok\tyes\r\nwhy\t"well\r\n'.lstrip("\ufeff"), "line 3 opens a quote"),
+    ],
+)  # fmt: skip
+def test_a_table_that_would_lose_rows_is_refused(text, said):
+    """Each names the line where a person has to look."""
+    with pytest.raises(UserError) as raised:
+        delimited.read(text, "t.csv")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        # A quote that changes nothing about where a field ends is part of the text.
+        ('q,a\n"I am stuck" he said,well\n', [['"I am stuck" he said', "well"]]),
+        ('q,a\nI am 6\' 2",well\n', [["I am 6' 2\"", "well"]]),
+        ('q,a\nso "sad" today,well\n', [['so "sad" today', "well"]]),
+        # Spaces around quotes, columns without a name, rows cut short, blank lines, a bar, one column.
+        ('q, "a" ,b\n1, "x, y" ,"z"\n', [["1", "x, y", "z"]]),
+        ("q,a,,\nwhy,well,,\n", [["why", "well"]]),
+        ("q,a,topic\nwhy,well\n\nwho,me,x\n", [["why", "well"], ["who", "me", "x"]]),
+        ("\n \nq|a\nwhy|well, so\n", [["why", "well, so"]]),
+        ("q\nwhy\n", [["why"]]),
+        ("'q','a'\n'it''s, me','well'\n", [["it's, me", "well"]]),
+        # The separator is the one that the rows bear out.
+        ("q, as asked;a\nwhy, oh, why;well\nwho;me\n", [["why, oh, why", "well"], ["who", "me"]]),
+        ('"sep=;"\nq;a\nwhy;well, so\n', [["why", "well, so"]]),
+        ("sep=^\nq^a\nwhy^well, so\n", [["why", "well, so"]]),
+        # Excel writes an emoji so in Windows-1252.
+        ("q;a\nI cry &#128546;;well\n", [["I cry &#128546;", "well"]]),
+        ("q;a\nTom &amp;well\n", [["Tom &amp", "well"]]),
+        # A text of several lines with a comma in each, among rows that are quoted throughout, or beside another.
+        ('"q","a"\n"one two three","I hear, you all\nrest now, please do\nand walk, every day"\n"so","be it"\n',
+         [["one two three", "I hear, you all\nrest now, please do\nand walk, every day"], ["so", "be it"]]),
+        ('q,a\nwhy not me,"I hear you all\nrest now, please do\nwalk now, every day"\nso,"be\n\nit"\n',
+         [["why not me", "I hear you all\nrest now, please do\nwalk now, every day"], ["so", "be\n\nit"]]),
+    ],
+)  # fmt: skip
+def test_a_table_written_by_hand_is_read(text, rows):
+    """What loses nothing is taken as it is."""
+    assert delimited.read(text, "t.csv").rows == rows
+
+
+PAIRS = [{"Context": "why?", "Response": "well\u2028then"}, {"Context": "who, me?", "Response": "caf\u00e9"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("".join(json.dumps(row) + "\r\n" for row in PAIRS), "JSON Lines"),
+        ("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in PAIRS), "JSON Lines"),
+        (json.dumps(PAIRS, indent=1), "JSON, a list of objects"),
+        (json.dumps({"version": 1, "data": PAIRS}, indent=2), "JSON, a list of objects under 'data'"),
+        (json.dumps({"data": PAIRS}), "JSON, a list of objects under 'data'"),
+        (pandas.DataFrame(PAIRS).to_json(), "JSON, pandas' table by column"),
+        (pandas.DataFrame(PAIRS).to_json(orient="index"), "JSON, pandas' table by index"),
+        (pandas.DataFrame(PAIRS).to_json(orient="split"), "JSON, pandas' split table"),
+        (pandas.DataFrame(PAIRS).to_json(orient="table"), "JSON, a list of objects under 'data'"),
+        (pandas.DataFrame(PAIRS).to_json(orient="records", lines=True), "JSON Lines"),
+        (json.dumps({name: [row[name] for row in PAIRS] for name in PAIRS[0]}), "JSON, a list by column"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_json_is_read_in_the_shapes_people_have(tmp_path, text, said, mark):
+    """Every shape that pandas writes but bare values, and those of hubs and of hand-written files."""
+    for name in ("t.json", "t.jsonl", "t.txt"):
+        (tmp_path / name).write_bytes((mark + text).encode())
+        source = load(str(tmp_path / name))
+
+        assert [{name: row[name] for name in PAIRS[0]} for row in source.rows] == PAIRS
+        assert source.read_as.startswith(f"{said}, UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": "b"}\n{"a": "c', "line 2 is not JSON: Unterminated string"),
+        ('{"a": "b"}\n["c"]\n', "line 2 is a JSON list; an object is needed"),
+        ('{"a": "b"}\n{"a": 1, "a": 2}\n', "line 2 is not JSON: the key 'a' is given twice"),
+        ('[{"a": 1, "a": 2}]', "the key 'a' is given twice"),
+        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "lists of objects under 'train', 'test'; keep one of them"),
+        ('["a", "b"]', "holds a list of other things than objects; it must hold one object a line, a list of objects"),
+        ('{"meta": {"x": 1}, "n": [1, 2]}', "holds an object with 'meta', 'n'; it must hold"),
+        ("[" * 100_000, "is not JSON"),
+        ("Dear all,\nhello\n", "is not JSON: it starts with 'Dear all,'"),
+    ],
+)
+def test_json_of_another_shape_is_one_line(text, said):
+    """It says what is there and what may be there."""
+    with pytest.raises(UserError) as raised:
+        documents.read(text, "t.json")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def zipped(**members: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(re.sub(r"_(?=\w+$)", ".", name.replace("__", "/")), text)
+    return file.getvalue()
+
+
+def test_packed_files_are_unpacked(tmp_path):
+    """gzip and zip, whatever is in them and whatever their names say; a Mac's own files in an archive do not count."""
+    text = written(ROWS)
+    for name, content, said in (
+        ("t.csv.gz", gzip.compress(text.encode("utf-16")), "UTF-16, in gzip"),
+        ("t.csv", gzip.compress(text.encode()), "UTF-8, in gzip"),
+        ("t.zip", zipped(talks__t_csv=text, MACOSX__t_csv="x", readme_md="y"), "'talks/t.csv' in a zip archive"),
+        ("t.jsonl.gz", gzip.compress(json.dumps(dict(zip(HEADER, ROWS[0], strict=True))).encode()), "in gzip"),
+    ):
+        if name == "t.zip":
+            content = content.replace(b"MACOSX/t.csv", b"MACOSX/._csv")
+        (tmp_path / name).write_bytes(content)
+        source = load(str(tmp_path / name))
+        assert list(source.rows[0].values()) == ROWS[0]
+        assert source.read_as.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("t.zip", zipped(a_csv="q,a\n", b_csv="q,a\n"), "holds 'a.csv', 'b.csv'; it must hold one data file"),
+        ("t.zip", zipped(a_md="x"), "holds 'a.md'; it must hold one data file"),
+        ("t.zip", zipped(), "holds no rows|is not packed"),
+        ("t.csv", zipped(**{"[Content_Types]_xml": "x", "xl__t_csv": "y"}), "is an Excel workbook; save the sheet"),
+        ("t.zip", zipped(a_csv="q,a\n")[:-30], "is not whole"),
+        ("t.csv.gz", gzip.compress(written(ROWS).encode())[:-20], "is not whole"),
+        ("t.csv.gz", b"q,a\n", "is not packed as its name says"),
+        ("t.gz", gzip.compress(b"q,a\n"), "must end in .csv"),
+        ("t.csv", b"q,a\n\x00\x01\x02\x00\x00", "zero bytes|not whole UTF-16"),
+    ],
+)  # fmt: skip
+def test_a_bad_archive_is_one_line(tmp_path, name, content, said):
+    """What is in it, or what to do."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as raised:
+        load(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (["context", "RESPONSE"], "'context' taken for 'Context'; 'RESPONSE' taken for 'Response'"),
+        ([" Context", "Response "], "' Context' taken for 'Context'; 'Response ' taken for 'Response'"),
+        (["Context", "Response", "context"], "UTF-8"),
+    ],
+)
+def test_columns_are_found_whatever_their_case(tmp_path, header, said):
+    """The name as asked is taken first; what is taken in its place is said, in the report too."""
+    path = tmp_path / "t.csv"
+    path.write_text(written([row[: len(header)] for row in ROWS], header), encoding="utf-8")
+
+    splits, report = prepare(DataConfig(data=str(path)))
+
+    assert report.rows_out == 40
+    assert {row["question"] for part in splits.values() for row in part} == {row[0] for row in ROWS}
+    assert report.read_as.endswith(said)
+    assert "read as      a table, comma between fields, UTF-8" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        (["Context", "Response", "Response"], "has 2 columns of one name, 'Response' and 'Response'"),
+        (["context", "CONTEXT", "Response"], "has 2 columns of one name, 'context' and 'CONTEXT'"),
+        (["q", "a", "t"], "has no column 'Context', only 'q', 'a', 't'; say which one it is with --question-column"),
+        (["My flatmate moved out and the flat feels so very empty now, you know", "Rest.", "x"], "has no header row"),
+    ],
+)
+def test_a_header_that_is_not_clear_is_refused(tmp_path, header, said):
+    """Two columns of one name, none of it, or a first row of conversation."""
+    path = tmp_path / "t.csv"
+    path.write_text(written(ROWS, header), encoding="utf-8")
+    with pytest.raises(UserError) as raised:
+        prepare(DataConfig(data=str(path)))
+    assert said in str(raised.value)
+    assert len(str(raised.value)) < 300
+
+
+def test_a_topic_stops_nothing_and_an_answer_that_is_no_text_is_named(tmp_path):
+    """Topics are labels: a number, a list, nothing. Questions and answers are text. Half a pair is no character."""
+    path = tmp_path / "t.jsonl"
+    rows = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
+    for row, topic in zip(rows, (3, ["grief", "work"], None, 2.5, {"a": 1}, float("nan"), True), strict=False):
+        row["topic"] = topic
+    rows[7]["Context"] = "I feel so \ud83d today \ude00\ud83d, what now?"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    splits, _ = prepare(DataConfig(data=str(path)))
+
+    found = {row["question"]: row["topic"] for part in splits.values() for row in part}
+    assert [found[row[0]] for row in ROWS[:7]] == ["3", "grief, work", "", "2.5", "", "", "True"]
+    assert "I feel so today , what now?" in found
+    assert all(row["question"].encode() for part in splits.values() for row in part)
+    for value in (5, ["b"], {"c": 1}, True):
+        path.write_text(
+            "".join(
+                json.dumps({**row, "Response": value} if n == 40 else row) + "\n"
+                for n, row in enumerate([*rows, rows[0]])
+            )
+        )
+        with pytest.raises(UserError, match=rf"row 41: Response holds {type(value).__name__}"):
+            prepare(DataConfig(data=str(path)))
