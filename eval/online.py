@@ -16,7 +16,7 @@ import openai
 from eval.arms import Arm, Served, messages
 from eval.config import EvalConfig
 from eval.likelihood import Renderer, Span, span_nll
-from eval.samples import STRADDLES, TOO_LONG, Row, RowLog
+from eval.samples import NOT_RENDERED, TOO_LONG, Row, RowLog
 from train.errors import UserError
 
 ATTEMPTS = 4
@@ -111,7 +111,8 @@ def likelihood_fields(answer: str, span: Span | None, outcome: Outcome | None) -
     """The fields of a likelihood.jsonl row; `outcome` is None when nothing was sent."""
     row: Row = {"nll_nats": None, "tokens": None, "bytes": len(answer.encode()), "attempts": 0, "error": None}
     if span is None:
-        return row | {"error": STRADDLES}
+        return row | {"error": NOT_RENDERED}
+    row["bytes"] = len(span.text.encode())
     if outcome is None:
         return row | {"error": TOO_LONG}
     row |= {"attempts": outcome.attempts, "error": outcome.error}

@@ -19,7 +19,7 @@ likelihood.jsonl: how well a model predicts one human answer, one a line
 | `arm`, `question_id` | as above |
 | `answer` | 0, 1, ...: which of the question's reference answers |
 | `nll_nats` | minus the sum of ln p over the answer's tokens; null when failed or too long |
-| `tokens`, `bytes` | of the answer: tokens scored, UTF-8 bytes |
+| `tokens`, `bytes` | of the answer as the template renders it: tokens scored, UTF-8 bytes |
 | `attempts`, `error` | as above; any error but those in `FINAL_ERRORS` is tried again on continuing |
 """
 
@@ -39,9 +39,9 @@ Key = tuple[Any, ...]
 SAMPLE_KEY = ("arm", "question_id", "sample")
 LIKELIHOOD_KEY = ("arm", "question_id", "answer")
 TOO_LONG = "too long"
-STRADDLES = "a token straddles prompt and answer"
+NOT_RENDERED = "the chat template does not render this answer"
 # Trying these again would end the same way.
-FINAL_ERRORS = (TOO_LONG, STRADDLES)
+FINAL_ERRORS = (TOO_LONG, NOT_RENDERED)
 
 
 class RowLog:

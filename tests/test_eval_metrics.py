@@ -93,7 +93,7 @@ def test_copying_counts_words_in_runs_of_eight() -> None:
 
 def test_only_the_answers_tokens_count_in_the_likelihood() -> None:
     """Prompt tokens are ignored, whatever their probability; nats, bits per byte and perplexity follow by hand."""
-    span = Span([5, 6, 7, 8], start=2)
+    span = Span([5, 6, 7, 8], 2, "answer")
     returned = [
         None,
         {"6": {"logprob": -50.0}},
@@ -111,7 +111,7 @@ def test_only_the_answers_tokens_count_in_the_likelihood() -> None:
 def test_minus_infinity_is_an_error_not_a_number() -> None:
     """vLLM writes minus infinity as -9999: summed, it would swamp every other token."""
     with pytest.raises(UserError, match="no probability"):
-        span_nll(Span([1, 2], 1), [None, {"2": {"logprob": -9999.0}}])
+        span_nll(Span([1, 2], 1, "a"), [None, {"2": {"logprob": -9999.0}}])
 
 
 def test_the_answers_span_is_the_answer(tmp_path) -> None:
