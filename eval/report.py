@@ -37,7 +37,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     parts = [
         f"# Evaluation of {summary['run']}",
         f"{summary['questions']} held-out questions, {summary['samples_per_question']} answer(s) each, "
-        f"{summary['references']} reference answers. Values carry 95 % BCa bootstrap intervals over questions.",
+        f"{summary['references']} reference answers. Values carry 95 % intervals over questions.",
     ]
     if summary["alarms"]:
         parts.append("## Before you believe a number\n\n" + "\n".join(f"- {alarm}" for alarm in summary["alarms"]))

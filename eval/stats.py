@@ -4,22 +4,34 @@ The unit is the question, because answers to one question are alike: every funct
 metric's value over questions is sum(numerator) / sum(denominator), which is the plain mean when each denominator is 1
 and a corpus-level rate (bits per byte) when it is the number of bytes.
 
-Intervals are BCa bootstrap intervals (Efron 1987) that resample questions. p values come from swapping the two arms
-within a question, all ways when there are at most 2**12 of them. Miller (2411.00640) argues for pairing and clustering.
+Every interval and effect size is of that very value, by way of its jackknife: the value without each question in turn.
+Below 50 questions an interval is Student's, with the jackknife's standard error: a bootstrap of few questions is too
+narrow. From 50 on it is the BCa bootstrap over questions (Efron 1987). Where bytes weigh questions, Kish's effective
+number of them counts, which is smaller. p values come from swapping the two arms within a question, all ways when
+there are at most 2**12 of them. Miller (2411.00640) argues for pairing and clustering.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from train.errors import UserError
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
-# Two-sided 5 % test with 80 % power: z(0.975) + z(0.8).
-_MDE_FACTOR = 2.8016
+BOOTSTRAP_FROM = 50
+# Of five questions, all for one arm, 2 of the 32 swaps differ as much: p can be no lower than 0.0625.
+LEAST_TO_SHOW = 6
+# Differences that reach 80 % power in the swap test at 5 %, in standard errors. So few swaps are coarser than Student's
+# test: at 6 questions all must have one sign, so it is ndtri(0.8 ** (1 / 6)) * sqrt(6).
+_COARSE_MDE = {6: 4.391, 7: 3.516, 8: 3.361, 9: 3.261}
 _EXACT_UP_TO = 12
+# Sums of the same numbers in another order differ by less than this, as a share of the numbers.
+_ROUNDING = 1e-10
 
 
 class Ratio(NamedTuple):
@@ -45,10 +57,15 @@ class Interval(NamedTuple):
 class Difference(NamedTuple):
     """How one arm differs from another on the same questions.
 
-    p: two-sided, from the paired permutation test. d_z: mean difference over its standard deviation. mde: the smallest
-    true difference that this n would show with 80 % power at the 5 % level (same unit as value). wins, ties, losses
-    count questions by the sign of the difference. All of them are None when n < 2 or the arms are equal; where every
-    question differs by the same, only p is there.
+    p: two-sided, from the paired permutation test.
+    d_z: value over the standard deviation of what one question adds to it; where all weigh the same, that of the
+    questions' differences.
+    mde: the smallest true difference that this n would show with 80 % power at the 5 % level (same unit as value); None
+    below `LEAST_TO_SHOW`, where none can be shown.
+    wins, ties, losses: questions by the sign of the difference.
+
+    The first three are None when n < 2 or the arms are equal; where every question differs by the same, only p is
+    there.
     """
 
     value: float
@@ -64,30 +81,45 @@ class Difference(NamedTuple):
 
 
 def interval(ratio: Ratio, seed: int) -> Interval:
-    """The 95 % interval of a metric's value."""
+    """The 95 % interval of a metric's value; where nothing varies, the value twice."""
     n = len(ratio.num)
     if n < 2:
         return Interval(ratio.value, None, None, n)
-    counts = resample_counts(n, seed)
-    low, high = _bca((counts @ ratio.num) / (counts @ ratio.den), ratio.value, _leave_one_out(ratio))
+    jackknife, rounding = _leave_one_out(ratio), _ROUNDING * _size(ratio)
+    if _spread(jackknife) <= rounding:
+        return Interval(ratio.value, ratio.value, ratio.value, n)
+    if _effective(ratio) < BOOTSTRAP_FROM:
+        low, high = _student(ratio.value, jackknife, _effective(ratio))
+    else:
+        counts = resample_counts(n, seed)
+        resampled = (counts @ ratio.num) / (counts @ ratio.den)
+        low, high = _bca(resampled, ratio.value, jackknife, rounding)
     return Interval(ratio.value, low, high, n)
 
 
 def difference(a: Ratio, b: Ratio, seed: int) -> Difference:
     """`a` minus `b`, entry i of both being the same question."""
     n, value = len(a.num), a.value - b.value
+    rounding = _ROUNDING * max(_size(a), _size(b))
     each = a.num / a.den - b.num / b.den
-    signs = np.sign(np.where(np.abs(each) < 1e-12, 0.0, each))
+    signs = np.sign(np.where(np.abs(each) <= rounding, 0.0, each))
     tally = int((signs > 0).sum()), int((signs == 0).sum()), int((signs < 0).sum())
-    spread = float(each.std(ddof=1)) if n > 1 else 0.0
-    if spread < 1e-12:
-        p = swap_test(a, b, seed) if n > 1 and abs(value) > 1e-12 else None
+    if n < 2:
+        return Difference(value, None, None, n, None, None, None, *tally)
+    jackknife = _leave_one_out(a) - _leave_one_out(b)
+    spread = _spread(jackknife)
+    if spread <= rounding:
+        p = swap_test(a, b, seed) if abs(value) > rounding else None
         return Difference(value, None, None, n, p, None, None, *tally)
-    counts = resample_counts(n, seed)
-    resampled = (counts @ a.num) / (counts @ a.den) - (counts @ b.num) / (counts @ b.den)
-    low, high = _bca(resampled, value, _leave_one_out(a) - _leave_one_out(b))
-    d_z, mde = float(each.mean()) / spread, _MDE_FACTOR * spread / n**0.5
-    return Difference(value, low, high, n, swap_test(a, b, seed), d_z, mde, *tally)
+    effective = min(_effective(a), _effective(b))
+    if effective < BOOTSTRAP_FROM:
+        low, high = _student(value, jackknife, effective)
+    else:
+        counts = resample_counts(n, seed)
+        resampled = (counts @ a.num) / (counts @ a.den) - (counts @ b.num) / (counts @ b.den)
+        low, high = _bca(resampled, value, jackknife, rounding)
+    mde = None if n < LEAST_TO_SHOW else _mde_factor(n) * spread / n**0.5
+    return Difference(value, low, high, n, swap_test(a, b, seed), value / spread, mde, *tally)
 
 
 def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
@@ -104,7 +136,8 @@ def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
     gain = [b.num - a.num, b.den - a.den]
     first = (a.num.sum() + swaps @ gain[0]) / (a.den.sum() + swaps @ gain[1])
     second = (b.num.sum() - swaps @ gain[0]) / (b.den.sum() - swaps @ gain[1])
-    return float(np.mean(np.abs(first - second) >= abs(a.value - b.value) - 1e-12))
+    rounding = _ROUNDING * max(_size(a), _size(b))
+    return float(np.mean(np.abs(first - second) >= abs(a.value - b.value) - rounding))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -129,9 +162,12 @@ def upper_rate(events: int, n: int) -> float:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> Ratio:
-    """A `Ratio` from plain sequences; denominators are 1 when left out."""
+    """A `Ratio` from plain sequences; denominators are 1 when left out. UserError when an entry is no finite number."""
     num = np.asarray(numerators, dtype=np.float64)
-    return Ratio(num, np.ones_like(num) if denominators is None else np.asarray(denominators, dtype=np.float64))
+    den = np.ones_like(num) if denominators is None else np.asarray(denominators, dtype=np.float64)
+    if not (np.isfinite(num).all() and np.isfinite(den).all()):
+        raise UserError("a row holds nan or infinity where a score should be: remove that row and report again")
+    return Ratio(num, den)
 
 
 def resample_counts(n: int, seed: int) -> Floats:
@@ -143,19 +179,55 @@ def _leave_one_out(r: Ratio) -> Floats:
     return (r.num.sum() - r.num) / (r.den.sum() - r.den)
 
 
-def _bca(resampled: Floats, value: float, jackknife: Floats) -> tuple[float, float]:
-    """Bias-corrected and accelerated 95 % bounds; where nothing varies, the value twice."""
+def _spread(jackknife: Floats) -> float:
+    """The standard deviation of what one question adds to the value; for a mean, that of the questions' values."""
+    return float((len(jackknife) - 1) * jackknife.std(ddof=1))
+
+
+def _effective(r: Ratio) -> float:
+    """Kish's effective number of questions: n where all weigh the same."""
+    return round(float(r.den.sum() ** 2 / (r.den**2).sum()), 6)
+
+
+def _size(r: Ratio) -> float:
+    """How large the questions' values are, for telling rounding from a difference."""
+    return float(np.abs(r.num / r.den).max())
+
+
+def _quantile(effective: float) -> float:
+    """Student's quantile for one side of a 95 % interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(max(1.0, effective - 1), 0.975))
+
+
+def _student(value: float, jackknife: Floats, effective: float) -> tuple[float, float]:
+    """Student's 95 % bounds with the jackknife's standard error."""
+    half = _quantile(effective) * _spread(jackknife) / len(jackknife) ** 0.5
+    return value - half, value + half
+
+
+def _bca(resampled: Floats, value: float, jackknife: Floats, rounding: float) -> tuple[float, float]:
+    """Bias-corrected and accelerated 95 % bounds."""
     from scipy.special import ndtr, ndtri
 
     # Half of the ties count as below: discrete metrics would be called biased otherwise.
-    below = np.mean(resampled < value) + np.mean(resampled == value) / 2
-    if below in (0.0, 1.0) or np.ptp(resampled) == 0:
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        return float(low), float(high)
-    bias = ndtri(below)
+    below = np.mean(resampled < value - rounding) / 2 + np.mean(resampled <= value + rounding) / 2
+    bias = ndtri(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))
     centred = jackknife.mean() - jackknife
-    cubed, squared = (centred**3).sum(), (centred**2).sum()
-    acceleration = cubed / (6 * squared**1.5) if squared > 0 else 0.0
+    acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
     shifted = bias + ndtri(np.array([0.025, 0.975]))
     low, high = np.quantile(resampled, ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)
+
+
+@lru_cache
+def _mde_factor(n: int) -> float:
+    """The true difference, in standard errors, that a paired test of n questions at 5 % finds with 80 % power."""
+    if n in _COARSE_MDE:
+        return _COARSE_MDE[n]
+    from scipy.optimize import brentq
+    from scipy.stats import nct
+
+    reach = _quantile(n)
+    return float(brentq(lambda shift: nct.sf(reach, n - 1, shift) + nct.cdf(-reach, n - 1, shift) - 0.8, 1, 8))

@@ -5,6 +5,7 @@ import pytest
 import scipy.stats
 
 from eval.stats import difference, holm, interval, ratio, swap_test, upper_rate
+from train.errors import UserError
 
 
 def test_a_ratio_weighs_questions_by_their_denominator() -> None:
@@ -22,6 +23,40 @@ def test_the_interval_is_scipys_bca_interval() -> None:
     assert ours.low == pytest.approx(theirs.low, abs=0.02)
     assert ours.high == pytest.approx(theirs.high, abs=0.02)
     assert ours.n == 60
+
+
+def test_ties_are_ties_whatever_the_unit() -> None:
+    """Sixty scores that are thirds have a third of the interval of the same scores times three."""
+    whole = np.random.default_rng(11).integers(0, 3, 60)
+    thirds, threes = (interval(ratio(list(whole / by)), seed=0) for by in (3, 1))
+
+    assert thirds.low * 3 == pytest.approx(threes.low, rel=1e-9)
+    assert thirds.high * 3 == pytest.approx(threes.high, rel=1e-9)
+
+
+def test_the_interval_of_few_questions_is_students() -> None:
+    """1, 2, 4: mean 7/3, standard error sqrt(7/3/3), t(0.975, 2) = 4.302653."""
+    found, theirs = interval(ratio([1, 2, 4]), seed=0), scipy.stats.ttest_1samp([1, 2, 4], 0).confidence_interval()
+
+    assert found.high == pytest.approx(7 / 3 + 4.302653 * (7 / 9) ** 0.5)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high))
+
+
+@pytest.mark.parametrize("sizes", [None, 0.6], ids=["equal", "bytes"])
+@pytest.mark.parametrize("n", [2, 3, 5, 6, 8, 10, 30])
+def test_luck_is_below_zero_in_one_of_forty(n: int, sizes: float | None) -> None:
+    """Of 4,000 pairs without a true difference, `high < 0` holds in 2.5 %, within three standard errors of that.
+
+    Also where questions weigh unequally: log-normal bytes, as spread as counsellors' answers are.
+    """
+    rng = np.random.default_rng(n)
+    passed = 0
+    for _ in range(4000):
+        bytes_ = np.ones(n) if sizes is None else np.exp(sizes * rng.normal(size=n))
+        # What the difference of two arms on the same bytes is; without its swap test, which takes longer than all else.
+        passed += interval(ratio(list(rng.normal(size=n) * bytes_), list(bytes_)), seed=0).high < 0
+
+    assert passed / 4000 <= 0.025 + 3 * (0.025 * 0.975 / 4000) ** 0.5
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -66,12 +101,57 @@ def test_pairing_finds_what_a_comparison_of_two_means_cannot() -> None:
 
 
 def test_a_difference_says_its_size_and_what_could_be_seen() -> None:
-    """Differences 1, 2, 3 have mean 2, sd 1: d_z = 2, and 2.8016 / sqrt(3) could be detected."""
+    """Differences 1, 2, 3 have mean 2, sd 1: d_z = 2. Three questions can show nothing: p is at least 2 of 8."""
     found = difference(ratio([2, 4, 6]), ratio([1, 2, 3]), seed=0)
 
     assert (found.value, found.n, found.wins, found.ties, found.losses) == (2.0, 3, 3, 0, 0)
     assert found.d_z == pytest.approx(2.0)
-    assert found.mde == pytest.approx(2.8016 / 3**0.5)
+    assert found.mde is None
+
+
+def test_what_six_questions_could_show() -> None:
+    """All six must go one way (p = 2 of 64; one against gives 4): each does with 0.8 ** (1/6), 1.7927 sd from zero."""
+    each = np.array([-1.0, 0, 1, 2, 3, 4])
+    found = difference(ratio(list(each)), ratio([0] * 6), seed=0)
+
+    assert found.mde == pytest.approx(scipy.stats.norm.ppf(0.8 ** (1 / 6)) * each.std(ddof=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("n", [6, 8, 10, 11])
+def test_a_difference_of_that_size_is_shown_in_four_of_five(n: int) -> None:
+    """Standard normal differences with the mean that mde names: the swap test is below 5 % in 80 % of 1,000."""
+    rng = np.random.default_rng(7)
+    unit = rng.normal(size=n)
+    unit = (unit - unit.mean()) / unit.std(ddof=1)
+    mde = difference(ratio(list(unit + 1)), ratio([0] * n), seed=0).mde
+    shown = [swap_test(ratio(list(rng.normal(mde, 1, n))), ratio([0] * n), seed=0) < 0.05 for _ in range(1000)]
+
+    assert np.mean(shown) == pytest.approx(0.8, abs=0.04)
+
+
+def test_what_many_questions_could_show() -> None:
+    """For sixty, 0.8 is the power of scipy's t test of that size: statsmodels' solve_power gives 0.36770 sd."""
+    each = np.random.default_rng(3).normal(size=60)
+    found = difference(ratio(list(each)), ratio([0] * 60), seed=0)
+
+    assert found.mde / each.std(ddof=1) == pytest.approx(0.36770, rel=1e-3)
+
+
+def test_effect_and_bounds_belong_to_the_value() -> None:
+    """Nine answers of 100 bytes are 2 % worse, one of 2,000 is 5 % better: -82 / 2,900 by bytes, and so d_z.
+
+    d_z by hand: the value over the sd of its jackknife pseudo-values n * value - (n - 1) * value without one question.
+    """
+    sizes = np.array([100.0] * 9 + [2000])
+    theirs, ours = sizes * 1.0, sizes * np.array([1.02] * 9 + [0.95])
+    found = difference(ratio(list(ours), list(sizes)), ratio(list(theirs), list(sizes)), seed=0)
+    without = [np.delete(ours - theirs, i).sum() / np.delete(sizes, i).sum() for i in range(10)]
+    pseudo = [10 * found.value - 9 * each for each in without]
+
+    assert found.value == pytest.approx(-82 / 2900)
+    assert found.d_z == pytest.approx(found.value / np.std(pseudo, ddof=1))
+    assert found[:4] == pytest.approx(interval(ratio(list(ours - theirs), list(sizes)), seed=0))
+    assert (found.wins, found.losses) == (9, 1)
 
 
 def test_arms_that_never_differ_have_no_p() -> None:
@@ -103,3 +183,10 @@ def test_zero_in_thirty_still_allows_one_in_ten() -> None:
     """The rule of three: 0 of 30 bounds the rate by 1 - 0.05 ** (1 / 30)."""
     assert upper_rate(0, 30) == pytest.approx(1 - 0.05 ** (1 / 30))
     assert upper_rate(4, 4) == 1.0
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    """Nan compares false with everything, and would be a p of 0."""
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match="nan or infinity"):
+            ratio([1.0, bad])
