@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 from train.chat import Message, prompt_messages
 from train.errors import UserError
 
+# The arms that are no models (see eval/scoring.py).
+YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
+# What a user calls the base, whatever the server calls it.
+BASE = "base"
 TUNED, NATIVE, FEW_SHOT = "tuned", "native", "few-shot"
 EXAMPLES = 2
 # Worked examples must leave room for the question; training answers run to a thousand words.
@@ -51,16 +55,26 @@ def served(cards: Sequence[dict[str, Any]]) -> Served:
     return Served(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
 
 
-def choose(offer: Served, models: Sequence[str], baselines: bool) -> list[Arm]:
+def choose(offer: Served, run: str, models: Sequence[str], baselines: bool) -> list[Arm]:
     """The arms to run: the base first, then its baselines, then the adapters, `models` choosing among what is offered.
 
-    When `models` is empty: all but pinned versions (`name@version`), which would repeat `name`.
+    When `models` is empty: the base and the adapter that has the run's name. Raises UserError for a model that is not
+    served, or an adapter whose name would mix it with another arm.
     """
-    known = {"base": offer.base, offer.base: offer.base} | {name: name for name in offer.adapters}
-    for model in models:
+    offered = ", ".join([BASE, *offer.adapters])
+    if not models and run not in offer.adapters:
+        raise UserError(
+            f"the server does not serve {run!r}, this run's adapter: publish it, or choose with --models {offered}"
+        )
+    known = {name: name for name in offer.adapters} | {BASE: offer.base, offer.base: offer.base}
+    for model in models or (run,):
         if model not in known:
-            raise UserError(f"the server has no model {model!r}; it has {', '.join(['base', *offer.adapters])}")
-    wanted = [known[model] for model in models] or [offer.base, *(name for name in offer.adapters if "@" not in name)]
+            raise UserError(f"the server has no model {model!r}; it has {offered}")
+        if model in offer.adapters and model in (BASE, offer.base, *YARDSTICKS):
+            raise UserError(
+                f"the adapter {model!r} is called like another arm of every evaluation; publish it under another name"
+            )
+    wanted = [known[model] for model in models] or [offer.base, run]
     arms = [Arm(model) for model in dict.fromkeys(wanted)]
     if baselines and offer.base in wanted:
         at = arms.index(Arm(offer.base)) + 1

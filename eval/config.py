@@ -14,7 +14,9 @@ class EvalConfig:
 
     run: str = option(dataclasses.MISSING, "the run whose held-out questions are asked: a name or a folder")
     url: str = option("http://127.0.0.1:8000/v1", "the OpenAI-compatible server")
-    models: tuple[str, ...] = option((), "served names, comma-separated; `base` means the base model; all when empty")
+    models: tuple[str, ...] = option(
+        (), "served names, comma-separated (`base`: the base model); base and the run's own adapter when empty"
+    )
     questions: int = option(60, "how many held-out questions; a smaller number is always a subset of a larger one")
     samples: int = option(1, "answers per question and model")
     references: int = option(3, "reference answers per question that the likelihood is measured on, at most")

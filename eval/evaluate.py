@@ -8,7 +8,8 @@ runs/<name>/eval/<stamp>/
   report.md         report.html
   summary.json      (written last: its presence means complete; see eval/summary.py)
 
-The same command given again continues an evaluation that has no summary.json, if nothing that matters has changed.
+The same command given again continues an evaluation that has no summary.json, or rows that failed, if nothing that
+matters has changed.
 """
 
 import asyncio
@@ -28,7 +29,7 @@ from eval.likelihood import Renderer
 from eval.online import Exam, Progress, Question, ask_arm, server_version
 from eval.page import page
 from eval.report import judged_markdown, markdown, terminal
-from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
+from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, Key, Row, RowLog, read_rows
 from eval.summary import FORMAT, alarms, by_topic, paired, summarize_arms
 from serve.client import make_async_client
 from train.catalog import resolve
@@ -38,7 +39,7 @@ from train.files import read_json, sha256_of, write_json, write_jsonl, write_tex
 from train.run import Run, open_run, provenance
 
 # What may differ between the first part of an evaluation and its continuation, without changing a row.
-_INCIDENTAL = ("url", "concurrency", "timeout_s")
+_INCIDENTAL = ("run", "url", "concurrency", "timeout_s")
 
 
 def evaluate(config: EvalConfig) -> Result:
@@ -55,14 +56,21 @@ def evaluate(config: EvalConfig) -> Result:
 
 
 def report(config: ReportConfig) -> Result:
-    """Score the rows of an evaluation's folder again, print its table; the document is summary.json less `plan`."""
+    """Score the rows of an evaluation's folder again, print its table; exit status 1 when rows failed.
+
+    The document is summary.json less `plan`. Raises UserError when rows are missing.
+    """
     folder = Path(config.folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{config.folder!r} is no evaluation: it has no config.json; look under runs/<name>/eval/")
     summary = _finish(folder)
     print(terminal(summary))
     print(f"\nreport: {folder / 'report.html'}")
-    return Result({"folder": str(folder), **{key: value for key, value in summary.items() if key != "plan"}})
+    errors = sum(arm["errors"] for arm in summary["arms"].values())
+    if errors:
+        print(f"{errors} rows failed; the same evaluation given again asks them once more", file=sys.stderr)
+    document = {"folder": str(folder), **{key: value for key, value in summary.items() if key != "plan"}}
+    return Result(document, 1 if errors else 0)
 
 
 def choose_questions(run: Run, n: int) -> list[Question]:
@@ -86,8 +94,9 @@ async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> 
         except openai.APIError as error:
             raise UserError(f"no answer from {config.url}: {error}; start a server with python -m serve") from error
         offer = served(cards)
-        arms = choose(offer, config.models, config.baselines)
+        arms = choose(offer, run.name, config.models, config.baselines)
         plan = {
+            "format": FORMAT,
             "config": dataclasses.asdict(config),
             "base": offer.base,
             "arms": [arm.name for arm in arms],
@@ -105,18 +114,35 @@ async def _ask(config: EvalConfig, run: Run, exam: Exam, renderer: Renderer) -> 
             RowLog(folder / "samples.jsonl", SAMPLE_KEY) as samples,
             RowLog(folder / "likelihood.jsonl", LIKELIHOOD_KEY) as likelihoods,
         ):
-            per_arm = sum(config.samples + min(len(q.answers), config.references) for q in exam.questions)
-            progress = Progress(len(arms) * per_arm, len(samples.done) + len(likelihoods.done))
+            planned = planned_keys(exam.questions, [arm.name for arm in arms], config.samples, config.references)
+            progress = Progress(sum(map(len, planned)), len(samples.done) + len(likelihoods.done))
             for arm in arms:
                 await ask_arm(client, arm, exam, renderer, offer, config, samples, likelihoods, progress)
     return folder
 
 
+def planned_keys(
+    questions: Sequence[Question], arms: Sequence[str], samples: int, references: int
+) -> tuple[set[Key], set[Key]]:
+    """The keys of every row that a finished evaluation holds: of samples.jsonl and of likelihood.jsonl."""
+    asked = [(arm, question) for arm in arms for question in questions]
+    return (
+        {(arm, q.question_id, number) for arm, q in asked for number in range(samples)},
+        {(arm, q.question_id, number) for arm, q in asked for number in range(min(len(q.answers), references))},
+    )
+
+
 def folder_for(run: Run, plan: dict[str, Any]) -> Path:
-    """The folder of an unfinished evaluation with the same plan, else a new one that holds the plan."""
+    """The folder of an unfinished evaluation with the same plan, else a new one that holds the plan.
+
+    One whose rows failed counts as unfinished: its summary is taken away, and those rows are asked again.
+    """
     for folder in sorted((run.path / "eval").glob("*"), reverse=True):
-        unfinished = (folder / "config.json").is_file() and not (folder / "summary.json").exists()
-        if unfinished and _essence(read_json(folder / "config.json")) == _essence(plan):
+        if not (folder / "config.json").is_file() or _essence(read_json(folder / "config.json")) != _essence(plan):
+            continue
+        summary = folder / "summary.json"
+        if not summary.exists() or any(arm["errors"] for arm in read_json(summary)["arms"].values()):
+            summary.unlink(missing_ok=True)
             print(f"continuing {folder}", file=sys.stderr)
             return folder
     folder = run.path / "eval" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
@@ -143,6 +169,7 @@ def _finish(folder: Path) -> dict[str, Any]:
     questions, arms = choose_questions(run, plan["config"]["questions"]), plan["arms"]
     base, seed = plan["base"], plan["config"]["seed"]
     samples, likelihoods = read_rows(folder / "samples.jsonl"), read_rows(folder / "likelihood.jsonl")
+    _refuse_unfinished(folder, questions, plan, samples, likelihoods)
     train_rows = run.split("train")
     scores = score_rows(samples, questions, train_rows, Encoder(), progress=lambda line: print(line, file=sys.stderr))
     training = Seen(train_rows)
@@ -160,13 +187,35 @@ def _finish(folder: Path) -> dict[str, Any]:
         "differences": paired(scores, likelihoods, [(arm, base) for arm in arms if arm != base], seed),
         "topics": by_topic(arms, {q.question_id: q.topic for q in questions}, scores, likelihoods, seed),
         "seen": seen_questions,
-        "alarms": alarms(found, samples, likelihoods, base, seen_questions),
+        "alarms": alarms(found, likelihoods, base, seen_questions, plan.get("format") == FORMAT),
         "plan": plan,
     }
     write_jsonl(folder / "scores.jsonl", scores)
     write_reports(folder, summary, questions, scores)
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _refuse_unfinished(
+    folder: Path,
+    questions: Sequence[Question],
+    plan: dict[str, Any],
+    samples: Sequence[Row],
+    likelihoods: Sequence[Row],
+) -> None:
+    """Raise UserError when a planned row is missing: a summary of the others would pass for the whole."""
+    config = plan["config"]
+    there = (
+        {tuple(row[name] for name in SAMPLE_KEY) for row in samples},
+        {tuple(row[name] for name in LIKELIHOOD_KEY) for row in likelihoods},
+    )
+    planned = planned_keys(questions, plan["arms"], config["samples"], config["references"])
+    missing = sum(len(keys - rows) for keys, rows in zip(planned, there, strict=True))
+    if missing:
+        raise UserError(
+            f"{str(folder)!r} lacks {missing} of {sum(map(len, planned))} rows: it was ended before it was done; "
+            f"give the same evaluation again (python -m eval --run {config['run']} ...), which goes on where it stopped"
+        )
 
 
 def write_reports(

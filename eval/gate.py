@@ -3,8 +3,12 @@
     python -m eval gate gentle --rules "difference.bits_per_byte.high<0,similarity_max.low>0.3,errors<=0"
 
 A rule is `METRIC.BOUND OP NUMBER` on the adapter itself, `difference.METRIC.BOUND OP NUMBER` on adapter minus base, or
-`COUNT OP NUMBER` with `errors`, `empty` or `cut`. BOUND is value, low or high; OP is <, <=, > or >=. Exit 1 when one
-fails.
+`COUNT OP NUMBER`: `errors` of adapter and base together, the adapter's `empty` or `cut` answers. BOUND is value, low or
+high; OP is <, <=, > or >=.
+
+A rule on a metric cannot be judged with fewer than `LEAST_TO_SHOW` questions, with questions missing because a row
+failed or no answer had a word, or without such a bound (where all questions differ by the same). Exit status 0 when
+all rules hold, 1 when one fails, 3 when none fails and one cannot be judged.
 """
 
 import operator
@@ -15,9 +19,12 @@ from typing import Any, NamedTuple
 from eval.compare import side
 from eval.config import GateConfig
 from eval.metrics import METRICS
+from eval.stats import LEAST_TO_SHOW
+from eval.summary import FORMAT
 from train.command import Result, nearest
 from train.errors import UserError
 
+CANNOT_BE_JUDGED = 3
 _COUNTS = ("errors", "empty", "cut")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -55,31 +62,56 @@ def parse_rule(text: str) -> Rule:
     return Rule(text.strip(), bool(difference), name, bound, symbol, float(limit))
 
 
-def observed(rule: Rule, arm: str, base: str, summary: Mapping[str, Any]) -> float:
-    """The number that a rule is about; UserError when the evaluation does not have it."""
+class Observed(NamedTuple):
+    """What an evaluation says to a rule: a number over n questions (or rows), or the problem that leaves it open."""
+
+    value: float | None
+    n: int
+    problem: str | None = None
+
+
+def observed(rule: Rule, arm: str, base: str, summary: Mapping[str, Any]) -> Observed:
+    """The number that a rule is about."""
     if not rule.bound:
-        return float(summary["arms"][arm][rule.name])
+        counted = {arm, base} & summary["arms"].keys() if rule.name == "errors" else {arm}
+        each = [summary["arms"][name] for name in counted]
+        return Observed(sum(found[rule.name] for found in each), sum(a["rows"] + a["likelihoods"] for a in each))
     if rule.difference:
         rows = [r for r in summary["differences"] if (r["arm"], r["against"], r["metric"]) == (arm, base, rule.name)]
-        found = rows[0] if rows else {}
+        found = rows[0] if rows else None
     else:
-        found = summary["arms"][arm]["metrics"].get(rule.name, {})
-    if found.get(rule.bound) is None:
-        raise UserError(f"rule {rule.text!r}: this evaluation has no such number for {arm}")
-    return float(found[rule.bound])
+        found = summary["arms"][arm]["metrics"].get(rule.name)
+    if found is None:
+        return Observed(None, 0, f"this evaluation has no such number for {arm}")
+    value, n = found[rule.bound], found["n"]
+    problem = None
+    if found["missing"]:
+        problem = f"{found['missing']} more questions are missing: their rows failed, or have no word"
+    elif n < LEAST_TO_SHOW:
+        problem = f"fewer than {LEAST_TO_SHOW} questions can show nothing"
+    elif value is None:
+        problem = "all questions differ by the same, which leaves nothing to tell from luck"
+    return Observed(value, n, problem)
 
 
 def gate(config: GateConfig) -> Result:
-    """Print each rule with what was observed; exit status 1 when one fails."""
+    """Print each rule with what was observed."""
     rules = [parse_rule(text) for text in config.rules]
     if not rules:
         raise UserError("rules is empty: a gate without rules would always pass")
     one = side(config.side)
+    if one.summary["format"] != FORMAT:
+        raise UserError(
+            f"{str(one.folder)!r} was made by another version; first give python -m eval report {one.folder}"
+        )
     base, results = one.summary["plan"]["base"], []
     for rule in rules:
-        value = observed(rule, one.arm, base, one.summary)
-        passed = _OPERATORS[rule.operator](value, rule.limit)
-        results.append({"rule": rule.text, "observed": value, "passed": passed})
-        print(f"{'pass' if passed else 'FAIL'}  {rule.text}  (observed {value:.4g}, n {one.summary['questions']})")
-    passed = all(result["passed"] for result in results)
-    return Result({"side": one.label, "passed": passed, "rules": results}, 0 if passed else 1)
+        value, n, problem = observed(rule, one.arm, base, one.summary)
+        passed = None if problem or value is None else _OPERATORS[rule.operator](value, rule.limit)
+        results.append({"rule": rule.text, "observed": value, "n": n, "passed": passed, "problem": problem})
+        shown = "none" if value is None else f"{value:.4g}"
+        verdict = {True: "pass", False: "FAIL", None: "????"}[passed]
+        print(f"{verdict}  {rule.text}  (observed {shown}, n {n}){f': cannot be judged: {problem}' if problem else ''}")
+    verdicts = {result["passed"] for result in results}
+    status = 1 if False in verdicts else CANNOT_BE_JUDGED if None in verdicts else 0
+    return Result({"side": one.label, "passed": status == 0, "rules": results}, status)

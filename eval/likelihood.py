@@ -83,15 +83,15 @@ def span_nll(span: Span, prompt_logprobs: Sequence[Mapping[str, Mapping[str, Any
     """Minus the sum of ln p over the answer's tokens, in nats.
 
     `prompt_logprobs` is what vLLM returns: one entry per id (the first is null), each a map from token id to its
-    `logprob`. Raises UserError when entries are missing or a token has probability zero.
+    `logprob`. Raises UserError when entries are missing, or a token has no finite log-probability.
     """
     if len(prompt_logprobs) != len(span.ids):
         raise UserError(f"the server scored {len(prompt_logprobs)} tokens of {len(span.ids)}")
     total = 0.0
     for position in range(span.start, len(span.ids)):
         entry = prompt_logprobs[position]
-        logprob = entry[str(span.ids[position])]["logprob"] if entry else MINUS_INFINITY
-        if logprob <= MINUS_INFINITY:
+        logprob = entry[str(span.ids[position])]["logprob"] if entry else None
+        if logprob is None or not MINUS_INFINITY < logprob < math.inf:
             raise UserError(f"the server gives token {span.ids[position]} at position {position} no probability")
         total -= logprob
     return total

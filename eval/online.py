@@ -117,7 +117,11 @@ def likelihood_fields(answer: str, span: Span | None, outcome: Outcome | None) -
         return row | {"error": TOO_LONG}
     row |= {"attempts": outcome.attempts, "error": outcome.error}
     if outcome.error is None:
-        row["nll_nats"] = span_nll(span, outcome.response.choices[0].prompt_logprobs)
+        try:
+            row["nll_nats"] = span_nll(span, outcome.response.choices[0].prompt_logprobs or [])
+        except UserError as error:
+            # Of this answer only: one token that a model rules out does not end the evaluation.
+            return row | {"error": str(error)}
         row["tokens"] = len(span.ids) - span.start
     return row
 

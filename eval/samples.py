@@ -18,9 +18,9 @@ likelihood.jsonl: how well a model predicts one human answer, one a line
 |---|---|
 | `arm`, `question_id` | as above |
 | `answer` | 0, 1, ...: which of the question's reference answers |
-| `nll_nats` | minus the sum of ln p over the answer's tokens; null when failed or too long |
+| `nll_nats` | minus the sum of ln p over the answer's tokens; null when failed or left out |
 | `tokens`, `bytes` | of the answer as the template renders it: tokens scored, UTF-8 bytes |
-| `attempts`, `error` | as above; any error but those in `FINAL_ERRORS` is tried again on continuing |
+| `attempts`, `error` | as above; those in `FINAL_ERRORS` leave an answer out: no failure, and not asked again |
 """
 
 import fcntl
@@ -40,7 +40,7 @@ SAMPLE_KEY = ("arm", "question_id", "sample")
 LIKELIHOOD_KEY = ("arm", "question_id", "answer")
 TOO_LONG = "too long"
 NOT_RENDERED = "the chat template does not render this answer"
-# Trying these again would end the same way.
+# These lie in the answer and the base, not in what an arm did: the answer is left out for good.
 FINAL_ERRORS = (TOO_LONG, NOT_RENDERED)
 
 
@@ -64,7 +64,7 @@ class RowLog:
         strange = next((number for number, row in enumerate(rows, 1) if not {"error", *key} <= row.keys()), None)
         if strange:
             raise UserError(f"line {strange} of {str(path)!r} is no row of ours; name another file")
-        kept = [row for row in rows if row["error"] in (None, *FINAL_ERRORS)]
+        kept = [row for row in rows if not failed(row)]
         self.done: dict[Key, Row] = {self._key_of(row): row for row in kept}
         if len(self.done) != len(kept):
             raise UserError(f"{str(path)!r} holds a key twice: it was edited; remove {str(path.parent)!r}, start again")
@@ -89,6 +89,11 @@ class RowLog:
 
     def _key_of(self, row: Row) -> Key:
         return tuple(row[name] for name in self.key)
+
+
+def failed(row: Row) -> bool:
+    """Whether a row must be asked again: its request failed, as opposed to one that is done or left out for good."""
+    return row.get("error") not in (None, *FINAL_ERRORS)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -18,14 +18,13 @@ ceiling are:
 
 from collections.abc import Callable, Mapping, Sequence
 
+from eval.arms import YARDSTICKS
 from eval.neighbours import nearest
 from eval.online import Question
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.samples import Row
 from eval.similarity import Encoder, greedy_match, to_references
 from eval.wording import Copying, distinct, reading_grade, words
-
-YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
 
 CANNED = (
     "Thank you for sharing this with me. I am sorry that you are going through such a hard time. Your feelings are "
@@ -117,7 +116,7 @@ def yardstick_rows(questions: Sequence[Question], train_rows: Sequence[Mapping[s
             "finish_reason": None,
             "error": None,
         }
-        for arm, arm_texts in texts.items()
-        for question, text in zip(questions, arm_texts, strict=False)
+        for arm in YARDSTICKS
+        for question, text in zip(questions, texts[arm], strict=True)
         if text
     ]

@@ -4,12 +4,14 @@ summary.json
 | key | meaning |
 |---|---|
 | `run`, `stamp`, `questions`, `samples_per_question`, `references` | what was asked |
-| `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and what was counted: `rows`, `errors`,
-  `empty`, `cut` (ended by length), `retries`, `tokens`, `diversity`} |
-| `arms.*.diversity` | distinct word pairs over all word pairs in the arm's first `DIVERSITY_WORDS` words, all answers
-  joined in the order of the questions; null with fewer words. One reply for everyone makes it small |
-| `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`}: n questions, 95 % interval |
-| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `p_holm`} |
+| `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and what was counted: `rows` (answers),
+  `likelihoods`, `errors` (of both), `empty` (answers without a word), `cut` (ended by length), `left_out` (reference
+  answers of which no likelihood can be had), `retries`, `tokens`, `diversity`} |
+| `arms.*.diversity` | distinct word pairs over all word pairs in the first `DIVERSITY_WORDS` words of the arm's first
+  answers, joined in the order of the questions; null with fewer words. One reply for everyone makes it small |
+| `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`, `missing`}: n questions, 95 % interval; missing: how many
+  more it should be over, but for rows that failed and answers without a word |
+| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `missing`, `p_holm`} |
 | `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, for topics of at least `MIN_TOPIC` questions |
 | `seen` | question_id to why it may have been seen in training (see eval.neighbours.Seen) |
 | `alarms` | what a reader must know before believing a number |
@@ -20,15 +22,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from eval.arms import YARDSTICKS
 from eval.likelihood import bits_per_byte
 from eval.metrics import METRICS, PRIMARY
-from eval.samples import Row
-from eval.scoring import YARDSTICKS
+from eval.samples import FINAL_ERRORS, Row, failed
 from eval.stats import Ratio, difference, holm, interval, ratio
-from eval.wording import distinct_over
+from eval.wording import distinct_over, words
 
 PARROT_MARGIN = 0.05
-FORMAT = 2
+FORMAT = 3
 MIN_TOPIC = 5
 DIVERSITY_WORDS = 1000
 
@@ -65,6 +67,15 @@ def per_question(scores: Iterable[Row], likelihoods: Iterable[Row]) -> dict[str,
     return table
 
 
+def missing(metric: str, arm: str, scores: Iterable[Row], likelihoods: Iterable[Row]) -> set[str]:
+    """The questions that an arm's metric should have and has not: a row of it failed, or no answer has a word."""
+    if metric in ("bits_per_byte", "nll_per_token"):
+        return {row["question_id"] for row in likelihoods if row["arm"] == arm and failed(row)}
+    mine = [row for row in scores if row["arm"] == arm]
+    scored = {row["question_id"] for row in mine if row["scores"] is not None}
+    return {row["question_id"] for row in mine if failed(row) or row["question_id"] not in scored}
+
+
 def as_ratio(cells: Mapping[str, tuple[float, float]], keys: Sequence[str]) -> Ratio:
     """The metric over these questions, in this order."""
     return ratio([cells[key][0] for key in keys], [cells[key][1] for key in keys])
@@ -82,7 +93,17 @@ def paired(
             keys = sorted(key for key in ours if key in theirs)
             if keys:
                 result = difference(as_ratio(ours, keys), as_ratio(theirs, keys), seed)
-                found.append({"arm": arm, "against": against, "metric": metric, **result._asdict(), "p_holm": None})
+                lacking = set().union(*(missing(metric, name, scores, likelihoods) for name in (arm, against)))
+                found.append(
+                    {
+                        "arm": arm,
+                        "against": against,
+                        "metric": metric,
+                        **result._asdict(),
+                        "missing": len(lacking),
+                        "p_holm": None,
+                    }
+                )
     family = [row for row in found if row["metric"] in PRIMARY]
     for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
         row["p_holm"] = p
@@ -111,20 +132,23 @@ def summarize_arms(
         scored = [row for row in likelihoods if row["arm"] == name]
         metrics = {
             metric: interval(as_ratio(cells, sorted(cells)), seed)._asdict()
+            | {"missing": len(missing(metric, name, scores, likelihoods))}
             for metric in METRICS
             if (cells := table.get(name, {}).get(metric))
         }
         if "nll_per_token" in metrics:
             metrics["perplexity"] = {
-                key: math.exp(value) if key != "n" and value is not None else value
+                key: math.exp(value) if key in ("value", "low", "high") and value is not None else value
                 for key, value in metrics["nll_per_token"].items()
             }
         found[name] = {
             "kind": "yardstick" if name in YARDSTICKS else "base" if name == base else
                     "baseline" if name.startswith(f"{base}/") else "adapter",
             "rows": len(asked),
-            "errors": sum(row["error"] is not None for row in [*asked, *scored]),
-            "empty": sum(row["error"] is None and not row["text"] for row in asked),
+            "likelihoods": len(scored),
+            "errors": sum(failed(row) for row in [*asked, *scored]),
+            "empty": sum(row["error"] is None and not words(row["text"]) for row in asked),
+            "left_out": sum(row["error"] in FINAL_ERRORS for row in scored),
             "cut": sum(row["finish_reason"] == "length" for row in asked),
             "retries": sum(max(0, row["attempts"] - 1) for row in [*asked, *scored]),
             "tokens": sum(row["completion_tokens"] or 0 for row in asked),
@@ -135,8 +159,9 @@ def summarize_arms(
 
 
 def _diversity(answers: Sequence[Row]) -> float | None:
-    # By question: rows come in the order in which answers came in, which no two runs share.
-    ordered = sorted(answers, key=lambda row: (row["question_id"], row["sample"]))
+    # One answer a question: several alike would fill the words, and the share would depend on --samples. By question:
+    # rows come in the order in which answers came in, which no two runs share.
+    ordered = sorted((row for row in answers if row["sample"] == 0), key=lambda row: row["question_id"])
     return distinct_over((row["text"] for row in ordered), 2, DIVERSITY_WORDS)
 
 
@@ -166,10 +191,15 @@ def by_topic(
 
 
 def alarms(
-    arms: Mapping[str, Any], samples: Sequence[Row], likelihoods: Sequence[Row], base: str, seen: Mapping[str, str]
+    arms: Mapping[str, Any], likelihoods: Sequence[Row], base: str, seen: Mapping[str, str], current: bool
 ) -> list[str]:
-    """What makes a number here less than it seems."""
+    """What makes a number here less than it seems; `current`: the rows are of this version of the stack."""
     found = []
+    if not current:
+        found.append(
+            "an earlier version asked for these rows: it scored likelihoods without what the chat template "
+            "writes before an answer; evaluate again"
+        )
     if seen:
         found.append(f"{len(seen)} held-out questions may have been seen in training: " + ", ".join(sorted(seen)[:5]))
     human = arms.get("human", {}).get("metrics", {}).get("question_similarity")
@@ -183,20 +213,24 @@ def alarms(
                 f"counsellors' are ({human['value']:.3f}), which raises every similarity"
             )
         if arm["errors"] or arm["empty"]:
-            found.append(f"{name}: {arm['errors']} rows failed, {arm['empty']} answers are empty; none is scored")
+            found.append(
+                f"{name}: {arm['errors']} rows failed, {arm['empty']} answers are without a word; none is scored"
+            )
         if arm["rows"] and arm["cut"] > arm["rows"] / 2:
             found.append(f"{name}: {arm['cut']} of {arm['rows']} answers were cut at the longest length allowed")
         if arm["kind"] == "adapter" and _same_likelihoods(likelihoods, name, base):
             found.append(f"{name} predicts every answer exactly as {base} does: its weights have no effect")
-    too_long = sum(row["error"] == "too long" for row in likelihoods)
-    if too_long:
-        found.append(f"{too_long} reference answers did not fit the server's context: no likelihood for them")
+    for reason in FINAL_ERRORS:
+        left_out = sum(row["error"] == reason for row in likelihoods)
+        if left_out:
+            found.append(f"{left_out} likelihoods of reference answers are left out: {reason}")
     return found
 
 
 def _same_likelihoods(likelihoods: Sequence[Row], one: str, other: str) -> bool:
     def values(arm: str) -> dict[tuple[str, int], float]:
-        return {(r["question_id"], r["answer"]): r["nll_nats"] for r in likelihoods if r["arm"] == arm}
+        mine = [row for row in likelihoods if row["arm"] == arm and row["nll_nats"] is not None]
+        return {(row["question_id"], row["answer"]): row["nll_nats"] for row in mine}
 
     ours, theirs = values(one), values(other)
     common = [key for key in ours if key in theirs]

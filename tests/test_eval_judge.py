@@ -56,7 +56,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "tiny", Path("tiny"))
     folder = run / "eval" / "20260101T000000Z"
     write_json(folder / "config.json", {
-        "config": {"questions": 6, "samples": 1, "seed": 0}, "base": "tiny", "arms": ["tiny", "gentle"],
+        "config": {"run": "tiny", "questions": 6, "samples": 1, "references": 0, "seed": 0},
+        "base": "tiny", "arms": ["tiny", "gentle"],
         "test_sha256": "",
     })  # fmt: skip
     counted = {"prompt_tokens": 1, "completion_tokens": 1, "latency_s": 0.1, "attempts": 1, "finish_reason": "stop"}
@@ -68,7 +69,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.append({**rows[-1], "sample": 1, "error": "APITimeoutError: timed out"})
     write_jsonl(folder / "samples.jsonl", rows)
     write_jsonl(folder / "likelihood.jsonl", [])
-    assert main("eval", COMMANDS, ("report", str(folder))) == 0
+    assert main("eval", COMMANDS, ("report", str(folder))) == 1
     return folder
 
 

@@ -1,13 +1,15 @@
 """The metrics, on texts small enough to work by hand."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from eval.likelihood import Renderer, Span, bits_per_byte, perplexity, span_nll
 from eval.neighbours import Seen, nearest
-from eval.online import Question
+from eval.online import Outcome, Question, likelihood_fields
 from eval.overlap import bleu, chrf, meteor, rouge
+from eval.samples import failed
 from eval.scoring import CANNED, answer_scores, human_scores, score_rows
 from eval.similarity import Encoder, greedy_match, to_references
 from eval.summary import paired, summarize_arms
@@ -74,6 +76,8 @@ def test_one_reply_for_everyone_is_not_diverse() -> None:
     assert diversity(rows[1:]) is None
     rows[0]["text"] = "three four"
     assert diversity(rows) == diversity(rows[::-1]) == pytest.approx(4 / 999)
+    again = [row | {"sample": 1, "text": f"other {at}"} for at, row in enumerate(rows)]
+    assert diversity(rows + again) == diversity(rows)  # --samples changes nothing
 
 
 def test_reading_grade_by_hand() -> None:
@@ -112,6 +116,16 @@ def test_minus_infinity_is_an_error_not_a_number() -> None:
     """vLLM writes minus infinity as -9999: summed, it would swamp every other token."""
     with pytest.raises(UserError, match="no probability"):
         span_nll(Span([1, 2], 1, "a"), [None, {"2": {"logprob": -9999.0}}])
+
+
+def test_a_token_without_probability_fails_its_own_row() -> None:
+    """Whatever the server sends for it, the row has an error that is asked again, and the evaluation goes on."""
+    for sent in ([None, {"2": {"logprob": -9999.0}}], [None, {"2": {"logprob": float("nan")}}], [None, None], None):
+        response = SimpleNamespace(choices=[SimpleNamespace(prompt_logprobs=sent)])
+        row = likelihood_fields("a", Span([1, 2], 1, "a"), Outcome(response, None, 1, 0.1))
+
+        assert row["nll_nats"] is None
+        assert failed(row), sent
 
 
 def test_the_answers_span_is_the_answer(tmp_path) -> None:

@@ -1,0 +1,205 @@
+"""What an evaluation may decide: whole or refused, every arm by its own name, rules over their own questions."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.arms import YARDSTICKS, Arm, choose, served
+from eval.config import GateConfig
+from eval.evaluate import folder_for
+from eval.gate import CANNOT_BE_JUDGED, gate
+from eval.summary import FORMAT, alarms, paired, summarize_arms
+from tests.test_eval import called, make_run
+from train.errors import UserError
+from train.files import write_json, write_jsonl
+from train.run import Run
+
+BETTER = "difference.bits_per_byte.high<0"
+N = 60
+
+
+def likelihood(arm: str, question: int, nats: float | None, error: str | None = None) -> dict[str, Any]:
+    return {"arm": arm, "question_id": f"q{question:02}", "answer": 0, "nll_nats": nats, "tokens": 9, "bytes": 10,
+            "attempts": 1, "error": error}  # fmt: skip
+
+
+def answer(arm: str, question: int, text: str = "be kind", score: float | None = 0.5) -> dict[str, Any]:
+    return {"arm": arm, "question_id": f"q{question:02}", "sample": 0, "text": text, "finish_reason": "stop",
+            "attempts": 1, "completion_tokens": 2, "error": None,
+            "scores": None if score is None else {"similarity_max": score}}  # fmt: skip
+
+
+def better_by(*nats: float) -> list[dict[str, Any]]:
+    """Likelihoods of base, and of an adapter that needs so many nats less on one question after the other."""
+    return [
+        likelihood(arm, at, 10.0 - (gain if arm == "gentle" else 0.0))
+        for at, gain in enumerate(nats) for arm in ("base", "gentle")
+    ]  # fmt: skip
+
+
+def decided(folder: Path, rules: str, likelihoods: list[dict], answers: list[dict] = ()) -> tuple[int, list[dict]]:
+    """The gate's exit status and its rules, on an evaluation that left these rows."""
+    summary = {
+        "format": FORMAT, "run": "r", "questions": N, "plan": {"base": "base"},
+        "arms": summarize_arms(["base", "gentle"], "base", answers, answers, likelihoods, seed=0),
+        "differences": paired(answers, likelihoods, [("gentle", "base")], seed=0),
+    }  # fmt: skip
+    write_json(folder / "summary.json", summary)
+    result = gate(GateConfig(f"{folder}:gentle", tuple(rules.split(","))))
+    return result.exit_status, list(result.document["rules"])
+
+
+def test_a_rule_is_over_its_own_questions(tmp_path: Path) -> None:
+    """Sixty questions that differ by 0.9 to 1.1 nats: passed, and n is sixty."""
+    status, (rule,) = decided(tmp_path, BETTER, better_by(*np.linspace(0.9, 1.1, N)))
+
+    assert (status, rule["passed"], rule["n"]) == (0, True, N)
+
+
+def test_pairs_that_the_base_failed_are_missing(tmp_path: Path) -> None:
+    """The base failed on 58 of sixty: errors count for both arms, and the difference is not judged on the other two."""
+    rows = better_by(*np.linspace(0.9, 1.1, N))
+    lost = [
+        likelihood("base", at, None, "APITimeoutError") if row["arm"] == "base" and at >= 2 else row
+        for row in rows for at in [int(row["question_id"][1:])]
+    ]  # fmt: skip
+    status, (difference, errors) = decided(tmp_path, f"{BETTER},errors<=0", lost)
+    alone, _ = decided(tmp_path, BETTER, lost)
+
+    assert (difference["passed"], difference["n"]) == (None, 2)
+    assert difference["problem"].startswith("58 more questions are missing")
+    assert (errors["observed"], errors["n"], errors["passed"]) == (58, 2 * N, False)
+    assert (status, alone) == (1, CANNOT_BE_JUDGED)
+
+
+def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
+    """`...` and an emoji are counted as empty; a rule on what they should have scored is not judged without them."""
+    answers = [
+        answer(arm, at, score=0.5 + at / 100 + (arm == "gentle") * 0.1) for at in range(8) for arm in ("base", "gentle")
+    ]
+    answers[1] |= {"text": "...", "scores": None}
+    answers[3] |= {"text": "🙂", "scores": None}
+    status, (empty, difference) = decided(tmp_path, "empty<=0,difference.similarity_max.low>0", [], answers)
+
+    assert (empty["observed"], empty["passed"]) == (2, False)
+    assert (difference["n"], difference["problem"][:30]) == (6, "2 more questions are missing: ")
+    assert status == 1
+
+
+def test_a_reference_that_is_too_long_is_no_failure(tmp_path: Path) -> None:
+    """Left out for both arms, it neither fails the default gate nor counts as a question that is missing."""
+    rows = better_by(*np.linspace(0.9, 1.1, 10))
+    rows += [likelihood(arm, 10, None, "too long") for arm in ("base", "gentle")]
+    status, (difference, errors) = decided(tmp_path, f"{BETTER},errors<=0", rows)
+
+    assert (status, difference["n"], errors["observed"]) == (0, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("gains", "problem"),
+    [
+        ((0.9, 1.0, 1.1, 1.0, 0.9), "fewer than 6 questions can show nothing"),
+        ((1.0,) * 10, "all questions differ by the same, which leaves nothing to tell from luck"),
+    ],
+)
+def test_what_cannot_be_judged_has_a_status_of_its_own(tmp_path: Path, gains: tuple[float, ...], problem: str) -> None:
+    """Better on every question, but too few of them, or without any spread: neither passed nor failed."""
+    status, (rule,) = decided(tmp_path, BETTER, better_by(*gains))
+
+    assert (status, rule["passed"], rule["problem"]) == (CANNOT_BE_JUDGED, None, problem)
+
+
+def test_a_failed_rule_outweighs_one_that_cannot_be_judged(tmp_path: Path) -> None:
+    """Worse on ten questions, and a metric that is not there."""
+    status, rules = decided(tmp_path, f"{BETTER},chrf.low>0", better_by(*np.linspace(-1.1, -0.9, 10)))
+
+    assert (status, [rule["passed"] for rule in rules]) == (1, [False, None])
+
+
+def unfinished(tmp_path: Path, samples: int, error: str | None = None) -> tuple[Run, Path]:
+    """An evaluation of six questions and two arms that left this many of its twelve answers, the last with `error`."""
+    run = Run(make_run(tmp_path / "run", Path("tiny")))
+    folder = run.path / "eval" / "20260101T000000Z"
+    config = {"run": "run", "questions": 6, "samples": 1, "references": 2, "seed": 0, "models": []}
+    write_json(folder / "config.json", {"format": FORMAT, "config": config, "base": "tiny", "arms": ["tiny", "gentle"]})
+    keys = [(arm, f"{at:016x}") for arm in ("tiny", "gentle") for at in range(6)]
+    rows = [{**answer(arm, 0), "question_id": key, "prompt_tokens": 1, "latency_s": 0.1} for arm, key in keys[:samples]]
+    rows[-1]["error"] = error
+    write_jsonl(folder / "samples.jsonl", [{k: v for k, v in row.items() if k != "scores"} for row in rows])
+    likelihoods = [
+        {**likelihood(arm, 0, 9.0 + number), "question_id": key, "answer": number}
+        for arm, key in keys
+        for number in (0, 1)
+    ]
+    write_jsonl(folder / "likelihood.jsonl", likelihoods)
+    return run, folder
+
+
+def test_a_part_of_an_evaluation_is_not_reported_as_the_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three of twelve answers: `report` says so and leaves no summary, so there is nothing to gate."""
+    run, folder = unfinished(tmp_path, samples=3)
+    status, _, err = called(capsys, "report", str(folder))
+
+    assert status == 1
+    assert "lacks 9 of 36 rows" in err
+    assert not (folder / "summary.json").exists()
+    assert "no finished evaluation" in called(capsys, "gate", str(run.path))[2]
+
+
+def test_failed_rows_of_a_finished_evaluation_are_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`report` ends with 1 where a row failed; the same plan then continues that folder, until all is well."""
+    run, folder = unfinished(tmp_path, samples=12, error="APITimeoutError: timed out")
+    plan = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    status, out, err = called(capsys, "report", str(folder))
+
+    assert (status, json.loads(out.splitlines()[-1])["arms"]["gentle"]["errors"]) == (1, 1)
+    assert "1 rows failed; the same evaluation given again asks them once more" in err
+    plan["config"]["run"] = "runs/run"  # another way to say the same
+    assert folder_for(run, plan) == folder
+    assert not (folder / "summary.json").exists()
+    write_json(folder / "summary.json", {"arms": {"gentle": {"errors": 0}}})
+    assert folder_for(run, plan) != folder
+
+
+def offer(*adapters: str) -> Any:
+    card = {"max_model_len": 512, "root": "x"}
+    return served(
+        [{**card, "id": "tiny", "parent": None}, *({**card, "id": name, "parent": "tiny"} for name in adapters)]
+    )
+
+
+def test_a_run_asks_its_own_adapter() -> None:
+    """Not whatever else is served; where its own is not, the line says what is."""
+    assert choose(offer("calm", "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
+    assert choose(offer("calm"), "gentle", ("calm",), baselines=False) == [Arm("calm")]
+    with pytest.raises(UserError, match=r"does not serve 'gentle', this run's adapter.*--models base, calm"):
+        choose(offer("calm"), "gentle", (), baselines=False)
+
+
+@pytest.mark.parametrize("name", [*YARDSTICKS, "base"])
+def test_an_adapter_cannot_be_taken_for_another_arm(name: str) -> None:
+    """Its answers and a yardstick's would be one arm in every table."""
+    with pytest.raises(UserError, match=f"the adapter '{name}' is called like another arm"):
+        choose(offer(name), name, (name,), baselines=False)
+    assert choose(offer(name, "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
+
+
+def test_likelihoods_that_are_all_missing_do_not_show_that_weights_have_no_effect() -> None:
+    """Nothing was measured, so nothing is equal; equal numbers are still found out."""
+
+    def alarm(nats: float | None) -> str:
+        rows = [
+            likelihood(arm, at, nats, None if nats else "too long") for at in range(3) for arm in ("base", "gentle")
+        ]
+        arms = summarize_arms(["base", "gentle"], "base", [], [], rows, seed=0)
+        return " ".join(alarms(arms, rows, "base", {}, True))
+
+    assert "no effect" not in alarm(None)
+    assert "gentle predicts every answer exactly as base does: its weights have no effect" in alarm(3.0)
