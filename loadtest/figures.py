@@ -1,7 +1,9 @@
 """Figures from rows: pure functions, so that a report can be made again from the files at any time.
 
-Every figure is over the rows that were due after the warm-up. Latencies are over whole replies (outcome ok); failures
-are counted, never timed. A percentile of few rows is still shown, with its n beside it.
+Latencies and shares are over the rows that were due after the warm-up, and whose client was to stay: one that is to
+hang up sees the quick replies whole and the slow ones not at all, so its times would make any server fast. Latencies
+are over whole replies (outcome ok); failures are counted, never timed. Rates are over the replies that ended within a
+window of time (see loadtest/window.py). A percentile of few rows is still shown, with its n beside it.
 """
 
 import itertools
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from loadtest.rows import FAILED, Row
+from loadtest.window import Window, open_window
 
 PERCENTILES = (50, 90, 95, 99)
 LATENCIES: dict[str, Callable[[Row], float | None]] = {
@@ -44,37 +47,45 @@ def measured(rows: Iterable[Row], warmup_s: float) -> list[Row]:
     return [row for row in rows if row.due_s >= warmup_s]
 
 
-def figures(rows: Sequence[Row], window_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
-    """All figures of some rows; `window_s` is the time they took together (see `window`), `good` what counts
-    as goodput; clients that hung up are left out of its share."""
+def figures(rows: Sequence[Row], ended: Sequence[Row], window_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
+    """All figures of some measured `rows`; rates are of the replies that `ended` within `window_s` seconds.
+
+    `good`: what counts as goodput. `stayed`: the rows whose client was to stay, of which shares and latencies are.
+    """
     ok = [row for row in rows if row.ok]
-    outcomes = Counter(row.outcome for row in rows)
-    failed = sum(outcomes[outcome] for outcome in FAILED)
-    good_n = sum(good(row) for row in rows)
-    stayed = len(rows) - outcomes["cancelled"]
-    tokens = sum(row.completion_tokens or 0 for row in ok)
+    stayed = [row for row in rows if row.stays]
+    timed = [row for row in stayed if row.ok]
+    failed = sum(row.outcome in FAILED for row in stayed)
+
+    def per_s(amount: float) -> float | None:
+        return amount / window_s if window_s > 0 else None
+
     found: dict[str, Any] = {
         "n": len(rows),
         "ok": len(ok),
-        "errors": failed,
-        "error_rate": failed / len(rows) if rows else None,
-        "outcomes": dict(outcomes),
-        "goodput_share": good_n / stayed if stayed else None,
-        "goodput_per_s": good_n / window_s if window_s > 0 else None,
-        "requests_per_s": len(ok) / window_s if window_s > 0 else None,
-        "tokens_per_s": tokens / window_s if window_s > 0 else None,
+        "stayed": len(stayed),
+        "errors": sum(row.outcome in FAILED for row in rows),
+        "error_rate": failed / len(stayed) if stayed else None,
+        "outcomes": dict(Counter(row.outcome for row in rows)),
+        "goodput_share": sum(map(good, stayed)) / len(stayed) if stayed else None,
+        "goodput_per_s": per_s(sum(map(good, ended))),
+        "requests_per_s": per_s(len(ended)),
+        "tokens_per_s": per_s(sum(row.completion_tokens or 0 for row in ended)),
         "prompt_tokens": sum(row.prompt_tokens or 0 for row in ok),
-        "completion_tokens": tokens,
+        "completion_tokens": sum(row.completion_tokens or 0 for row in ok),
     }
     for name, of in LATENCIES.items():
-        found[name] = spread([value for row in ok if (value := of(row)) is not None])
-    found["itl_s"] = spread([gap for row in ok for gap in row.gaps_s])
+        found[name] = spread([value for row in timed if (value := of(row)) is not None])
+    found["itl_s"] = spread([gap for row in timed for gap in row.gaps_s])
     found["lag_s"] = spread([lag for row in rows if (lag := row.lag_s) is not None])
     return found
 
 
-def cold_penalty(rows: Sequence[Row], base: str | None) -> dict[str, Any]:
-    """TTFT of adapter requests that were cold (the first to name theirs, or tagged so) and of the warm ones."""
+def cold_penalty(rows: Sequence[Row], base: str | None, warmup_s: float) -> dict[str, Any]:
+    """TTFT of adapter requests that were cold (the first to name theirs, or tagged so) and of the warm ones.
+
+    `rows`: all of the run. One of the warm-up loads its adapter, and is in no figure.
+    """
     seen: set[str] = set()
     ttft_s: dict[str, list[float]] = {"cold": [], "warm": []}
     for row in sorted(rows, key=lambda row: row.due_s):
@@ -82,20 +93,27 @@ def cold_penalty(rows: Sequence[Row], base: str | None) -> dict[str, Any]:
             continue
         kind = "cold" if row.model not in seen or "cold" in row.tags else "warm"
         seen.add(row.model)
-        if row.ok and row.ttft_s is not None:
+        if row.ok and row.stays and row.due_s >= warmup_s and row.ttft_s is not None:
             ttft_s[kind].append(row.ttft_s)
     return {kind: spread(values) for kind, values in ttft_s.items()}
 
 
-def step_points(rows: Sequence[Row], edges_s: Sequence[float], good: Callable[[Row], bool]) -> list[dict[str, Any]]:
-    """One point of the curves per plateau of a stepped rate: the rows that were due in it (see charts.curves)."""
+def step_points(
+    rows: Sequence[Row], edges_s: Sequence[float], warmup_s: float, good: Callable[[Row], bool]
+) -> list[dict[str, Any]]:
+    """One point of the curves per plateau of a stepped rate: the rows that were due in it (see charts.curves).
+
+    `rows`: all of the run. What was due in the warm-up is in no point, and a plateau within it has none.
+    """
     points = []
-    for begin_s, end_s in itertools.pairwise(edges_s):
+    for edge_s, end_s in itertools.pairwise(edges_s):
+        begin_s = max(edge_s, warmup_s)
+        if begin_s >= end_s:
+            continue
         due = [row for row in rows if begin_s <= row.due_s < end_s]
-        ends_s = [row.end_s for row in due if row.ok and row.end_s is not None]
-        # A server that keeps up ends them about when the plateau ends; one that does not drags on, and its rate falls.
-        window_s = max([end_s - begin_s, *(at_s - begin_s for at_s in ends_s)])
-        points.append(curve_point(len(due) / (end_s - begin_s), figures(due, window_s, good)))
+        window = open_window(rows, begin_s, end_s, filled_from_s=edge_s)
+        found = figures(due, window.ended(rows), window.length_s, good)
+        points.append(curve_point(len(due) / (end_s - begin_s), found))
     return points
 
 
@@ -119,22 +137,23 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"n": len(values), "mean": mean, **{f"p{percent}": percentile(values, percent) for percent in PERCENTILES}}
 
 
-def window(rows: Sequence[Row]) -> float:
-    """Seconds from the first sending to the last end among `rows`: what rates are divided by."""
-    sent = [row.sent_s for row in rows if row.sent_s is not None]
-    ends = [row.end_s for row in rows if row.end_s is not None and row.sent_s is not None]
-    return max(ends) - min(sent) if sent and ends else 0.0
+def summarise(
+    rows: Sequence[Row], asked: Iterable[str], warmup_s: float, window: Window, good: Callable[[Row], bool]
+) -> dict[str, Any]:
+    """Figures of all measured rows together and of each model that was `asked`, models in order of their name.
 
+    A model without rows has figures too: zeros and None.
+    """
+    counted, ended = measured(rows, warmup_s), window.ended(rows)
 
-def summarise(rows: Sequence[Row], warmup_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
-    """Figures of all measured rows together and of each model, models in order of their name."""
-    counted = measured(rows, warmup_s)
-    window_s = window(counted)
-    models = sorted({row.model for row in counted})
+    def of(model: str) -> dict[str, Any]:
+        own, whole = ([row for row in some if row.model == model] for some in (counted, ended))
+        return figures(own, whole, window.length_s, good)
+
     return {
-        "window_s": window_s,
-        "all": figures(counted, window_s, good),
-        "models": {model: figures([row for row in counted if row.model == model], window_s, good) for model in models},
+        "window": window._asdict(),
+        "all": figures(counted, ended, window.length_s, good),
+        "models": {model: of(model) for model in sorted({*asked, *(row.model for row in rows)})},
     }
 
 

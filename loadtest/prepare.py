@@ -36,6 +36,7 @@ def prepare(scenario: Scenario) -> Path:
     questions = read_questions(scenario)
     models = ask_models(scenario)
     plan, prompts = plan_of(scenario, models, questions)
+    asked = asked_models(scenario, models, plan)
     directory = results_directory(scenario)
     if directory.exists():
         raise UserError(f"{str(directory)!r} exists; choose another --out")
@@ -44,7 +45,8 @@ def prepare(scenario: Scenario) -> Path:
         tag = secrets.token_hex(2)
         prompts = [f"[{tag}]{text}" for text in prompts]
     write_json(directory / "config.json", scenario.to_json())
-    write_json(directory / "target.json", {"models": models.names, "base": models.base, **provenance()})
+    target = {"models": models.names, "asked": asked, "base": models.base, **provenance()}
+    write_json(directory / "target.json", target)
     write_jsonl(directory / "prompts.jsonl", ({"question": text} for text in prompts))
     write_jsonl(directory / "plan.jsonl", (arrival.to_row() for arrival in plan))
     return directory
@@ -127,6 +129,15 @@ def plan_of(scenario: Scenario, models: Models, questions: Sequence[str]) -> tup
     if unknown:
         raise UserError(f"{scenario.trace} names {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], models.names)}")
     return plan, prompts.texts
+
+
+def asked_models(scenario: Scenario, models: Models, plan: Sequence[Arrival]) -> list[str]:
+    """The models that this run is about: those that the mix gives a share, or of a trace those that it names."""
+    planned = {arrival.model for arrival in plan}
+    if not scenario.trace:
+        given = shares(scenario.mix, models.names, models.base, scenario.base_share)
+        planned |= {name for name in models.names if given[name] > 0 or (scenario.cold_share and name != models.base)}
+    return [name for name in models.names if name in planned]
 
 
 def _due(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:

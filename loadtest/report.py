@@ -32,7 +32,7 @@ def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
     sections = [
         _head(scenario, summary),
         *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),
-        section("Models", model_cells(summary), "Times in ms from sending. n: requests due after the warm-up."),
+        section("Models", model_cells(summary), _MODELS_NOTE),
         section("Latency per model", latencies(summary["models"]), "Bar: median. Line: up to the 90th percentile."),
         section("Timeline", timeline(rows, samples, scenario.warmup_s)),
         *_curve(summary.get("steps", [])),
@@ -58,6 +58,10 @@ def page(title: str, sections: Sequence[str]) -> str:
     )
 
 
+_MODELS_NOTE = (
+    "Times in ms from sending, of whole replies whose client was to stay. n: requests due after the warm-up. Rates: "
+    "what ended between the moment the server was filled and the last arrivals' quickest replies, over that time."
+)
 _DUE_NOTE = (
     "Someone who wanted to ask at the moment a request was due waited from then; the server is only answerable from "
     "sending. The difference is the client's own delay."

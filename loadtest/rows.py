@@ -37,6 +37,7 @@ OUTCOMES = {
     "dropped": "not sent: the in-flight cap was reached",
     "http_error": "the server answered 4xx or 5xx",
     "server_error": "the server reported an error inside the stream",
+    "aborted": "the server ended the reply before it was whole: a finish reason that is none of WHOLE",
     "connect_error": "no connection, or it broke before any answer",
     "broken_stream": "the stream ended without a finish reason",
     "timeout": "no bytes, or no end, within the limits",
@@ -44,7 +45,14 @@ OUTCOMES = {
     "empty": "a whole reply without any output",
     "unfinished": "still running when the run was stopped",
 }
+# Finish reasons of a whole reply: by the model, by the limit that was asked for, or by a call. vLLM adds `repetition`,
+# TGI `eos_token`. Any other (`abort`, `error`, `content_filter`) left a part, and parts are quick.
+WHOLE = ("stop", "length", "tool_calls", "function_call", "repetition", "eos_token")
 FAILED = tuple(outcome for outcome in OUTCOMES if outcome not in ("ok", "cancelled"))
+
+
+# The tag of an arrival whose client is to hang up, unless the reply is quicker.
+HANGS_UP = "hangs_up"
 
 
 @dataclass(slots=True)
@@ -75,6 +83,11 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.outcome == "ok"
+
+    @property
+    def stays(self) -> bool:
+        """Whether the client was to stay to the end, whatever happened then."""
+        return HANGS_UP not in self.tags and self.outcome != "cancelled"
 
     @property
     def ttft_s(self) -> float | None:

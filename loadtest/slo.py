@@ -8,9 +8,10 @@ METRIC is a latency percentile (`ttft_p90_s`; latencies in loadtest/figures.py),
 `goodput_per_s`, `tokens_per_s` or `requests_per_s`. Goodput counts the requests that came back whole within every
 limit of `good`: `ttft_s <= 1`, `tpot_s <= 0.05`, `e2e_s <= 10`.
 
-A percentile is judged over every request that stayed, and one that failed is slower than any bound: `ttft_p90_s <= 2`
-says that nine in ten had their first token within 2 s, not nine in ten of those that were answered. Else a server that
-turns half of its requests away would hold any objective. (`itl` is over gaps, of which failed requests have none.)
+A percentile is judged over every request whose client was to stay, and one that failed is slower than any bound:
+`ttft_p90_s <= 2` says that nine in ten had their first token within 2 s, not nine in ten of those that were answered.
+Else a server that turns half of its requests away would hold any objective. `itl` is over gaps: a failed request counts
+as many as a whole reply has on average. Where no reply was whole, nothing is held.
 """
 
 import math
@@ -25,8 +26,9 @@ from train.errors import UserError
 
 _OBJECTIVE = re.compile(r"(?:\s*(?P<scope>\S+)\s*:)?\s*(?P<metric>[a-z0-9_]+)\s*(?P<sign><=|>=)\s*(?P<bound>\S+)\s*")
 _PERCENTILE = re.compile(r"(?P<latency>[a-z0-9_]+)_p(?P<percent>\d+)_s")
-RATES = ("error_rate", "goodput_share", "goodput_per_s", "tokens_per_s", "requests_per_s")
-METRICS = (*(f"{name[:-2]}_p{percent}_s" for name in (*LATENCIES, "itl_s") for percent in PERCENTILES), *RATES)
+SHARES = ("error_rate", "goodput_share")
+RATES = ("goodput_per_s", "tokens_per_s", "requests_per_s")
+METRICS = (*(f"{name[:-2]}_p{percent}_s" for name in (*LATENCIES, "itl_s") for percent in PERCENTILES), *SHARES, *RATES)
 
 
 class Objective(NamedTuple):
@@ -89,8 +91,11 @@ def judge(objectives: Sequence[Objective], summary: Mapping[str, Any], rows: Seq
             found = summary["all"] if scope == "" else summary["models"].get(scope)
             own = [row for row in rows if scope in ("", row.model)]
             value, n = _value_of(objective.metric, found, own) if found else (None, 0)
-            held = value is not None and (
-                value <= objective.bound if objective.sign == "<=" else value >= objective.bound
+            held = (
+                value is not None
+                and found is not None
+                and found["ok"] > 0
+                and (value <= objective.bound if objective.sign == "<=" else value >= objective.bound)
             )
             judged.append(Judged(scope or "all", *objective[1:], value, n, held))
     return judged
@@ -103,14 +108,19 @@ def _value_of(metric: str, found: Mapping[str, Any], rows: Sequence[Row]) -> tup
     """
     match = _PERCENTILE.fullmatch(metric)
     if not match:
-        return found[metric], len(rows)
+        return found[metric], found["stayed"] if metric in SHARES else len(rows)
+    stayed = [row for row in rows if row.stays]
+    failed = sum(row.outcome in FAILED for row in stayed)
     name = f"{match['latency']}_s"
-    if name not in LATENCIES:
-        return found[name][f"p{match['percent']}"], sum(row.ok and bool(row.gaps_s) for row in rows)
-    values = [value for row in rows if row.ok and (value := LATENCIES[name](row)) is not None]
-    failed = sum(row.outcome in FAILED for row in rows)
-    value = percentile([*values, *[math.inf] * failed], int(match["percent"]))
-    return value if value is not None and math.isfinite(value) else None, len(values) + failed
+    if name in LATENCIES:
+        values = [value for row in stayed if row.ok and (value := LATENCIES[name](row)) is not None]
+        n, beyond = len(values) + failed, failed
+    else:
+        whole = [row for row in stayed if row.ok and row.gaps_s]
+        values = [gap for row in whole for gap in row.gaps_s]
+        n, beyond = len(whole) + failed, round(failed * len(values) / len(whole)) if whole else failed
+    value = percentile([*values, *[math.inf] * beyond], int(match["percent"]))
+    return value if value is not None and math.isfinite(value) else None, n
 
 
 def rows_needed(metric: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import httpx2
 import openai
 
-from loadtest.rows import Row
+from loadtest.rows import WHOLE, Row
 from loadtest.scenario import Scenario
 from serve.client import API_KEY, checked_url
 
@@ -198,7 +198,9 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) ->
                     row.last_s = now - start_s
     if row.finish is None:
         raise _ReplyError("broken_stream", "the stream ended " + ("at [DONE]" if done else "early"))
-    if row.first_s is None:
+    if row.finish not in WHOLE:
+        row.outcome, row.error = "aborted", f"finish_reason is {_line(row.finish)}"
+    elif row.first_s is None:
         row.outcome = "empty"
     elif row.completion_tokens is None:
         row.outcome = "no_usage"

@@ -8,7 +8,11 @@ _HEAD = ("model", "n", "errors", "TTFT p50", "p90", "TPOT p50", "p90", "e2e p50"
 
 def table(summary: Mapping[str, Any]) -> str:
     """The per-model table of a summary, for a terminal."""
-    return f"{aligned(model_cells(summary))}\ntimes in ms, from sending; n counts every request due after the warm-up"
+    begin_s, end_s = summary["window"]["begin_s"], summary["window"]["end_s"]
+    return (
+        f"{aligned(model_cells(summary))}\ntimes in ms, from sending; n counts every request due after the warm-up; "
+        f"rates count what ended from {begin_s:.1f} s to {end_s:.1f} s"
+    )
 
 
 def model_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -35,6 +39,8 @@ def objective_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def verdict_text(summary: Mapping[str, Any]) -> str:
     """The objectives one by one, then the verdict and, when the run is invalid, why."""
     lines = [aligned(objective_cells(summary))] if summary["slo"] else []
+    if not summary["all"]["ok"]:
+        lines.append("no request got a whole reply")
     lines += [f"not to be believed: {reason}" for reason in summary["invalid"]]
     return "\n".join([*lines, f"verdict: {summary['verdict']}"])
 

@@ -1,12 +1,13 @@
 """What a results directory says: figures, checks of the client, objectives, one verdict. Made from files alone.
 
 summary.json, the summary, written last:
-  verdict    passed | missed (an objective) | invalid (the client did not keep its promises) | unjudged (no objectives)
+  verdict    passed | missed (an objective, or no whole reply came) | invalid (the client did not keep its promises)
+             | unjudged (no objectives)
   invalid    why, one text each; empty when the run may be believed
-  checks, slo, server, cold, steps, window_s, all, models    see loadtest.validity, .slo, .scrape, .figures
+  checks, slo, server, cold, steps, window, all, models      see loadtest.validity, .slo, .scrape, .figures, .window
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from loadtest.scenario import Scenario, read_scenario
 from loadtest.scrape import server_figures
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
+from loadtest.window import Window, arrivals_end_s, closed_window, open_window
+from loadtest.work import Arrival
 from train.files import read_json, read_jsonl
 
 EXIT_STATUS = {"passed": 0, "unjudged": 0, "missed": 1, "invalid": 2}
@@ -31,11 +34,13 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
     def good(row: Row) -> bool:
         return is_good(row, limits)
 
-    found = summarise(rows, scenario.warmup_s, good)
-    judged = judge([parse_objective(text) for text in scenario.slo], found, measured(rows, scenario.warmup_s))
+    plan = [Arrival.from_row(row) for row in read_jsonl(directory / "plan.jsonl")]
+    target = read_json(directory / "target.json")
     seconds = read_jsonl(directory / "client.jsonl")
-    planned = len(read_jsonl(directory / "plan.jsonl"))
-    checks = check_client(scenario, planned, rows, seconds, found["all"]["ttft_s"]["p50"]) + check_rows(judged)
+    asked = target.get("asked", target["models"])
+    found = summarise(rows, asked, scenario.warmup_s, _window(scenario, plan, rows, seconds), good)
+    judged = judge([parse_objective(text) for text in scenario.slo], found, measured(rows, scenario.warmup_s))
+    checks = check_client(scenario, len(plan), rows, seconds, found["all"]["ttft_s"]["p50"]) + check_rows(judged)
     broken = [
         f"{check.name} is {check.value:.3g}, must be {check.sign} {check.bound:.3g}"
         for check in checks
@@ -46,6 +51,9 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
         broken += [f"the churn stopped: {row['error']}" for row in read_jsonl(churn) if "error" in row]
     if broken:
         verdict = "invalid"
+    elif not found["all"]["ok"]:
+        # Whatever was asked of it, or nothing: a server that gave no whole reply has not passed.
+        verdict = "missed"
     elif not judged:
         verdict = "unjudged"
     else:
@@ -58,7 +66,7 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
             "checks": [check._asdict() for check in checks],
             "slo": [item._asdict() for item in judged],
             "server": server_figures(read_jsonl(directory / "server.jsonl"), note),
-            "cold": cold_penalty(rows, read_json(directory / "target.json")["base"]),
+            "cold": cold_penalty(rows, target["base"], scenario.warmup_s),
             "steps": _steps(scenario, rows, good),
             **found,
         }
@@ -71,4 +79,16 @@ def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> 
         return []
     knots = rate_knots(scenario.rate, scenario.duration_s)
     edges_s = [0.0, *(knot.t_s for knot in knots[1::2])]
-    return step_points(rows, edges_s, good)
+    return step_points(rows, edges_s, scenario.warmup_s, good)
+
+
+def _window(scenario: Scenario, plan: list[Arrival], rows: list[Row], seconds: Sequence[Mapping[str, Any]]) -> Window:
+    """The window in which replies are counted; of a run that was ended early, up to that moment."""
+    if scenario.closed:
+        return closed_window(measured(rows, scenario.warmup_s))
+    due_s = [arrival.due_s for arrival in plan]
+    limited, trace = scenario.requests == len(plan), bool(scenario.trace)
+    end_s = arrivals_end_s(due_s, scenario.duration_s, limited=limited, trace=trace)
+    if len({row.id for row in rows}) < len(plan):
+        end_s = min(end_s, max((second["t_s"] for second in seconds), default=end_s))
+    return open_window(rows, min(scenario.warmup_s, end_s), end_s)

@@ -11,7 +11,7 @@ plan.jsonl, one arrival (a conversation of one or more turns) a line:
   max_tokens  most tokens each reply may have
   think_s     pause between a reply and the next turn
   cancel_s    seconds after sending at which the client hangs up; null: it stays
-  tags        "long": a long prompt; "cold": sent to the adapter left alone longest
+  tags        "long": a long prompt; "cold": sent to the adapter left alone longest; "hangs_up": it has a cancel_s
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loadtest.expr import parse
+from loadtest.rows import HANGS_UP
 from train.errors import UserError
 
 LENGTHS = {"": "N", "uniform": "uniform(LOW, HIGH)", "lognormal": "lognormal(MEDIAN, SIGMA)"}
@@ -130,7 +131,8 @@ def make_plan(
         for turn in range(int(turns[i])):
             drawn.append(prompts.draw(number, wanted if turn == 0 else None))
             number += 1
-        tags = [tag for tag, present in (("long", is_long[i]), ("cold", is_cold)) if present]
+        known = (("long", is_long[i]), ("cold", is_cold), (HANGS_UP, hangs_up[i]))
+        tags = [tag for tag, present in known if present]
         plan.append(
             Arrival(
                 id=i,

@@ -12,8 +12,9 @@ output lengths and temperature 0, in a closed loop of 4 clients (`--max-concurre
 arrivals (`--request-rate`, burstiness 1). Both count tokens by the server's usage; where a pair of runs differs in
 tokens in or out, the bench stops. ttft, tpot: the medians over requests that each tool reports; theirs of TPOT is
 (e2e - ttft) / (tokens - 1), as ours. throughput: output tokens over the time from the first sending to the last token,
-theirs from its own saved times, because its printed figure also counts the wait for the first arrival. A first open
-run of theirs is no measurement: it warms the server, and its sending times are the arrivals of all open runs, theirs
+from the saved times of both, because their printed figure also counts the wait for the first arrival, and ours leaves
+out how the run begins and ends. A first open run of theirs is no measurement: it warms the server, and its sending
+times are the arrivals of all open runs, theirs
 by the same seed and ours as a trace. The two take turns, the first alternating; a ratio is the median of the repeats'
 ratios, parity_range their lowest and highest, parity_median the medians of ours and theirs (s, s, tokens/s).
 
@@ -162,8 +163,10 @@ def ours(load: Load, name: str, loop: str) -> Figures:
                             models=(load.model,), requests=load.requests, output_tokens=str(load.tokens),
                             exact_output=True, unique=False, bare=True, duration_s=600.0, **arrivals))  # fmt: skip
     whole = summary["all"]
-    return Figures(whole["ttft_s"]["p50"], whole["tpot_s"]["p50"], whole["tokens_per_s"], whole["prompt_tokens"],
-                   whole["completion_tokens"])  # fmt: skip
+    rows = read_rows(load.folder / name / "requests.jsonl")
+    took_s = max(row.last_s or 0.0 for row in rows) - min(row.sent_s or 0.0 for row in rows)
+    return Figures(whole["ttft_s"]["p50"], whole["tpot_s"]["p50"], whole["completion_tokens"] / took_s,
+                   whole["prompt_tokens"], whole["completion_tokens"])  # fmt: skip
 
 
 def theirs(load: Load, name: str, loop: str) -> Figures:

@@ -10,12 +10,14 @@ from loadtest import capacity
 from loadtest.capacity import Capacity, Found, search
 from loadtest.charts import per_second
 from loadtest.compare import cut, differences
-from loadtest.figures import cold_penalty, step_points, summarise
+from loadtest.figures import cold_penalty, step_points
 from loadtest.scenario import Scenario
 from loadtest.scrape import read_metrics, server_figures
-from tests.test_loadtest_figures import anything, failure, reply
+from loadtest.work import Arrival
+from tests.test_loadtest_figures import anything, failure, reply, summarise
 from train.command import load_config
 from train.errors import UserError
+from train.files import write_jsonl
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "loadtest/scenarios").glob("*.yaml"))
 
@@ -178,19 +180,32 @@ def test_the_first_request_of_an_adapter_is_cold():
         reply(3, 3, "a"),
         reply(4, 4, "b"),
     ]
-    found = cold_penalty(rows, "base")
+    found = cold_penalty(rows, "base", warmup_s=0)
 
     assert (found["cold"]["n"], found["cold"]["p50"]) == (2, pytest.approx(2.0))
     assert (found["warm"]["n"], found["warm"]["p50"]) == (2, pytest.approx(0.5))
+    # The warm-up up to 1.5 s has loaded "a", and is in neither.
+    found = cold_penalty(rows, "base", warmup_s=1.5)
+    assert (found["cold"]["n"], found["warm"]["n"]) == (1, 2)
 
 
 def test_a_stepped_run_gives_one_point_per_plateau():
-    """One request a second for 10 s, then two a second; one of the latter fails."""
-    rows = [reply(n, n) for n in range(10)] + [reply(10 + n, 10 + n / 2) for n in range(19)] + [failure(29, 19.5)]
-    points = step_points(rows, [0, 10, 20], anything)
+    """One request a second for 10 s, then two a second; of the latter two fail: the rates achieved are 1 and 1.8."""
+    rows = [reply(n, n + 0.5) for n in range(10)] + [reply(10 + n, 10.25 + n / 2) for n in range(18)]
+    rows += [failure(28, 19.25), failure(29, 19.75)]
+    points = step_points(rows, [0, 10, 20], 0, anything)
 
     assert [(point["offered"], point["n"]) for point in points] == [(1.0, 10), (2.0, 20)]
-    assert points[1]["achieved"] == pytest.approx(19 / 10.5)
+    assert [point["achieved"] for point in points] == pytest.approx([1.0, 1.8], rel=0.01)
+
+
+def test_steps_leave_the_warm_up_out():
+    """Of plateaus of 10 s, a warm-up of 15 s leaves nothing of the first, and the second half of the second."""
+    rows = [reply(n, n / 2 + 0.25, ttft_s=9 if n < 30 else 0.5) for n in range(60)]
+    points = step_points(rows, [0, 10, 20, 30], 15, anything)
+
+    assert [(point["offered"], point["n"]) for point in points] == [(2.0, 10), (2.0, 20)]
+    assert [point["ttft_p90_s"] for point in points] == pytest.approx([0.5, 0.5])
 
 
 def test_tokens_and_requests_are_told_by_the_second():
@@ -207,6 +222,11 @@ def test_every_scenario_file_can_be_used_and_opens_with_its_command(path):
     assert path.read_text().startswith(f"# python -m loadtest --config loadtest/scenarios/{path.name} --run NAME\n")
 
 
+def write_plan(folder: Path, due_s: list[float], model: str = "base") -> None:
+    plan = [Arrival(n, due, model, (0,), 11, 0.0, None, ()) for n, due in enumerate(due_s)]
+    write_jsonl(folder / "plan.jsonl", (arrival.to_row() for arrival in plan))
+
+
 def test_a_report_needs_nothing_from_outside(tmp_path):
     """Made from files alone, whole, with the model's name escaped and no address to fetch from."""
     from loadtest.report import write_report
@@ -216,7 +236,7 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     scenario = Scenario(duration_s=40, slo=("ttft_p90_s <= 1",))
     (tmp_path / "config.json").write_text(json.dumps(scenario.to_json()))
     (tmp_path / "target.json").write_text(json.dumps({"models": ["<b>"], "base": None}))
-    (tmp_path / "plan.jsonl").write_text("{}\n" * 40)
+    write_plan(tmp_path, [float(n) for n in range(40)], "<b>")
     (tmp_path / "client.jsonl").write_text('{"worker": 0, "t_s": 40, "hub_lag_s": 0, "cpu": 0}\n')
     (tmp_path / "server.jsonl").write_text('{"t_s": 1, "running": 2, "waiting": 1, "kv_used": 0.5}\n')
     append_rows(tmp_path / "requests.jsonl", [reply(n, n, "<b>") for n in range(40)])

@@ -1,12 +1,17 @@
 """From rows to figures, objectives and validity. Expected values are worked by hand."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from loadtest.figures import percentile, summarise, window
+from loadtest.figures import percentile
+from loadtest.figures import summarise as summarise_in
 from loadtest.rows import Row, append_rows, read_rows
 from loadtest.scenario import Scenario
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
+from loadtest.window import Window
 
 
 def reply(
@@ -34,6 +39,11 @@ def failure(number: int, due_s: float, model: str = "base") -> Row:
 
 def anything(_: Row) -> bool:
     return True
+
+
+def summarise(rows: list[Row], warmup_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
+    """The figures of these rows, with rates over 100 s."""
+    return summarise_in(rows, (), warmup_s, Window(0, 100), good)
 
 
 def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1) -> list[dict]:
@@ -66,20 +76,20 @@ def test_failures_are_counted_and_never_timed():
     assert (found["ttft_s"]["n"], found["ttft_s"]["p50"]) == (2, pytest.approx(1.0))
 
 
-def test_throughput_is_over_the_time_from_first_sending_to_last_end():
-    """Replies of 11 tokens sent at 0 and 9 with 1.5 s each end at 10.5 s: 22 tokens in 10.5 s."""
-    rows = [reply(0, 0), reply(1, 9)]
+def test_the_warm_up_is_in_no_latency_and_no_count():
+    """Of replies due at 0, 4 and 6, the second slow, a warm-up of 5 s leaves one."""
+    found = summarise([reply(0, 0), reply(1, 4, ttft_s=9), reply(2, 6)], 5, anything)["all"]
 
-    assert window(rows) == pytest.approx(10.5)
-    assert summarise(rows, 0, anything)["all"]["tokens_per_s"] == pytest.approx(22 / 10.5)
+    assert (found["n"], found["ok"]) == (1, 1)
+    assert (found["ttft_s"]["n"], found["ttft_s"]["mean"]) == (1, pytest.approx(0.5))
 
 
-def test_the_warm_up_is_in_no_figure():
-    """Of replies due at 0, 4 and 6, a warm-up of 5 s leaves one, and the window begins with it."""
-    found = summarise([reply(0, 0), reply(1, 4), reply(2, 6)], 5, anything)
+def test_rates_are_of_what_ended_in_the_window():
+    """Of replies of 11 tokens that end at 1.5, 10.5 and 21.5 s, two end from 10 to 30 s, one of them too slow."""
+    rows = [reply(0, 0), reply(1, 9), reply(2, 19, ttft_s=1.5)]
+    found = summarise_in(rows, (), 0, Window(10, 30), lambda row: row.ttft_s < 1)["all"]
 
-    assert found["all"]["n"] == 1
-    assert found["window_s"] == pytest.approx(1.5)
+    assert (found["requests_per_s"], found["tokens_per_s"], found["goodput_per_s"]) == (0.1, 1.1, 0.05)
 
 
 def test_goodput_counts_whole_replies_within_every_limit():
@@ -124,7 +134,7 @@ def test_a_percentile_counts_the_requests_that_have_it():
     texts = ["ttft_p50_s <= 1", "tpot_p50_s <= 1", "error_rate <= 0"]
     judged = judge([parse_objective(text) for text in texts], summarise(rows, 0, anything), rows)
 
-    assert [item.n for item in judged] == [3, 2, 10]
+    assert [item.n for item in judged] == [3, 2, 3]
     assert [check.held for check in check_rows(judged)] == [False, False, False]
 
 

@@ -64,6 +64,21 @@ ROLE, WORD, END = delta("base", {"content": ""}), delta("base", {"content": "w "
 USAGE = {**delta("base", {}), "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 10}}
 
 
+@pytest.mark.parametrize("finish", ["abort", "error", "content_filter", "cancelled"])
+def test_a_reply_that_the_server_gave_up_is_no_whole_reply(monkeypatch, finish):
+    """Half of the words, usage and a finish reason that says they are not all: it failed, and says why."""
+    row = told(monkeypatch, [(0.1, WORD), (0.02, WORD), (0.0, delta("base", {}, finish)), (0.0, USAGE)])
+
+    assert (row.outcome, row.finish) == ("aborted", finish)
+    assert finish in row.error
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", "tool_calls", "function_call"])
+def test_a_reply_that_came_to_its_end_is_whole(monkeypatch, finish):
+    """Every way in which OpenAI lets a model end its own reply."""
+    assert told(monkeypatch, [(0.1, WORD), (0.0, delta("base", {}, finish)), (0.0, USAGE)]).ok
+
+
 class Ticking:
     """A clock that is a second later at each look: a limit is then a number of looks, however long they take."""
 

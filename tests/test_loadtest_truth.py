@@ -1,0 +1,239 @@
+"""Finished runs whose every time is written here, judged from their files: each figure is what was scripted."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.arrivals import due_times, rate_knots
+from loadtest.rows import Row, append_rows
+from loadtest.scenario import Scenario
+from loadtest.verdict import conclude
+from loadtest.work import Arrival
+from tests.test_loadtest_figures import failure, reply
+from train.files import write_json, write_jsonl
+
+Reply = Callable[[int, float], Row]
+
+
+def every(e2e_s: float, ttft_s: float = 0.1, tokens: int = 11) -> Reply:
+    """Each reply whole after `e2e_s`."""
+    return lambda n, due_s: reply(n, due_s, ttft_s=ttft_s, tokens=tokens, tpot_s=(e2e_s - ttft_s) / (tokens - 1))
+
+
+def mostly(usual: Reply, other: Reply, which: Callable[[int], bool]) -> Reply:
+    return lambda n, due_s: (other if which(n) else usual)(n, due_s)
+
+
+def queued(slots: int, service_s: float) -> Reply:
+    """A server that works on so many at once, first come first served."""
+    free = [0.0] * slots
+
+    def answer(n: int, due_s: float) -> Row:
+        begin_s = max(due_s, min(free))
+        free[free.index(min(free))] = begin_s + service_s
+        return reply(n, due_s, ttft_s=begin_s - due_s + service_s / 2, tokens=11, tpot_s=service_s / 20)
+
+    return answer
+
+
+def judged(folder: Path, rows: Sequence[Row], asked: Sequence[str] = ("base",), seconds: float | None = None,
+           planned: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+    """The summary of a run with these rows and a calm client."""
+    scenario = Scenario(**{"arrivals": "constant", **options})
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", scenario.to_json())
+    write_json(folder / "target.json", {"models": list(asked), "asked": list(asked), "base": asked[0]})
+    arrivals = [
+        Arrival(row.id, row.due_s, row.model, (0,), 11, 0.0, None, tuple(row.tags)) for row in rows if not row.turn
+    ]
+    missing = (planned or len(arrivals)) - len(arrivals)
+    arrivals += [arrivals[-1]._replace(id=len(arrivals) + n) for n in range(missing)]
+    write_jsonl(folder / "plan.jsonl", (arrival.to_row() for arrival in arrivals))
+    last_s = max(row.end_s for row in rows) if seconds is None else seconds
+    calm = {"worker": 0, "due": 0, "in_flight": 0, "hub_lag_s": 0.0, "cpu": 0.1}
+    write_jsonl(folder / "client.jsonl", ({**calm, "t_s": float(t)} for t in range(1, int(last_s) + 2)))
+    write_jsonl(folder / "server.jsonl", ())
+    (folder / "requests.jsonl").unlink(missing_ok=True)
+    append_rows(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
+    return conclude(folder)
+
+
+def played(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[Row]:
+    """The rows of a plan whose replies are what `answer` says."""
+    return [answer(n, due_s) for n, due_s in enumerate(due_times(process, rate_knots(rate, duration_s), 1.0, 0))]
+
+
+# answer, rate, duration, warm-up: what the server did, in replies a second, by hand.
+RATES = {
+    "slow without a queue": (every(5.0), "5", 10, 0, 5.0),
+    "slow, with a warm-up": (every(5.0), "5", 20, 5, 5.0),
+    "one straggler of 20 s": (mostly(every(0.15), every(20.0), lambda n: n == 10), "10", 6, 0, 10 * 59 / 60),
+    "one that is nearly empty": (mostly(every(5.0), every(0.2), lambda n: n == 10), "5", 30, 0, 5.0),
+    "every second one slow": (mostly(every(0.1), every(2.5, ttft_s=2.4), lambda n: n % 2), "10", 10, 0, 10.0),
+    "every second one slow, with a warm-up": (
+        mostly(every(0.1), every(2.5, ttft_s=2.4), lambda n: n % 2), "10", 20, 5, 10.0),
+    "asked for a fifth more than it can": (queued(10, 0.5), "24", 20, 0, 20.0),
+    "asked for five times as much": (queued(10, 0.5), "100", 10, 0, 20.0),
+    "a ramp": (every(0.3), "ramp(2, 18)", 50, 0, 10.0),
+    "a spike": (every(0.3), "spike(1, 20, 20, 40)", 60, 0, (40 * 1 + 20 * 20) / 60),
+    "as beside GuideLLM": (every(0.5, ttft_s=0.2), "10", 10, 0, 10.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_rates_are_those_of_the_server(tmp_path, case):
+    """Neither the filling at the start nor the draining at the end is in them; tokens are 11 times the requests."""
+    answer, rate, duration_s, warmup_s, true = RATES[case]
+    rows = played(answer, rate, duration_s)
+    found = judged(tmp_path, rows, rate=rate, duration_s=duration_s, warmup_s=warmup_s)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(true, rel=0.01)
+    assert found["tokens_per_s"] == pytest.approx(11 * true, rel=0.01)
+    assert found["goodput_per_s"] == pytest.approx(true, rel=0.01)
+
+
+def test_slow_replies_without_a_queue_hold_their_rate(tmp_path):
+    """Five a second come back five a second, if each takes 5 s."""
+    slo = ("requests_per_s >= 4.9", "tokens_per_s >= 54")
+    summary = judged(tmp_path, played(every(5.0), "5", 10), rate="5", duration_s=10, slo=slo)
+
+    assert summary["verdict"] == "passed"
+
+
+def test_random_arrivals_come_back_at_their_own_rate(tmp_path):
+    """Of Poisson arrivals and replies of random length, the rate is that of the plan, within what edges may hold."""
+    noise = random.Random(1)
+    rows = played(lambda n, due_s: every(noise.uniform(0.3, 1.2))(n, due_s), "20", 120, "poisson")
+    found = judged(tmp_path, rows, rate="20", duration_s=120)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(len(rows) / 120, rel=0.01)
+
+
+def test_a_conversation_counts_every_turn(tmp_path):
+    """Two a second of three turns, 1 s each with 2 s between: 6 replies a second, though turns come 3 and 6 s later."""
+    rows = [
+        reply(n, due_s + 3 * turn, ttft_s=0.5, tokens=11, tpot_s=0.05)
+        for n, due_s in enumerate(due_times("constant", rate_knots("2", 40), 1.0, 0))
+        for turn in range(3)
+    ]
+    for number, row in enumerate(rows):
+        row.turn = number % 3
+    found = judged(tmp_path, rows, rate="2", duration_s=40)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(6.0, rel=0.01)
+
+
+def test_a_run_of_so_many_requests_ends_with_them(tmp_path):
+    """Twenty of a schedule that goes on for a minute are due in 5 s, and come back in 5 s."""
+    rows = played(every(0.3), "4", 60)[:20]
+    found = judged(tmp_path, rows, rate="4", duration_s=60, requests=20)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_run_that_was_ended_has_the_rates_until_then(tmp_path):
+    """Ended after 30 of 600 s: it is invalid, and says 4 requests/s, not a twentieth of that."""
+    rows = [row for row in played(every(0.3), "4", 600) if row.due_s < 30]
+    found = judged(tmp_path, rows, rate="4", duration_s=600, seconds=29, planned=2400)
+
+    assert found["verdict"] == "invalid"
+    assert found["all"]["requests_per_s"] == pytest.approx(4.0, rel=0.02)
+
+
+def test_what_was_given_up_at_the_end_of_the_drain_is_no_time(tmp_path):
+    """Replies of 5 s, and 1 s to wait for them: those of the last 4 s never end, and the rate is still 5."""
+    rows = played(every(5.0), "5", 20)
+    for row in rows:
+        if row.end_s > 21:
+            row.outcome, row.last_s, row.end_s, row.finish = "unfinished", None, 21.0, None
+    found = judged(tmp_path, rows, rate="5", duration_s=20)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(5.0, rel=0.03)
+
+
+@pytest.mark.parametrize("straggler", [False, True])
+def test_a_closed_loop_has_the_rate_of_its_clients(tmp_path, straggler):
+    """Four clients that each wait 0.5 s ask 8 a second; one reply of 20 s at the end makes no difference."""
+    rows = [reply(4 * n + client, n / 2, ttft_s=0.1, tokens=11, tpot_s=0.04) for n in range(40) for client in range(4)]
+    if straggler:
+        rows[-1] = every(20.0)(rows[-1].id, rows[-1].due_s)
+    found = judged(tmp_path, rows, arrivals="closed", concurrency=4, duration_s=20)["all"]
+
+    assert found["requests_per_s"] == pytest.approx(8.0, rel=0.01)
+
+
+def hanging_up(row: Row, after_s: float) -> Row:
+    """The same request by a client that hangs up, unless the reply is quicker."""
+    row.tags = ("hangs_up",)
+    if row.end_s - row.sent_s > after_s:
+        row.outcome, row.last_s, row.finish, row.end_s = "cancelled", None, None, row.sent_s + after_s
+        row.first_s = row.first_s if row.first_s < row.end_s else None
+    return row
+
+
+def test_clients_that_hang_up_hide_no_slow_reply(tmp_path):
+    """Fifteen of a hundred replies take 3 s, half of the clients wait 1 s: nine in ten are not whole within 1 s.
+
+    Of those who stay one in five is slow; of those who hang up all that is whole is quick.
+    """
+    answer = mostly(every(0.2), every(3.0, ttft_s=2.9), lambda n: n % 20 in (0, 6, 13))
+    rows = played(answer, "10", 40)
+    rows = [hanging_up(row, 1.0) if n % 2 else row for n, row in enumerate(rows)]
+    slo = ("ttft_p90_s <= 1", "e2e_p90_s <= 1")
+    summary = judged(tmp_path, rows, rate="10", duration_s=40, slo=slo)
+
+    assert summary["verdict"] == "missed"
+    assert summary["all"]["ttft_s"]["n"] == summary["all"]["stayed"] == 200
+    assert [item["held"] for item in summary["slo"]] == [False, False]
+
+
+@pytest.mark.parametrize("slo", [(), ("error_rate <= 0.01",), ("ttft_p90_s <= 100",), ("requests_per_s >= 0",)])
+def test_a_server_that_answers_nobody_passes_nothing(tmp_path, slo):
+    """Every client hangs up and none had a reply: no verdict but a miss, or that it cannot be judged."""
+    rows = [hanging_up(row, 1.0) for row in played(every(900.0, ttft_s=899), "5", 20)]
+    summary = judged(tmp_path, rows, rate="5", duration_s=20, slo=slo)
+
+    assert summary["all"]["ok"] == 0
+    assert summary["verdict"] in ("missed", "invalid")
+
+
+def test_failures_of_clients_that_stay_are_a_share_of_those(tmp_path):
+    """Half hang up before anything can fail; of the other hundred ten fail: one in ten."""
+    rows = played(every(0.5), "10", 20)
+    for n, row in enumerate(rows):
+        if n % 2:
+            hanging_up(row, 0.05)
+        elif n % 20 == 0:
+            rows[n] = failure(n, row.due_s)
+    found = judged(tmp_path, rows, rate="10", duration_s=20)["all"]
+
+    assert (found["n"], found["stayed"], found["errors"]) == (200, 100, 10)
+    assert found["error_rate"] == pytest.approx(0.1)
+
+
+def test_every_model_is_judged_also_one_without_rows(tmp_path):
+    """Three models were to be asked, one never was: its objective is not held, and the run is no pass."""
+    rows = played(every(0.5), "5", 20)
+    for n, row in enumerate(rows):
+        row.model = ("base", "gentle")[n % 2]
+    summary = judged(tmp_path, rows, ("base", "gentle", "calm"), rate="5", duration_s=20, slo=("*: ttft_p50_s <= 9",))
+
+    assert {item["scope"]: (item["n"], item["held"]) for item in summary["slo"]} == {
+        "base": (50, True), "calm": (0, False), "gentle": (50, True)
+    }  # fmt: skip
+    assert summary["verdict"] == "invalid"
+    assert summary["models"]["calm"]["n"] == 0
+    assert json.dumps(summary)
+
+
+def test_gaps_of_failed_requests_are_slower_than_any_bound(tmp_path):
+    """A fifth fails: nine in ten gaps are not within any bound, and the median is."""
+    rows = [failure(row.id, row.due_s) if row.id % 5 == 0 else row for row in played(every(0.5), "10", 20)]
+    slo = ("itl_p50_s <= 0.05", "itl_p90_s <= 99")
+    summary = judged(tmp_path, rows, rate="10", duration_s=20, slo=slo)
+
+    assert [(item["held"], item["n"]) for item in summary["slo"]] == [(True, 200), (False, 200)]
