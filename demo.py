@@ -48,7 +48,7 @@ def main() -> int:
         load = command(
             "loadtest", "--run", NAME, "--url", server.base_url, "--models", f"{BASE},{NAME}",
             "--duration-s", "20", "--rate", "1.5", "--output-tokens", "48",
-            accept=(0, 2),
+            accept=(0, 4),
         )  # fmt: skip
     rows = comparison(evaluation, load)
     print("\n" + table(rows))

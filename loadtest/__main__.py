@@ -5,8 +5,8 @@
     python -m loadtest find-capacity --run NAME --slo 'ttft_p90_s <= 2'
     python -m loadtest compare runs/NAME/loadtest/A runs/NAME/loadtest/B
 
-Exit status: 0 the objectives were held (or there were none), 1 one was missed, 2 the run is invalid: the client, not
-the server, was measured.
+Exit status: 0 the objectives were held (or there were none), 3 one was missed, 4 the run is invalid: the client, not
+the server, was measured; 1 an error, 2 wrong usage.
 """
 
 import sys

@@ -18,6 +18,7 @@ from loadtest.prepare import results_directory
 from loadtest.report import page, section
 from loadtest.scenario import Scenario
 from loadtest.table import aligned
+from loadtest.verdict import EXIT_STATUS
 from train.command import Result, option
 from train.errors import UserError
 from train.files import write_json, write_text
@@ -78,7 +79,10 @@ class _Invalid(Exception):
 
 
 def find_capacity(options: Capacity) -> Result:
-    """Search, print every rate, and write capacity.json and report.html; exit 2 when the client gave out first."""
+    """Search, print every rate, and write capacity.json and report.html.
+
+    Exit 3 when no rate held, 4 when the client gave out first.
+    """
     out = results_directory(options)
     if out.exists():
         raise UserError(f"{str(out)!r} exists; choose another --out")
@@ -120,7 +124,7 @@ def find_capacity(options: Capacity) -> Result:
     write_json(out / "capacity.json", document)
     print(aligned(_cells(points)))
     print(_sentence(found, invalid))
-    return Result(document, 2 if invalid else 0 if found.held else 1)
+    return Result(document, EXIT_STATUS["invalid" if invalid else "passed" if found.held else "missed"])
 
 
 def _sentence(found: Found, invalid: str) -> str:

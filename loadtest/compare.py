@@ -1,45 +1,57 @@
 """`python -m loadtest compare A B`: is B faster, slower, or not shown to differ, with intervals that respect time.
 
-Requests close in time share a queue, so they are no independent draws: an interval over requests would be far too
-narrow. The bootstrap here draws whole blocks of time, each run on its own, and asks how much B/A moves.
-
 B is worse or better in a metric when it differs from A by more than the margin, beyond the doubt of the intervals: two
-runs of one server always differ by something, and enough requests would show it. The intervals hold for all metrics
-together, so that a look at eight of them is no eight chances to be wrong. The judgement is on differences, not ratios,
-so that errors where there were none are seen too.
+runs of one server always differ by something, and enough requests would show it. The intervals are of a bootstrap over
+blocks of time (loadtest/blocks.py), widened as Student's t is where blocks are few, and hold for all metrics together,
+so that a look at eight of them is no eight chances to be wrong. The judgement is on differences, not ratios, so that
+errors where there were none are seen too. Two runs of one plan are compared block by block: what the plan does to both
+is no doubt. A metric whose requests depend on each other for too long shows "?".
+
+Latencies are of the requests that were due after the warm-up and whose client was to stay, throughput is of what ended
+in the window of the run's own rates.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from loadtest.blocks import FEWEST, Figure, Values, number_of_blocks, point, resampled
 from loadtest.figures import LATENCIES, measured, rounded
 from loadtest.rows import FAILED, Row, read_rows
-from loadtest.scenario import read_scenario
+from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import aligned
+from loadtest.verdict import EXIT_STATUS, arrivals_until, read_plan, window_of
+from loadtest.window import Window
 from train.command import Result, argument, option
 from train.errors import UserError
-from train.files import read_json
+from train.files import read_json, read_jsonl
 
-Block = Sequence[Row]
 _RESAMPLES = 1000
-_FEWEST_BLOCKS = 8
+# What makes the load what it is; the rest is where it goes, how it is sent, and what is asked of it.
+_LOAD = (
+    "arrivals", "rate", "burstiness", "trace", "trace_speed", "concurrency", "mix", "base_share", "cold_share",
+    "output_tokens", "exact_output", "bare", "prompt_words", "unique", "turns", "think_s", "long_share", "long_words",
+    "cancel_share", "cancel_after_s", "temperature", "churn_s",
+)  # fmt: skip
 
 
 class Metric(NamedTuple):
-    """A figure of many rows: what each row adds (None: nothing), and what they make in so many seconds."""
+    """A figure of many rows: what each row adds (None: nothing), and what they make."""
 
     name: str
     of_row: Callable[[Row], float | None]
-    of_all: "Callable[[np.ndarray, float], float]"
+    figure: Figure
     less_is_better: bool
 
 
 class Difference(NamedTuple):
-    """A metric of both runs, B/A with its interval, and what that shows: better, worse, or neither ("-")."""
+    """A metric of both runs, B/A with its interval, and what that shows: better, worse, neither ("-") or "?".
+
+    `blocks`: in how many each run was cut; fewer than 8 show nothing.
+    """
 
     metric: str
     a: float | None
@@ -48,6 +60,15 @@ class Difference(NamedTuple):
     low: float | None
     high: float | None
     shows: str
+    blocks: int
+
+
+class Run(NamedTuple):
+    """A finished run: all rows, and the seconds in which arrivals were due and replies are counted."""
+
+    rows: Sequence[Row]
+    due: Window
+    ended: Window
 
 
 @dataclass(frozen=True)
@@ -56,126 +77,163 @@ class Compare:
 
     a: str = argument("results directory of the run to compare with")
     b: str = argument("results directory of the run in question")
-    block_s: float = option(5.0, "length of a block; longer than requests depend on each other")
+    block_s: float | None = option(
+        None, "length of a block (default: as long as the requests of the run depend on each other)"
+    )
     margin: float = option(0.05, "part by which B must differ at least; 0: any difference that can be shown")
     seed: int = option(0, "seed of the bootstrap")
 
 
 def compare(options: Compare) -> Result:
-    """Print each metric of both runs; exit 0 when B is nowhere worse, 1 when it is, 2 when a run is invalid."""
-    if options.block_s <= 0:
+    """Print each metric of both runs; exit 0 when B is nowhere worse, 3 when it is, 4 when that cannot be told."""
+    if options.block_s is not None and options.block_s <= 0:
         raise UserError(f"block_s is {options.block_s:g}; it must be above 0")
     if not 0 <= options.margin < 1:
         raise UserError(f"margin is {options.margin:g}; it must be from 0 to below 1")
-    summaries = [read_json(Path(run) / "summary.json") for run in (options.a, options.b)]
-    a, b = (_blocks(Path(run), options.block_s) for run in (options.a, options.b))
-    found = differences(a, b, options.block_s, options.margin, options.seed)
-    invalid = [summary["dir"] for summary in summaries if summary["verdict"] == "invalid"]
-    shown = {difference.shows for difference in found}
-    verdict = (
-        "invalid" if invalid else "worse" if "worse" in shown else "better" if "better" in shown else "no difference"
-    )
+    folders = (Path(options.a), Path(options.b))
+    verdicts = {str(folder): read_json(folder / "summary.json")["verdict"] for folder in folders}
+    scenarios = [read_scenario(folder) for folder in folders]
+    a, b = (read_run(folder) for folder in folders)
+    paired = not scenarios[0].closed and _shape(folders[0]) == _shape(folders[1])
+    found = differences(a, b, options.block_s, options.margin, options.seed, paired=paired)
+    reasons = [f"{folder} is an invalid run" for folder, verdict in verdicts.items() if verdict == "invalid"]
+    unlike = different_load(*scenarios)
+    verdict = "invalid" if reasons else "different loads" if unlike else _verdict(found)
     print(aligned(_cells(found)))
-    print(f"{len(a)} and {len(b)} blocks of {options.block_s:g} s; block bootstrap, 95 % for all metrics together; "
-          f"differences below {options.margin:.0%} do not count")  # fmt: skip
-    for run in invalid:
-        print(f"not to be believed: {run} is an invalid run")
+    print(f"block bootstrap, 95 % for all metrics together; differences below {options.margin:.0%} do not count")
+    print("both runs play one plan and are compared block by block" if paired else
+          "the runs play different plans, whose chance adds to the doubt; one --seed would spare that")  # fmt: skip
+    for text in unlike:
+        print(f"not one load: {text}")
+    if any(difference.shows == "?" for difference in found):
+        print(f"?: fewer than {FEWEST} blocks of this run would be independent; run longer, or below saturation")
+    for reason in reasons:
+        print(f"not to be believed: {reason}")
     print(f"verdict: {verdict}")
-    document = {"verdict": verdict, "differences": [difference._asdict() for difference in found]}
-    return Result(rounded(document), {"invalid": 2, "worse": 1}.get(verdict, 0))
+    document = {"verdict": verdict, "paired": paired, "different": unlike,
+                "differences": [difference._asdict() for difference in found]}  # fmt: skip
+    return Result(rounded(document), EXIT_STATUS[verdict])
 
 
-def differences(a: Sequence[Block], b: Sequence[Block], block_s: float, margin: float, seed: int) -> list[Difference]:
-    """Every metric of METRICS, compared; raises UserError when a run is too short to tell."""
-    if min(len(a), len(b)) < _FEWEST_BLOCKS:
-        raise UserError(
-            f"the runs have {len(a)} and {len(b)} blocks of {block_s:g} s; {_FEWEST_BLOCKS} are needed: "
-            "run longer, or give a smaller --block-s"
-        )
-    random = np.random.default_rng(seed)
-    picks = [(random.integers(len(a), size=len(a)), random.integers(len(b), size=len(b))) for _ in range(_RESAMPLES)]
-    return [_difference(metric, a, b, block_s, margin, picks) for metric in METRICS]
+def read_run(directory: Path) -> Run:
+    """The rows of a results directory and the seconds they are compared over."""
+    scenario, plan = read_scenario(directory), read_plan(directory)
+    rows, seconds = read_rows(directory / "requests.jsonl"), read_jsonl(directory / "client.jsonl")
+    if scenario.closed:
+        due = Window(scenario.warmup_s, max([scenario.warmup_s, *(row.due_s for row in rows)]))
+    else:
+        due = Window(scenario.warmup_s, arrivals_until(scenario, plan, rows, seconds))
+    return Run(rows, due, window_of(scenario, plan, rows, seconds))
 
 
-def cut(rows: Sequence[Row], begin_s: float, end_s: float, block_s: float) -> list[list[Row]]:
-    """The rows by the block in which they were due; a last block that would be cut short is left out."""
-    n = int((end_s - begin_s) / block_s + 1e-9)
-    blocks: list[list[Row]] = [[] for _ in range(n)]
-    for row in rows:
-        index = int((row.due_s - begin_s) / block_s)
-        if 0 <= index < n:
-            blocks[index].append(row)
-    return blocks
+def different_load(a: Scenario, b: Scenario) -> list[str]:
+    """In what the loads of two scenarios differ, one text each; none where they offer the same."""
+    names = [name for name in _LOAD if getattr(a, name) != getattr(b, name)]
+    shaped = "(" in a.rate and not a.closed and not a.trace
+    if shaped and a.duration_s != b.duration_s:
+        names.append("duration_s")
+    return [f"{name} is {getattr(a, name)!r} in A and {getattr(b, name)!r} in B" for name in names]
+
+
+def differences(
+    a: Run, b: Run, block_s: float | None, margin: float, seed: int, *, paired: bool = False
+) -> list[Difference]:
+    """Every metric of METRICS, compared; `paired`: what was due at one time in both belongs together."""
+    return [_difference(metric, a, b, block_s, margin, seed, paired) for metric in METRICS]
 
 
 def _difference(
-    metric: Metric,
-    a: Sequence[Block],
-    b: Sequence[Block],
-    block_s: float,
-    margin: float,
-    picks: "list[tuple[np.ndarray, np.ndarray]]",
+    metric: Metric, a: Run, b: Run, block_s: float | None, margin: float, seed: int, paired: bool
 ) -> Difference:
-    in_a, in_b = _values(metric, a), _values(metric, b)
-
-    def of(blocks: "Sequence[np.ndarray]") -> float | None:
-        values = np.concatenate(blocks)
-        return metric.of_all(values, len(blocks) * block_s) if values.size else None
-
-    value_a, value_b = of(in_a), of(in_b)
-    drawn = [(of([in_a[i] for i in from_a]), of([in_b[i] for i in from_b])) for from_a, from_b in picks]
-    pairs = np.array([(x, y) for x, y in drawn if x is not None and y is not None])
-    if value_a is None or value_b is None or len(pairs) < 0.95 * len(picks):
-        # Hardly a whole reply in one of them: nothing to hold against the other.
-        return Difference(metric.name, value_a, value_b, None, None, None, "-")
-    in_draws_a, in_draws_b = pairs.T
-    higher = _interval(in_draws_b - (1 + margin) * in_draws_a)[0] > 0
-    lower = _interval(in_draws_b - (1 - margin) * in_draws_a)[1] < 0
+    values = (_values(metric, a), _values(metric, b))
+    value_a, value_b = point(values[0], metric.figure), point(values[1], metric.figure)
+    if value_a is None or value_b is None:
+        # Not a whole reply in one of them: nothing to hold against the other.
+        return Difference(metric.name, value_a, value_b, None, None, None, "-", 0)
+    if block_s is None:
+        n = number_of_blocks(values, metric.figure, paired=paired)
+    else:
+        n = int(min(each.length_s for each in values) / block_s + 1e-9)
+    if n < FEWEST:
+        return Difference(metric.name, value_a, value_b, value_b / value_a if value_a else None, None, None, "?", n)
+    random = np.random.default_rng(seed)
+    picks_a = random.integers(n, size=(_RESAMPLES, n))
+    picks_b = picks_a if paired else random.integers(n, size=(_RESAMPLES, n))
+    drawn = np.stack(
+        [resampled(each, metric.figure, picks) for each, picks in zip(values, (picks_a, picks_b), strict=True)]
+    )
+    drawn = drawn[:, ~np.isnan(drawn).any(axis=0)]
+    if drawn.shape[1] < 0.95 * _RESAMPLES:
+        return Difference(metric.name, value_a, value_b, None, None, None, "-", n)
+    in_a, in_b = drawn
+    higher = _interval(in_b - (1 + margin) * in_a, value_b - (1 + margin) * value_a, n)[0] > 0
+    lower = _interval(in_b - (1 - margin) * in_a, value_b - (1 - margin) * value_a, n)[1] < 0
     shows = "-" if not (higher or lower) else "better" if lower == metric.less_is_better else "worse"
-    if not in_draws_a.all():
-        return Difference(metric.name, value_a, value_b, None, None, None, shows)
-    return Difference(metric.name, value_a, value_b, value_b / value_a, *_interval(in_draws_b / in_draws_a), shows)
+    if not in_a.all() or not value_a:
+        return Difference(metric.name, value_a, value_b, None, None, None, shows, n)
+    ratio = value_b / value_a
+    low, high = _interval(in_b / in_a, ratio, n)
+    return Difference(metric.name, value_a, value_b, ratio, max(low, 0.0), high, shows, n)
 
 
-def _interval(drawn: "np.ndarray") -> tuple[float, float]:
-    """The middle of the resamples, outside which all metrics together are with a probability of 5 % (Bonferroni)."""
-    tail = 2.5 / len(METRICS)
-    low, high = np.percentile(drawn, (tail, 100 - tail))
-    return float(low), float(high)
+def _interval(drawn: "np.ndarray", value: float, n: int) -> tuple[float, float]:
+    """The middle of the resamples, outside which all metrics together are with a probability of 5 % (Bonferroni).
+
+    Resamples of few blocks spread too little, and by how much is itself unsure: by sqrt(n / (n - 1)) and by t over z.
+    """
+    from scipy.stats import norm, t
+
+    tail = 0.025 / len(METRICS)
+    wider = (n / (n - 1)) ** 0.5 * t.ppf(1 - tail, n - 1) / norm.ppf(1 - tail)
+    low, high = np.percentile(drawn, (100 * tail, 100 * (1 - tail)))
+    return value - wider * max(value - float(low), 0.0), value + wider * max(float(high) - value, 0.0)
 
 
-def _values(metric: Metric, blocks: Sequence[Block]) -> "list[np.ndarray]":
-    return [np.array([v for row in block if (v := metric.of_row(row)) is not None], dtype=float) for block in blocks]
+def _values(metric: Metric, run: Run) -> Values:
+    """What each row of a run adds to a metric, over the seconds that the metric is of."""
+    if metric.figure == Figure():
+        window = run.ended
+        counted = [(row.last_s or 0.0, row) for row in window.ended(run.rows)]
+    else:
+        window = run.due
+        rows = [row for row in measured(run.rows, window.begin_s) if row.stays]
+        counted = [(row.due_s, row) for row in rows]
+    pairs = [(at_s - window.begin_s, value) for at_s, row in counted if (value := metric.of_row(row)) is not None]
+    table = np.array(pairs, dtype=float).reshape(-1, 2)
+    return Values(table[:, 0], table[:, 1], window.length_s)
 
 
 def _percentile(name: str, percent: int) -> Metric:
     latency = LATENCIES[f"{name}_s"]
     return Metric(
-        f"{name}_p{percent}_s",
-        lambda row: latency(row) if row.ok else None,
-        lambda values, seconds: float(np.percentile(values, percent)),
-        less_is_better=True,
+        f"{name}_p{percent}_s", lambda row: latency(row) if row.ok else None, Figure(percent), less_is_better=True
     )
 
 
 METRICS = (
     *(_percentile(name, percent) for name in ("ttft", "tpot", "e2e") for percent in (50, 90)),
-    Metric("error_rate", lambda row: float(row.outcome in FAILED), lambda values, seconds: float(values.mean()), True),
-    Metric("tokens_per_s", lambda row: float(row.completion_tokens or 0) if row.ok else 0.0,
-           lambda values, seconds: float(values.sum()) / seconds, False),
-)  # fmt: skip
+    Metric("error_rate", lambda row: float(row.outcome in FAILED), Figure(mean=True), True),
+    Metric("tokens_per_s", lambda row: float(row.completion_tokens or 0), Figure(), False),
+)
 
 
-def _blocks(directory: Path, block_s: float) -> list[list[Row]]:
-    scenario = read_scenario(directory)
-    rows = measured(read_rows(directory / "requests.jsonl"), scenario.warmup_s)
-    end_s = min(scenario.duration_s, max((row.due_s for row in rows), default=0.0) + block_s)
-    return cut(rows, scenario.warmup_s, end_s, block_s)
+def _verdict(found: Sequence[Difference]) -> str:
+    shown = {difference.shows for difference in found}
+    if "worse" in shown:
+        return "worse"
+    return "cannot tell" if "?" in shown else "better" if "better" in shown else "no difference"
+
+
+def _shape(directory: Path) -> list[tuple[Any, ...]]:
+    """A plan without its models' names: the same load, asked of whom it may."""
+    return [
+        (each.due_s, len(each.prompts), each.max_tokens, each.think_s, each.cancel_s) for each in read_plan(directory)
+    ]
 
 
 def _cells(found: Sequence[Difference]) -> list[tuple[str, ...]]:
-    lines: list[tuple[str, ...]] = [("metric", "A", "B", "B/A", "from", "to", "B is")]
+    lines: list[tuple[str, ...]] = [("metric", "A", "B", "B/A", "from", "to", "blocks", "B is")]
     for difference in found:
         numbers = (f"{value:.4g}" if isinstance(value, float | int) else "-" for value in difference[1:6])
-        lines.append((difference.metric, *numbers, difference.shows))
+        lines.append((difference.metric, *numbers, str(difference.blocks), difference.shows))
     return lines

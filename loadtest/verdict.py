@@ -22,7 +22,12 @@ from loadtest.window import Window, arrivals_end_s, closed_window, open_window
 from loadtest.work import Arrival
 from train.files import read_json, read_jsonl
 
-EXIT_STATUS = {"passed": 0, "unjudged": 0, "missed": 1, "invalid": 2}
+# Of a run, and of a comparison of two. 1 is an error, 2 wrong usage: see train/command.py.
+EXIT_STATUS = {
+    "passed": 0, "unjudged": 0, "better": 0, "no difference": 0,
+    "missed": 3, "worse": 3,
+    "invalid": 4, "cannot tell": 4, "different loads": 4,
+}  # fmt: skip
 
 
 def conclude(directory: Path, note: str = "") -> dict[str, Any]:
@@ -34,11 +39,11 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
     def good(row: Row) -> bool:
         return is_good(row, limits)
 
-    plan = [Arrival.from_row(row) for row in read_jsonl(directory / "plan.jsonl")]
+    plan = read_plan(directory)
     target = read_json(directory / "target.json")
     seconds = read_jsonl(directory / "client.jsonl")
     asked = target.get("asked", target["models"])
-    found = summarise(rows, asked, scenario.warmup_s, _window(scenario, plan, rows, seconds), good)
+    found = summarise(rows, asked, scenario.warmup_s, window_of(scenario, plan, rows, seconds), good)
     judged = judge([parse_objective(text) for text in scenario.slo], found, measured(rows, scenario.warmup_s))
     checks = check_client(scenario, len(plan), rows, seconds, found["all"]["ttft_s"]["p50"]) + check_rows(judged)
     broken = [
@@ -82,13 +87,28 @@ def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> 
     return step_points(rows, edges_s, scenario.warmup_s, good)
 
 
-def _window(scenario: Scenario, plan: list[Arrival], rows: list[Row], seconds: Sequence[Mapping[str, Any]]) -> Window:
-    """The window in which replies are counted; of a run that was ended early, up to that moment."""
+def read_plan(directory: Path) -> list[Arrival]:
+    """The plan of a results directory."""
+    return [Arrival.from_row(row) for row in read_jsonl(directory / "plan.jsonl")]
+
+
+def window_of(
+    scenario: Scenario, plan: Sequence[Arrival], rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]
+) -> Window:
+    """The window in which the replies of a run are counted; `seconds` as in client.jsonl."""
     if scenario.closed:
         return closed_window(measured(rows, scenario.warmup_s))
+    end_s = arrivals_until(scenario, plan, rows, seconds)
+    return open_window(rows, min(scenario.warmup_s, end_s), end_s)
+
+
+def arrivals_until(
+    scenario: Scenario, plan: Sequence[Arrival], rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]
+) -> float:
+    """When the arrivals of an open loop ended (s); of a run that was ended early, that moment."""
     due_s = [arrival.due_s for arrival in plan]
     limited, trace = scenario.requests == len(plan), bool(scenario.trace)
     end_s = arrivals_end_s(due_s, scenario.duration_s, limited=limited, trace=trace)
     if len({row.id for row in rows}) < len(plan):
         end_s = min(end_s, max((second["t_s"] for second in seconds), default=end_s))
-    return open_window(rows, min(scenario.warmup_s, end_s), end_s)
+    return end_s

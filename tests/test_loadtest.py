@@ -39,7 +39,7 @@ def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
     summary = json.loads(last)
     plan = [json.loads(line) for line in (tmp_path / "out/plan.jsonl").read_text().splitlines()]
     rows = read_rows(tmp_path / "out/requests.jsonl")
-    assert done.returncode in (0, 2), done.stderr  # a crowded machine may make the client late: then it says so
+    assert done.returncode in (0, 4), done.stderr  # a crowded machine may make the client late: then it says so
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     assert sorted((row.id, row.model) for row in rows) == [(arrival["id"], arrival["model"]) for arrival in plan]
     assert {row.outcome for row in rows} == {"ok"}
@@ -57,7 +57,7 @@ def test_rows_arrive_from_two_workers(tmp_path):
         done = loadtest(tmp_path, "--url", url, *LOAD, "--workers", "2")
 
     rows = read_rows(tmp_path / "out/requests.jsonl")
-    assert done.returncode in (0, 2), done.stderr
+    assert done.returncode in (0, 4), done.stderr
     assert sorted(row.id for row in rows) == list(range(N_PLANNED))
     assert {row.worker for row in rows} == {0, 1}
     assert {row.id % 2 == row.worker % 2 for row in rows} != {True, False}

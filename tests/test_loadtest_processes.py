@@ -227,7 +227,7 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port)
         out, err = run.communicate(timeout=900)
         counted = seen(url)
 
-    assert run.returncode == 2, err
+    assert run.returncode == 4, err
     summary = json.loads(out.strip().split("\n")[-1])
     rows = read_rows(tmp_path / "out/requests.jsonl")
     assert any("sent_share" in reason for reason in summary["invalid"])

@@ -59,7 +59,9 @@ def judged(folder: Path, rows: Sequence[Row], asked: Sequence[str] = ("base",), 
     write_jsonl(folder / "server.jsonl", ())
     (folder / "requests.jsonl").unlink(missing_ok=True)
     append_rows(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
-    return conclude(folder)
+    summary = conclude(folder)
+    write_json(folder / "summary.json", summary)
+    return summary
 
 
 def played(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[Row]:

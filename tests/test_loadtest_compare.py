@@ -1,0 +1,219 @@
+"""Two finished runs held against each other, their rows written here: what differs is found, and nothing else."""
+
+import heapq
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtest.__main__ import COMMANDS
+from loadtest.blocks import FEWEST, Figure, Values, dependence, number_of_blocks, point, resampled
+from loadtest.compare import Run, differences, different_load
+from loadtest.rows import Row
+from loadtest.scenario import Scenario
+from loadtest.window import Window, open_window
+from tests.test_loadtest_figures import failure, reply
+from tests.test_loadtest_truth import every, judged, played, queued
+from train.command import main
+
+
+def run(ttft_s: float, seed: int) -> list[Row]:
+    """A run of 200 s with one request a second, TTFT around `ttft_s`."""
+    noise = random.Random(seed)
+    return [reply(n, n, ttft_s=ttft_s * noise.uniform(0.8, 1.2)) for n in range(200)]
+
+
+def over(rows: list[Row], duration_s: float) -> Run:
+    return Run(rows, Window(0, duration_s), open_window(rows, 0, duration_s))
+
+
+def shown(
+    a: list[Row], b: list[Row], margin: float = 0.05, block_s: float | None = None, paired: bool = False,
+    duration_s: float = 200,
+) -> dict[str, str]:  # fmt: skip
+    found = differences(over(a, duration_s), over(b, duration_s), block_s, margin, 0, paired=paired)
+    return {difference.metric: difference.shows for difference in found}
+
+
+def test_a_slower_run_is_worse_and_a_faster_one_better():
+    """TTFT up by half: worse; the other way round: better; its throughput is not touched by either."""
+    assert shown(run(0.4, 1), run(0.6, 2))["ttft_p50_s"] == "worse"
+    assert shown(run(0.6, 2), run(0.4, 1))["ttft_p50_s"] == "better"
+    assert shown(run(0.4, 1), run(0.6, 2))["tokens_per_s"] == "-"
+
+
+def test_two_runs_of_the_same_server_show_no_difference():
+    """Only the noise differs: no metric of latency is called better or worse."""
+    assert set(shown(run(0.4, 1), run(0.4, 7)).values()) == {"-"}
+
+
+def test_a_difference_below_the_margin_does_not_count():
+    """Every request 3 % slower is shown beyond doubt, and is no reason to call the run worse unless one says so."""
+    rows = run(0.4, 1)
+    slower = [reply(row.id, row.due_s, ttft_s=1.03 * row.ttft_s) for row in rows]
+
+    assert shown(rows, slower)["ttft_p50_s"] == "-"
+    assert shown(rows, slower, margin=0.0)["ttft_p50_s"] == "-"  # its noise is wider than that
+    # Request by request there is no such noise.
+    assert shown(rows, slower, margin=0.0, paired=True)["ttft_p50_s"] == "worse"
+    assert shown(rows, slower, paired=True)["ttft_p50_s"] == "-"
+    even = [reply(n, n, ttft_s=0.4) for n in range(200)]
+    later = [reply(n, n, ttft_s=0.412) for n in range(200)]
+    assert shown(even, later)["ttft_p50_s"] == "-"
+    assert shown(even, later, margin=0.0)["ttft_p50_s"] == "worse"
+
+
+def test_errors_are_compared_where_there_is_no_ratio_too():
+    """One request in ten fails where none did, or one: worse. One where none did may be chance. And the way back."""
+
+    def failing(which: set[int], seed: int) -> list[Row]:
+        return [failure(row.id, row.due_s) if row.id in which else row for row in run(0.4, seed)]
+
+    tenth = set(range(0, 200, 10))
+
+    assert shown(failing(set(), 1), failing(tenth, 2))["error_rate"] == "worse"
+    assert shown(failing({7}, 1), failing(tenth, 2))["error_rate"] == "worse"
+    assert shown(failing(set(), 1), failing({7}, 2))["error_rate"] == "-"
+    assert shown(failing(tenth, 1), failing(set(), 2))["error_rate"] == "better"
+
+
+def test_throughput_is_of_what_came_back_when():
+    """Of 24 requests/s due, a server of 25 gives 24 and one of 12 gives 12: half, though all come back in the end."""
+    a, b = (played(queued(slots, 0.5), "24", 60) for slots in (13, 6))
+    found = differences(over(a, 60), over(b, 60), None, 0.05, 0)
+    tokens = next(each for each in found if each.metric == "tokens_per_s")
+
+    assert (tokens.a, tokens.b) == pytest.approx((24 * 11, 12 * 11), rel=0.01)
+    assert (tokens.ratio, tokens.shows) == (pytest.approx(0.5, rel=0.01), "worse")
+
+
+def near_saturation(seed: int) -> list[Row]:
+    """Four servers of 0.5 s on average, asked at nine tenths of what they can do for 200 s, all by chance."""
+    draw = np.random.default_rng(seed)
+    due_s = np.sort(draw.uniform(0, 200, draw.poisson(7.2 * 200)))
+    free, rows = [0.0] * 4, []
+    for n, due in enumerate(due_s.tolist()):
+        begin_s = max(due, heapq.heappop(free))
+        service_s = 0.5 * draw.lognormal(-0.125, 0.5)
+        heapq.heappush(free, begin_s + service_s)
+        rows.append(reply(n, due, ttft_s=begin_s - due + service_s / 2, tokens=11, tpot_s=service_s / 20))
+    return rows
+
+
+def test_one_server_near_saturation_is_not_called_two():
+    """A slow run of a server beside four others of it: none is called different; blocks of 5 s do so with two or more."""
+    slow, *others = (near_saturation(seed) for seed in (4, 0, 1, 2, 3))
+
+    def alarms(block_s: float | None) -> int:
+        return sum(bool({"better", "worse"} & set(shown(slow, b, block_s=block_s).values())) for b in others)
+
+    assert alarms(None) == 0
+    assert alarms(5) >= 2
+
+
+def test_a_run_that_is_too_short_to_tell_says_so():
+    """One long good and one long bad spell are two independent blocks at most, however many requests they hold."""
+    spells = [reply(n, n / 5, ttft_s=0.2 if n < 500 else 2.0) for n in range(1000)]
+
+    assert shown(spells, spells)["ttft_p50_s"] == "?"
+    assert shown(spells, spells)["tokens_per_s"] == "-"
+
+
+def test_dependence_is_the_autocorrelation_time():
+    """Of an autoregressive series with coefficient 0.8 it is (1 + 0.8) / (1 - 0.8) = 9; of noise and constants 1."""
+    draw = np.random.default_rng(3)
+    series = np.zeros(40_000)
+    for n in range(1, len(series)):
+        series[n] = 0.8 * series[n - 1] + draw.standard_normal()
+
+    assert dependence(series) == pytest.approx(9, rel=0.1)
+    assert dependence(draw.standard_normal(40_000)) == pytest.approx(1, abs=0.1)
+    assert dependence(np.full(64, 0.3)) == 1
+
+
+@pytest.mark.parametrize("figure", [Figure(50), Figure(90), Figure(mean=True), Figure()])
+def test_a_resample_is_the_figure_of_the_blocks_that_were_drawn(figure):
+    """Eight blocks of five values, drawn again: the same as joining the blocks drawn, by numpy."""
+    draw = np.random.default_rng(0)
+    values = Values(np.arange(40) + 0.5, draw.uniform(0, 1, 40), 40.0)
+    picks = draw.integers(8, size=(20, 8))
+    joined = [np.concatenate([values.value[5 * block : 5 * block + 5] for block in row]) for row in picks]
+    of = np.mean if figure.mean else (lambda v: v.sum() / 40) if figure.percent is None else (
+        lambda v: np.percentile(v, figure.percent)
+    )  # fmt: skip
+
+    assert resampled(values, figure, picks) == pytest.approx([of(each) for each in joined])
+    assert point(values, figure) == pytest.approx(of(values.value))
+
+
+def test_a_block_holds_two_requests_at_least():
+    """Twenty requests are ten blocks at most, and ten are too few to be compared."""
+    few = Values(np.arange(20.0), np.ones(20), 20.0)
+
+    assert number_of_blocks([few, few], Figure(50), paired=False) == 10
+    assert set(shown(run(0.4, 1)[:10], run(0.4, 2)[:10], duration_s=10).values()) == {"?"}
+    assert FEWEST == 8
+
+
+def test_what_is_left_of_a_schedule_that_was_cut_off_is_no_time(tmp_path):
+    """Of 100 s, 40 requests are all due in 10: 4 a second in both, and no block of silence."""
+    for name, answer in (("a", every(0.3)), ("b", every(0.6))):
+        judged(tmp_path / name, played(answer, "4", 100)[:40], rate="4", duration_s=100, requests=40)
+    document = compared(tmp_path, "a", "b")[1]
+    by_metric = {each["metric"]: each for each in document["differences"]}
+
+    assert by_metric["tokens_per_s"]["a"] == pytest.approx(44, rel=0.01)
+    assert by_metric["tokens_per_s"]["b"] == pytest.approx(44, rel=0.01)
+    assert by_metric["e2e_p50_s"]["shows"] == "worse"
+
+
+def compared(folder: Path, *words: str) -> tuple[int, dict]:
+    """`python -m loadtest compare` in that folder: its status and its last line."""
+    import contextlib
+    import io
+    import os
+
+    out, before = io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(out):
+            status = main("loadtest", COMMANDS, ["compare", *words])
+    finally:
+        os.chdir(before)
+    *text, last = out.getvalue().strip().split("\n")
+    return status, {**json.loads(last), "text": "\n".join(text)}
+
+
+def test_runs_of_different_loads_are_not_judged(tmp_path):
+    """Twice the rate and half as fast: no word of the server, and the load's difference by name."""
+    judged(tmp_path / "a", played(every(0.3), "4", 40), rate="4", duration_s=40)
+    judged(tmp_path / "b", played(every(0.6), "8", 40), rate="8", duration_s=40)
+    status, document = compared(tmp_path, "a", "b")
+
+    assert (status, document["verdict"]) == (4, "different loads")
+    assert "rate is '4' in A and '8' in B" in document["text"]
+
+
+def test_only_what_makes_the_load_is_a_different_load():
+    """Where it goes, who is asked, with which seed and for how long: not the load. A ramp's length is."""
+    a = Scenario()
+
+    assert (
+        different_load(a, Scenario(url="http://x/v1", seed=3, duration_s=90, workers=2, slo=("error_rate <= 1",))) == []
+    )
+    assert different_load(a, Scenario(output_tokens="8"))
+    assert different_load(Scenario(rate="ramp(1, 2)"), Scenario(rate="ramp(1, 2)", duration_s=90))
+
+
+def test_one_plan_is_compared_request_by_request(tmp_path):
+    """The same arrivals, each reply a tenth slower: told, though replies of one run differ by ten times that."""
+    noise = random.Random(5)
+    times = [noise.uniform(0.2, 3.0) for _ in range(400)]
+    for name, factor in (("a", 1.0), ("b", 1.1)):
+        rows = played(lambda n, due_s, factor=factor: every(factor * times[n])(n, due_s), "4", 100)
+        judged(tmp_path / name, rows, rate="4", duration_s=100)
+    status, document = compared(tmp_path, "a", "b")
+
+    assert (document["paired"], document["verdict"], status) == (True, "worse", 3)
