@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from train.errors import UserError
-from train.files import write_text
+from train.files import locked, write_text
 
 USER, ADMIN = "user", "admin"
 ROLES = (USER, ADMIN)
@@ -47,9 +47,9 @@ class KeyRing:
     def __init__(self, path: Path | None, environ: Mapping[str, str] = os.environ) -> None:
         self.path = path
         self._given = _from_environment(environ)
-        self._stamp = (-1, -1, -1)
         self._checked_s = time.monotonic()
-        self._keys = [*self._given, *self._read()]
+        self._complaint = ""
+        self._keys = [*self._given, *(read_keys(path) if path else [])]
         self._started_open = not self._keys
 
     @property
@@ -60,8 +60,10 @@ class KeyRing:
         return self._started_open and not self._keys
 
     def find(self, token: str) -> Key | None:
-        """The key whose secret is `token`."""
+        """The key whose secret is `token`; an empty one is nobody's."""
         self._reread()
+        if not token:
+            return None
         digest = digest_of(token)
         found = None
         for key in self._keys:
@@ -74,18 +76,14 @@ class KeyRing:
         if self.path is None or time.monotonic() - self._checked_s < RECHECK_S:
             return
         self._checked_s = time.monotonic()
-        if _stamp(self.path) == self._stamp:
-            return
+        # Read whole, whatever its time and size: a key that was revoked within one tick of the clock is revoked.
         try:
-            self._keys = [*self._given, *self._read()]
+            self._keys = [*self._given, *read_keys(self.path)]
+            self._complaint = ""
         except UserError as error:
-            log.warning("kept the keys as they were: %s", error)
-
-    def _read(self) -> list[Key]:
-        if self.path is None:
-            return []
-        self._stamp = _stamp(self.path)
-        return read_keys(self.path)
+            if str(error) != self._complaint:
+                log.warning("kept the keys as they were: %s", error)
+            self._complaint = str(error)
 
 
 def digest_of(token: str) -> str:
@@ -118,27 +116,19 @@ def add_key(path: Path, role: str, name: str) -> str:
         raise UserError(f"role is {role!r}; it must be user or admin")
     if not name or len(name.split()) != 1:
         raise UserError(f"key name is {name!r}; it must be one word, such as the caller's")
-    keys = read_keys(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise UserError(f"{str(path)!r} already has a key named {name!r}; remove its line first")
-    token = f"cs-{role}-{secrets.token_urlsafe(32)}"
-    write_text(path, "".join(key.line() for key in [*keys, Key(role, name, digest_of(token))]))
-    path.chmod(0o600)
+    with locked(path.parent):
+        keys = read_keys(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise UserError(f"{str(path)!r} already has a key named {name!r}; remove its line first")
+        token = f"cs-{role}-{secrets.token_urlsafe(32)}"
+        write_text(path, "".join(key.line() for key in [*keys, Key(role, name, digest_of(token))]), mode=0o600)
     return token
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[Key]:
     keys = []
     for role, variable in ENVIRONMENT.items():
-        tokens = filter(None, environ.get(variable, "").split(","))
-        keys += [Key(role, f"{role}{n}", digest_of(token.strip())) for n, token in enumerate(tokens, start=1)]
+        # Stripped first: what is left of "secret, " after its comma is no key.
+        tokens = filter(None, map(str.strip, environ.get(variable, "").split(",")))
+        keys += [Key(role, f"{role}{n}", digest_of(token)) for n, token in enumerate(tokens, start=1)]
     return keys
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """Differs when the file does. The time alone would not: two writes may fall into one tick of the clock."""
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return (0, 0, 0)
-    return (state.st_mtime_ns, state.st_ino, state.st_size)

@@ -1,11 +1,13 @@
 """Files are whole or absent."""
 
 import hashlib
+import os
+import stat
 
 import pytest
 
 from train.errors import UserError
-from train.files import new_directory, read_json, read_jsonl, sha256_of, write_json, write_jsonl
+from train.files import new_directory, read_json, read_jsonl, sha256_of, write_json, write_jsonl, write_text
 
 
 def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
@@ -60,3 +62,18 @@ def test_sha256_of_a_file(tmp_path):
     """The digest is that of the bytes."""
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+def test_permissions_follow_the_umask(tmp_path, umask, file_mode, folder_mode):
+    """Whoever the umask lets read may read: a server under another account, for one."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "open", "x")
+        write_text(tmp_path / "secret", "x", mode=0o600)
+        with new_directory(tmp_path / "run"):
+            pass
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {"open": file_mode, "secret": 0o600, "run": folder_mode}

@@ -1,6 +1,8 @@
 """Who may come in, and what is written down of it."""
 
+import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
 
@@ -52,15 +54,42 @@ def test_the_ring_follows_its_file_and_survives_a_broken_one(tmp_path):
 
 
 def test_a_key_removed_within_one_tick_of_the_clock_opens_nothing_any_more(tmp_path):
-    """A revoked key is refused, also where the file's time is the one that it had before."""
+    """A revoked key is refused, also where the file's time and size are those that it had before."""
     path = tmp_path / "keys.txt"
     key = add_key(path, USER, "ann")
     before = path.stat()
     ring = KeyRing(path, {})
-    path.write_text("# nobody\n")
+    path.write_text("#" * (before.st_size - 1) + "\n")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     ring._checked_s -= 10
     assert ring.find(key) is None
+
+
+@pytest.mark.parametrize("given", ["", " ", ",", "secret, ", "secret,\n", "\t,secret,", " , ,secret"])
+@pytest.mark.parametrize("variable", ["COUNSEL_ADMIN_KEYS", "COUNSEL_USER_KEYS"])
+def test_an_empty_token_is_never_a_key(variable, given):
+    """Whatever blanks and commas stand in the variable; and blanks alone leave a server open, so it knows it is."""
+    ring = KeyRing(None, {variable: given})
+    assert ring.find("") is None
+    assert ring.find(" ") is None
+    assert (ring.find("secret") is not None) == ("secret" in given)
+    assert ring.open == ("secret" not in given)
+
+
+def test_an_empty_token_is_no_key_of_a_file_either(tmp_path):
+    """Somebody may write the hash of nothing."""
+    path = tmp_path / "keys.txt"
+    path.write_text(f"admin root {hashlib.sha256(b'').hexdigest()}\n")
+    assert KeyRing(path, {}).find("") is None
+
+
+def test_keys_made_at_once_are_all_kept(tmp_path):
+    """Eight who write one file: each key that was shown is one that opens."""
+    path = tmp_path / "keys.txt"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        shown = list(pool.map(add_key, [path] * 8, [USER] * 8, [f"caller{n}" for n in range(8)]))
+    ring = KeyRing(path, {})
+    assert {ring.find(key).name for key in shown} == {f"caller{n}" for n in range(8)}
 
 
 def test_a_ring_that_started_open_closes_with_its_first_key(tmp_path):

@@ -1,11 +1,12 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from typing import Any
 from train.errors import UserError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part.
+
+    mode: the file's permissions, less what the umask takes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        temporary.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {str(path)!r}: {error.strerror}; free some space or choose another place"
         ) from error
@@ -82,15 +86,42 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises UserError when `path` exists by then or the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = _beside(path)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
         temporary.rename(path)
+        sync_directory(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror}; remove it or choose another place") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Let what was created, renamed or removed in a folder outlive a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder`, made if absent, against every other process of this machine that locks it; waits for its turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the folder of `path` that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 
 def sha256_of(path: Path) -> str:
