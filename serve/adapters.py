@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from serve.plane import Plane
 from train import store as shelves
 from train.fingerprint import fingerprint
 from train.store import Manifest
+from train.trial import Trial
 
 log = logging.getLogger("vllm.counsel")
 
@@ -123,8 +125,11 @@ class VllmEngine:
         self.requests = serving_models.lora_requests
         self.base_name = serving_models.base_model_paths[0].name
         self._last_number = 0
+        self._proven: set[str] = set()
+        self._base_shows: dict[tuple[float, ...], list[float]] = {}
 
     async def load(self, manifest: Manifest, path: Path) -> None:
+        """Load it, and let nobody ask it before it was seen to change what the base says."""
         from vllm.lora.request import LoRARequest
 
         await asyncio.to_thread(_verify, manifest, path)
@@ -132,6 +137,11 @@ class VllmEngine:
         request = LoRARequest(manifest.id, self._last_number, str(path.resolve()), base_model_name=self.base_name)
         try:
             await self.client.add_lora(request)
+            if manifest.trial and manifest.id not in self._proven:
+                await self._prove(manifest, Trial.kept(manifest.trial), request)
+        except Refusal:
+            await self.client.remove_lora(request.lora_int_id)
+            raise
         except Exception as error:  # vLLM reports whatever went wrong in the engine as a bare Exception
             _refuse_if_gone(manifest, path)
             raise Refusal(500, f"the engine refused {manifest.id}: {error}") from error
@@ -140,6 +150,30 @@ class VllmEngine:
     async def unload(self, manifest: Manifest) -> None:
         request = self.requests.pop(manifest.id)
         await self.client.remove_lora(request.lora_int_id)
+
+    async def _prove(self, manifest: Manifest, trial: Trial, request: Any) -> None:
+        tokens = tuple(trial.tokens)
+        if tokens not in self._base_shows:
+            self._base_shows[tokens] = await self._log_probabilities(trial.tokens, None)
+        shown = await self._log_probabilities(trial.tokens, request)
+        if not trial.applied(self._base_shows[tokens], shown):
+            raise Refusal(500, f"{manifest.id} does not answer as it was trained to: this server leaves out its layers")
+        self._proven.add(manifest.id)
+
+    async def _log_probabilities(self, tokens: list[int], request: Any) -> list[float]:
+        """The log-probability of each token but the first, as the engine gives it with an adapter or without."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        number = f"trial-{uuid.uuid4().hex}"
+        async for output in self.client.generate(prompt, params, number, lora_request=request):
+            found = output.prompt_logprobs
+        return [entry[token].logprob for entry, token in zip(found[1:], tokens[1:], strict=True)]
 
 
 def drops_system(model: Path) -> bool:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, Self
 from serve import bench_llama_cpp
 from serve.client import make_async_client
 from serve.config import ServeConfig
-from serve.launch import PLUGINS, TARGET_MODULES, plan
+from serve.launch import PLUGINS, plan
 from serve.machine import look
 from serve.server import health
 from train.catalog import Base, resolve, weight_files
@@ -39,6 +39,7 @@ from train.chat import SYSTEM_PROMPT
 from train.command import Command, Result, main, option
 from train.errors import UserError
 from train.files import write_json
+from train.layers import targets
 from train.run import provenance
 
 ADAPTERS = tuple(f"a{i}" for i in range(16))
@@ -98,6 +99,8 @@ class Cell(NamedTuple):
         return list(itertools.islice(itertools.cycle(names), self.concurrency))
 
 
+# What its adapters change: every linear layer of a Llama.
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32))
 CHATS = (Cell(0, 32, "chat"), Cell(4, 32, "chat"))
 QUICK = (*TARGETS, *CHATS)
@@ -202,7 +205,7 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
     same = ["--model", str(base.path), "--served-model-name", base.name, "--max-model-len", "2048",
             "--kv-cache-memory-bytes", str(1 << 30)]  # fmt: skip
     config = ServeConfig(slots=len(adapters), host_adapters=len(adapters), max_rank=rank, context_tokens=2048)
-    made = plan(config, base, look(), (rank,))
+    made = plan(config, base, look(), (rank,), targets(base.path))
     tuned = [*list(made.argv[3:]), *same]
     without = [*same, *("--block-size", "32"), *("--max-num-seqs", "64"), *("--max-num-batched-tokens", "512")]
     stock_plugins = {"VLLM_PLUGINS": ""}

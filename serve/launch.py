@@ -19,7 +19,6 @@ from train.catalog import Base
 from train.files import read_json
 
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 CONTEXT_CAP_TOKENS = 4096
@@ -53,9 +52,14 @@ def plan(
     base: Base,
     machine: Machine,
     ranks: Sequence[int] = (),
+    targets: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
 ) -> Plan:
-    """How to serve `base` on `machine`. `ranks`: those of the adapters in the store."""
+    """How to serve `base` on `machine`.
+
+    ranks: those of the adapters in the store. targets: the layers of this base that an adapter may change, as vLLM
+    names them (train.layers); with none, all that vLLM can change.
+    """
     chosen = _Choices(environ)
     chosen.flag("--model", str(base.path))
     chosen.flag("--served-model-name", base.name)
@@ -63,7 +67,7 @@ def plan(
     chosen.flag("--port", str(config.port))
     # More than one API process would each keep their own list of adapters.
     chosen.flag("--api-server-count", "1")
-    _lora(chosen, config, ranks)
+    _lora(chosen, config, ranks, targets)
     described = read_json(Path(base.path) / "config.json")
     shape = described.get("text_config", described)
     running = config.running or min(256, 32 * len(machine.cpus))
@@ -117,7 +121,7 @@ class _Choices:
             self.reasons.append(Reason(f"{name}={value}", why))
 
 
-def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int]) -> None:
+def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int], targets: Sequence[str]) -> None:
     chosen.flag("--enable-lora")
     chosen.flag("--max-loras", str(config.slots), why="adapters that one batch may mix (slots)")
     chosen.flag("--max-cpu-loras", str(config.host_adapters), why="adapters in host memory (host_adapters)")
@@ -127,11 +131,9 @@ def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int]) -> None:
     else:
         why = "max_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
     chosen.flag("--max-lora-rank", str(config.max_rank), why=why)
-    chosen.flag(
-        "--lora-target-modules",
-        *TARGET_MODULES,
-        why="what adapters may change; leaving the vocabulary out saves a pass over it for every token",
-    )
+    if targets:
+        why = "all linear layers of this base; leaving the vocabulary out saves a pass over it for every token"
+        chosen.flag("--lora-target-modules", *targets, why=why)
 
 
 def _shape(chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Machine) -> None:

@@ -25,6 +25,7 @@ from serve.config import ServeConfig
 from serve.server import reason_in
 from train.catalog import Base, resolve
 from train.errors import UserError
+from train.layers import targets
 
 STOP_S = 15.0
 # One line is one request or one answer; likelihoods of long prompts take megabytes.
@@ -51,7 +52,7 @@ class OfflineEngine:
 
     def plan(self) -> launch.Plan:
         """What will be started, and why so."""
-        return launch.plan(self.config, self.base, machine.look())
+        return launch.plan(self.config, self.base, machine.look(), targets=targets(self.base.path))
 
     def flags(self) -> tuple[str, ...]:
         """vLLM's flags, as the child is given them."""

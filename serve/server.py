@@ -28,6 +28,7 @@ from serve.keys import KeyRing
 from train import store as shelves
 from train.catalog import Base, resolve
 from train.errors import UserError
+from train.layers import targets
 
 POLL_S = 0.2
 SAY_EVERY_S = 5.0
@@ -86,7 +87,8 @@ class Server:
 
     def plan(self) -> launch.Plan:
         """What will be started, and why so."""
-        return launch.plan(self.config, self.base, machine.look(), _ranks(Path(self.config.store)))
+        ranks = _ranks(Path(self.config.store))
+        return launch.plan(self.config, self.base, machine.look(), ranks, targets(self.base.path))
 
     def command(self) -> tuple[str, ...]:
         """The child's whole command line."""

@@ -1,7 +1,6 @@
 """The launch plan is a pure function of config, base, machine and store."""
 
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,9 +113,10 @@ def test_the_plan_is_what_vllm_understands(base):
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    made = plan(ServeConfig(vllm_args="--seed 3"), base, SMALL, (16,), environ={})
+    targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+    made = plan(ServeConfig(vllm_args="--seed 3"), base, SMALL, (16,), targets, environ={})
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(made.argv[3:]))
-    assert parsed.lora_target_modules == shlex.split("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj")
+    assert tuple(parsed.lora_target_modules) == targets
     assert (parsed.max_loras, parsed.max_lora_rank, parsed.block_size, parsed.seed) == (8, 64, 32, 3)
 
 

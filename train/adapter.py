@@ -2,12 +2,13 @@
 
 An engine that meets a bad adapter while serving either dies or, worse, quietly answers as the base: vLLM skips keys
 that match no module. So everything is checked here, before anything is served: file kinds, PEFT config against what
-vLLM 0.32 implements, every key and shape against the base's own weight files, and the values.
+vLLM 0.32 implements, every key and shape against the base's own weight files and the layers that vLLM adapts, and the
+values. What the values do, train/trial.py tries.
 """
 
-import json
 import re
-import struct
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 from train.catalog import weight_files
 from train.errors import UserError
 from train.files import read_json
+from train.layers import served_layers
+from train.tensors import Shape, tensor_shapes
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 MAX_RANK = 512
@@ -25,16 +28,25 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 # Initialisations that only choose starting values. The others (PiSSA, OLoRA, LoftQ, ...) also rewrite the base.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# PEFT features that change what the adapter computes and that vLLM does not implement.
-_UNSERVED = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora",
-             "modules_to_save", "target_parameters", "trainable_token_indices", "megatron_config")  # fmt: skip
-
-Shape = tuple[int, ...]
+# What PEFT 0.21 may write that says where an adapter comes from or how it was trained, and not what it computes ...
+_OF_NO_ACCOUNT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "ensure_weight_tying"),
+    *("runtime_config", "enable_lora"),
+)
+# ... and what is held against a rule of its own below. Any other field that is set is refused: it may change what the
+# adapter computes, and vLLM would not know.
+_RULED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "bias", "use_rslora",
+          "init_lora_weights")  # fmt: skip
+# Marks that other trainers leave.
+_MARKS = ("unsloth_", "axolotl_", "llamafactory_", "swift_")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checked adapter is: its largest rank, its alpha, and the module names it changes."""
+    """What a checked adapter is: the largest rank it declares, its alpha, and the module names it changes."""
 
     rank: int
     alpha: float
@@ -53,26 +65,13 @@ def check(folder: Path, base: Path) -> Facts:
     for module, (shape_a, shape_b) in pairs.items():
         _check_shapes(module, shape_a, shape_b, base_shapes, ranks)
     _check_values(folder / WEIGHTS)
+    _check_places(pairs, base)
     return Facts(
-        rank=max(shape_a[0] for shape_a, _ in pairs.values()),
+        # As vLLM counts: a rank that only the config names takes its room too.
+        rank=max(ranks),
         alpha=float(config["lora_alpha"]),
         target_modules=tuple(sorted({module.rsplit(".", 1)[-1] for module in pairs})),
     )
-
-
-def tensor_shapes(path: Path) -> dict[str, Shape]:
-    """The name and shape of every tensor in a safetensors file, from its header alone."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100 << 20:
-                raise ValueError("its header is larger than 100 MB")
-            header = json.loads(file.read(length))
-        return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} is not a whole safetensors file ({error}); save the adapter again") from error
 
 
 def check_files(folder: Path) -> None:
@@ -102,25 +101,51 @@ def check_config(config: dict[str, Any]) -> frozenset[int]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"{CONFIG}: peft_type is {kind!r}; only 'LORA' can be served")
-    for key in _UNSERVED:
-        if config.get(key):
-            raise UserError(f"{CONFIG}: {key} is {config[key]!r}; vLLM does not serve it: train without it")
-    if config.get("bias", "none") != "none":
+    for key, value in config.items():
+        if key.startswith("vllm_"):
+            raise UserError(f"{CONFIG}: {key} is {value!r}; only vLLM itself may set it: take it out")
+        if value and key not in _OF_NO_ACCOUNT and key not in _RULED and not key.startswith(_MARKS):
+            raise UserError(f"{CONFIG}: {key} is {value!r}; vLLM does not serve it: train without it")
+    if config.get("bias") not in (None, "none"):
         raise UserError(f"{CONFIG}: bias is {config['bias']!r}; vLLM serves only 'none'")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
-        raise UserError(
-            f"{CONFIG}: init_lora_weights is {init!r}, which also changes the base; convert it to a plain LoRA "
-            "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
-        )
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if config.get("use_rslora") not in (None, True, False):
+        raise UserError(f"{CONFIG}: use_rslora is {config['use_rslora']!r}; it must be true or false")
+    _check_init(config.get("init_lora_weights", True))
+    targets = config.get("target_modules")
+    names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not targets or not (names or isinstance(targets, str)):
+        raise UserError(f"{CONFIG}: target_modules is {targets!r}; it must name the layers that the adapter changes")
+    ranks = [config.get("r"), *_pattern(config, "rank_pattern").values()]
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
             raise UserError(f"{CONFIG}: rank is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not 0 < abs(alpha) < float("inf"):
-        raise UserError(f"{CONFIG}: lora_alpha is {alpha!r}; it must be a number other than zero")
+    for alpha in (config.get("lora_alpha"), *_pattern(config, "alpha_pattern").values()):
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not 0 < abs(alpha) < float("inf"):
+            raise UserError(f"{CONFIG}: lora_alpha is {alpha!r}; it must be a number other than zero")
     return frozenset(ranks)
+
+
+def _check_init(init: object) -> None:
+    if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in _PLAIN_INITS):
+        return
+    raise UserError(
+        f"{CONFIG}: init_lora_weights is {init!r}, which also changes the base; convert it to a plain LoRA "
+        "(PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+    )
+
+
+def _pattern(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """A table of exceptions: from a pattern for the layer's name, as PEFT reads it, to the value there."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{CONFIG}: {key} is {found!r}; it must be an object of layer names and numbers")
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{CONFIG}: {key} holds {pattern!r}, which is no pattern: {error}") from error
+    return found
 
 
 def _pairs(shapes: dict[str, Shape]) -> dict[str, tuple[Shape, Shape]]:
@@ -158,6 +183,25 @@ def _check_shapes(module: str, a: Shape, b: Shape, base: dict[str, Shape], ranks
         raise UserError(f"{WEIGHTS}: {module} has rank {a[0]}, but {CONFIG} says {', '.join(map(str, sorted(ranks)))}")
 
 
+def _check_places(modules: Iterable[str], base: Path) -> None:
+    """Every module must be one that vLLM adapts: it leaves out the others without a word."""
+    try:
+        layers = served_layers(base)
+    except UserError as error:
+        # A server that loads it finds out, and refuses it then.
+        print(f"not checked which layers vLLM applies: {error}", file=sys.stderr)
+        return
+    if layers.refusal:
+        raise UserError(f"{layers.refusal}: no adapter for this base can be served")
+    for module in modules:
+        if module not in layers.places:
+            served = sorted({place.rsplit(".", 1)[-1] for place in layers.places})
+            raise UserError(
+                f"{WEIGHTS}: it changes {module}, which vLLM would leave as in the base; "
+                f"train on some of these: {', '.join(served)}"
+            )
+
+
 def _check_values(path: Path) -> None:
     """Refuse numbers that are not finite, and an adapter whose every product B @ A is zero."""
     from safetensors import SafetensorError, safe_open
@@ -166,6 +210,9 @@ def _check_values(path: Path) -> None:
         with safe_open(path, framework="pt") as tensors:
             alive = False
             for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                kind = tensors.get_slice(key).get_dtype()
+                if kind not in _DTYPES:
+                    raise UserError(f"{WEIGHTS}: {key} is {kind}; only {', '.join(_DTYPES)} can be served: convert it")
                 values = tensors.get_tensor(key)
                 if not values.isfinite().all():
                     raise UserError(f"{WEIGHTS}: {key} holds NaN or infinity; the training run diverged")

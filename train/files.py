@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(document).__name__}; an object is needed")
@@ -90,6 +90,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        sync_directory(temporary)
         temporary.rename(path)
         sync_directory(path.parent)
     except OSError as error:

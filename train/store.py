@@ -2,34 +2,38 @@
 
     store/<name>/<version>/   adapter_model.safetensors adapter_config.json README.md manifest.json
     store/<name>/current      the version that model="<name>" means; replaced by rename
+    store/<name>/history      every version that it meant, one a line, the current one last: where a rollback goes
     store/<name>/pinned       present when a server should always keep the current version in memory
 
-A version is named by its content, written under a temporary name and renamed whole: readers need no lock, and a path
-never changes its meaning. The manifest's keys are those of `Manifest`; docs/architecture.md explains them.
+A version is named by its content and its base, written under a temporary name and renamed whole: readers need no lock,
+and a path never changes its meaning. Writers take turns by a lock on the store's folder. The manifest's keys are those
+of `Manifest`; docs/architecture.md explains them.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import hashlib
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train import trial
 from train.adapter import CARD, CONFIG, WEIGHTS, check, check_files
 from train.catalog import Base
 from train.command import nearest
 from train.errors import UserError
-from train.files import new_directory, read_json, sha256_of, write_json, write_text
+from train.files import locked, new_directory, read_json, sha256_of, write_json, write_text
 from train.fingerprint import fingerprint
 
 FORMAT = 1
-MANIFEST, CURRENT, PINNED = "manifest.json", "current", "pinned"
+MANIFEST, CURRENT, HISTORY, PINNED = "manifest.json", "current", "history", "pinned"
 STALE_S = 3600.0
 MAX_SYSTEM_CHARS = 8000
 
@@ -39,7 +43,10 @@ _VERSION = re.compile(r"[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of one version; `prompt["system"]` is the system text to use where a request brings none."""
+    """What is known of one version; `prompt["system"]` is the system text to use where a request brings none.
+
+    `trial`: see train.trial.Trial; None for a version that was published before there were any.
+    """
 
     format: int
     name: str
@@ -52,6 +59,7 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     prompt: dict[str, str]
     run: str | None
+    trial: dict[str, list[float]] | None = None
 
     @property
     def id(self) -> str:
@@ -65,12 +73,17 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Shelf:
-    """All versions of one name, oldest first; the current one is None while the first is being published."""
+    """All versions of one name, oldest first; the current one is None while the first is being published.
+
+    history: the versions that the name meant, the current one last. broken: what cannot be read -> why.
+    """
 
     name: str
     current: str | None
     versions: dict[str, Manifest]
     pinned: bool
+    history: tuple[str, ...] = ()
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 def publish(
@@ -78,7 +91,8 @@ def publish(
 ) -> Manifest:
     """Check the adapter in `adapter_dir` against `base`, put it into the store and make it what `name` means.
 
-    The same content published again is not copied twice. Raises UserError, and leaves nothing, when a rule is broken.
+    The same content published again is not copied twice, unless what is there is damaged: then it is replaced. Raises
+    UserError, and leaves nothing, when a rule is broken.
     """
     check_name(name)
     if name == base.name:
@@ -91,12 +105,13 @@ def publish(
         copy = _copy(adapter_dir, scratch)
         facts = check(copy, base.path)
         files = {p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in sorted(copy.iterdir())}
+        described = {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)}
         manifest = Manifest(
             format=FORMAT,
             name=name,
-            version=_version(files, system),
+            version=_version(files, system, described["fingerprint"]),
             created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-            base={"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)},
+            base=described,
             rank=facts.rank,
             alpha=facts.alpha,
             target_modules=list(facts.target_modules),
@@ -104,16 +119,51 @@ def publish(
             prompt={"system": system},
             run=run,
         )
-        target = store / name / manifest.version
-        if target.is_dir():
-            manifest = read_manifest(store, name, manifest.version)
-        else:
-            with new_directory(target) as folder:
-                for file in files:
-                    (copy / file).rename(folder / file)
-                write_json(folder / MANIFEST, dataclasses.asdict(manifest))
-    write_text(store / name / CURRENT, manifest.version + "\n")
+        tried = _tried(store, manifest) or dataclasses.asdict(trial.run(copy, base.path))
+        manifest = dataclasses.replace(manifest, trial=tried)
+        with locked(store):
+            manifest = _shelve(store, manifest, copy)
+            _make_current(store, manifest)
     return manifest
+
+
+def _tried(store: Path, manifest: Manifest) -> dict[str, list[float]] | None:
+    """What the same weights did on the same base when they were published before."""
+    for known in read_shelf(store, manifest.name).versions.values():
+        same = known.base["fingerprint"] == manifest.base["fingerprint"]
+        if same and all(known.files.get(name) == manifest.files[name] for name in (WEIGHTS, CONFIG)):
+            return known.trial
+    return None
+
+
+def _shelve(store: Path, manifest: Manifest, copy: Path) -> Manifest:
+    """Put a version's files in their place, unless they are there and whole; return the manifest that is there."""
+    if (store / manifest.name).is_symlink():
+        raise UserError(f"{str(store / manifest.name)!r} is a symbolic link; an adapter's folder must be in the store")
+    target = version_dir(store, manifest)
+    with contextlib.suppress(UserError):
+        found = read_manifest(store, manifest.name, manifest.version)
+        if not target.is_symlink() and not damage(store, found):
+            return found
+    with contextlib.suppress(FileNotFoundError):
+        _discard(target)
+    with new_directory(target) as folder:
+        for file in manifest.files:
+            (copy / file).rename(folder / file)
+        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    return manifest
+
+
+def damage(store: Path, manifest: Manifest) -> str | None:
+    """What is wrong with a version's files, held against the hashes that were taken when it was published."""
+    for name, file in manifest.files.items():
+        try:
+            found = sha256_of(version_dir(store, manifest) / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != file["sha256"]:
+            return f"{name} changed after it was published"
+    return None
 
 
 def check_name(name: str) -> None:
@@ -126,26 +176,53 @@ def names(store: Path) -> list[str]:
     """Every name with a folder in the store, sorted; empty when there is no store yet."""
     if not store.is_dir():
         return []
-    return sorted(entry.name for entry in store.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir())
+    entries = [entry for entry in store.iterdir() if _NAME.fullmatch(entry.name) and not entry.is_symlink()]
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def read_shelf(store: Path, name: str) -> Shelf:
-    """What the store holds under `name`. A broken version raises UserError; an absent name has no versions."""
+    """What the store holds under `name`. An absent name has no versions; one that cannot be read is told as broken."""
     folder = store / name
-    found = []
+    found: list[Manifest] = []
+    broken: dict[str, str] = {}
     if folder.is_dir() and not folder.is_symlink():
-        found = [
-            read_manifest(store, name, entry.name)
-            for entry in folder.iterdir()
-            if _VERSION.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink()
-        ]
+        for entry in folder.iterdir():
+            if _VERSION.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+                try:
+                    found.append(read_manifest(store, name, entry.name))
+                except UserError as error:
+                    broken[entry.name] = str(error)
     found.sort(key=lambda manifest: manifest.created_utc)
     versions = {manifest.version: manifest for manifest in found}
+    written = _words(folder / CURRENT)
+    current = written[0] if written and written[0] in versions else None
+    if written and current is None and written[0] not in broken:
+        broken[CURRENT] = f"{str(folder / CURRENT)!r} names no version that is here; publish again, or roll back"
+    meant = _words(folder / HISTORY) or [manifest.version for manifest in found]
+    if current and current in meant:
+        meant = meant[: len(meant) - meant[::-1].index(current)]
+    elif current:
+        meant.append(current)
+    history = tuple(version for version in meant if version in versions)
+    return Shelf(name, current, versions, (folder / PINNED).exists(), history, broken)
+
+
+def _words(path: Path) -> list[str]:
+    """The words in a small file of ours; none where there is no such file."""
     try:
-        current = (folder / CURRENT).read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        current = ""
-    return Shelf(name, current if current in versions else None, versions, (folder / PINNED).exists())
+        return path.read_text(encoding="utf-8", errors="replace").split()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _make_current(store: Path, manifest: Manifest, history: Sequence[str] | None = None) -> None:
+    """Let a name mean `manifest`; `history`: what it meant before, by default all that it meant until now."""
+    folder = store / manifest.name
+    before = read_shelf(store, manifest.name).history if history is None else history
+    meant = [*before, *([] if before and before[-1] == manifest.version else [manifest.version])]
+    # In this order: a history without its last word is mended when it is read.
+    write_text(folder / HISTORY, "".join(f"{version}\n" for version in meant))
+    write_text(folder / CURRENT, manifest.version + "\n")
 
 
 def read_manifest(store: Path, name: str, version: str) -> Manifest:
@@ -156,18 +233,33 @@ def read_manifest(store: Path, name: str, version: str) -> Manifest:
         manifest = Manifest(**document)
     except TypeError as error:
         raise UserError(f"{str(path)!r} is no adapter manifest: {error}") from error
+    files, trial_kept = manifest.files, manifest.trial
     fits = {
-        "base": isinstance(manifest.base, dict) and {"name", "fingerprint"} <= manifest.base.keys(),
+        "base": _holds(manifest.base, str) and {"name", "hub_id", "fingerprint"} <= manifest.base.keys(),
         "rank": isinstance(manifest.rank, int),
-        "files": isinstance(manifest.files, dict) and all(isinstance(file, dict) for file in manifest.files.values()),
-        "prompt": isinstance(manifest.prompt, dict),
+        "alpha": isinstance(manifest.alpha, int | float),
+        "target_modules": isinstance(manifest.target_modules, list),
+        "files": _holds(files, dict) and all(_is_file(name, file) for name, file in files.items()),
+        "prompt": _holds(manifest.prompt, str) and "system" in manifest.prompt,
         "created_utc": isinstance(manifest.created_utc, str),
+        "run": manifest.run is None or isinstance(manifest.run, str),
+        "trial": trial_kept is None
+        or (_holds(trial_kept, list) and {"tokens", "base", "adapter"} <= trial_kept.keys()),
     }
     if wrong := [key for key, good in fits.items() if not good]:
         raise UserError(f"{str(path)!r} is no adapter manifest: {wrong[0]} is {getattr(manifest, wrong[0])!r}")
     if (manifest.format, manifest.name, manifest.version) != (FORMAT, name, version):
         raise UserError(f"{str(path)!r} describes {manifest.id} in format {manifest.format}; publish the adapter again")
     return manifest
+
+
+def _holds(value: object, kind: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
+
+
+def _is_file(name: str, file: dict[str, Any]) -> bool:
+    known = name in (WEIGHTS, CONFIG, CARD)
+    return known and isinstance(file.get("sha256"), str) and isinstance(file.get("bytes"), int)
 
 
 def find(store: Path, served_name: str) -> Manifest:
@@ -178,6 +270,8 @@ def find(store: Path, served_name: str) -> Manifest:
     version = version or shelf.current or ""
     if version in shelf.versions:
         return shelf.versions[version]
+    if reason := shelf.broken.get(version) or (not version and next(iter(shelf.broken.values()), "")):
+        raise UserError(f"{served_name} is damaged: {reason}")
     if shelf.versions:
         raise UserError(f"adapter {name!r} has no version {version!r}; it has {', '.join(shelf.versions)}")
     known = names(store)
@@ -190,62 +284,97 @@ def version_dir(store: Path, manifest: Manifest) -> Path:
 
 
 def rollback(store: Path, name: str, version: str = "") -> Manifest:
-    """Make `name` mean `version`, or by default the one published just before the current."""
-    current = find(store, name)
-    if not version:
-        older = list(read_shelf(store, name).versions)
-        place = older.index(current.version)
-        if place == 0:
-            raise UserError(f"adapter {name!r} has no version before {current.version}; nothing was changed")
-        version = older[place - 1]
-    manifest = find(store, f"{name}@{version}")
-    write_text(store / name / CURRENT, manifest.version + "\n")
+    """Make `name` mean `version`, or by default what it meant before."""
+    with _writing(store):
+        if version:
+            manifest = find(store, f"{name}@{version}")
+            shelf = read_shelf(store, name)
+        else:
+            check_name(name)
+            shelf = read_shelf(store, name)
+            if not shelf.history:
+                find(store, name)
+            earlier = [meant for meant in shelf.history if meant != shelf.current]
+            if not earlier:
+                raise UserError(f"adapter {name!r} has no version before {shelf.current}; nothing was changed")
+            manifest = shelf.versions[earlier[-1]]
+        meant = list(shelf.history)
+        if manifest.version in meant:
+            meant = meant[: len(meant) - meant[::-1].index(manifest.version)]
+        _make_current(store, manifest, meant)
     return manifest
 
 
 def pin(store: Path, name: str, pinned: bool) -> Manifest:
     """Say whether a server should always keep the current version of `name` in memory."""
-    manifest = find(store, name)
-    if pinned:
-        (store / name / PINNED).touch()
-    else:
-        (store / name / PINNED).unlink(missing_ok=True)
+    with _writing(store):
+        manifest = find(store, name)
+        if pinned:
+            (store / name / PINNED).touch()
+        else:
+            (store / name / PINNED).unlink(missing_ok=True)
     return manifest
 
 
 def remove(store: Path, served_name: str) -> list[str]:
-    """Remove `name` with all versions, or `name@version` if it is not the current one; return the ids removed."""
+    """Remove `name` with all versions, or `name@version` if it is not the current one; return the ids removed.
+
+    What is damaged is removed like anything else.
+    """
     name, _, version = served_name.partition("@")
-    manifest = find(store, served_name)
-    shelf = read_shelf(store, name)
-    if version and version == shelf.current:
-        raise UserError(f"{served_name} is the current version of {name!r}; roll back first, or remove {name!r}")
-    _discard(store / name / version if version else store / name)
-    return [manifest.id] if version else [found.id for found in shelf.versions.values()]
+    check_name(name)
+    with _writing(store):
+        shelf = read_shelf(store, name)
+        there = [*shelf.versions, *(broken for broken in shelf.broken if broken != CURRENT)]
+        if version not in there and (version or not there):
+            find(store, served_name)
+        if version and version == shelf.current:
+            raise UserError(f"{served_name} is the current version of {name!r}; roll back first, or remove {name!r}")
+        _discard(store / name / version if version else store / name)
+    return [f"{name}@{gone}" for gone in ([version] if version else there)]
 
 
 def collect_garbage(store: Path, keep: int) -> list[str]:
-    """Remove all but each name's current and its `keep` newest other versions, and what killed commands left."""
+    """Remove all but each name's current version, the `keep` others that it meant last, and what killed commands left.
+
+    A damaged version goes too, unless it is the current one.
+    """
     removed = []
-    leftovers = list(store.glob(".*"))
-    for name in names(store):
-        shelf = read_shelf(store, name)
-        others = [version for version in shelf.versions if version != shelf.current]
-        for version in others[: max(0, len(others) - keep)]:
-            _discard(store / name / version)
-            removed.append(f"{name}@{version}")
-        leftovers += (store / name).glob(".*")
-    for left in leftovers:
-        # Younger ones may belong to a publish that is running now.
-        if time.time() - left.stat().st_mtime > STALE_S:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-            removed.append(str(left))
+    with _writing(store):
+        leftovers = list(store.glob(".*"))
+        for name in names(store):
+            shelf = read_shelf(store, name)
+            others = [version for version in shelf.versions if version != shelf.current]
+            lately = {version: place for place, version in enumerate(shelf.history, start=1)}
+            others.sort(key=lambda version, lately=lately: lately.get(version, 0))  # type: ignore[misc]
+            current = _words(store / name / CURRENT)
+            damaged = [version for version in shelf.broken if version != CURRENT and version not in current]
+            for version in [*others[: max(0, len(others) - keep)], *damaged]:
+                _discard(store / name / version)
+                removed.append(f"{name}@{version}")
+            leftovers += (store / name).glob(".*")
+        for left in leftovers:
+            # Younger ones may belong to a publish that is running now.
+            if time.time() - left.lstat().st_mtime > STALE_S:
+                _delete(left)
+                removed.append(str(left))
     return removed
 
 
-def _version(files: dict[str, dict[str, Any]], system: str) -> str:
+@contextlib.contextmanager
+def _writing(store: Path) -> Iterator[None]:
+    """Take a turn at changing the store; one that is not there needs none."""
+    try:
+        with locked(store) if store.is_dir() else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        raise UserError(f"cannot change the store {str(store)!r}: {error}") from error
+
+
+def _version(files: dict[str, dict[str, Any]], system: str, base: str) -> str:
     lines = [f"{files[name]['sha256']} {name}\n" for name in (CONFIG, WEIGHTS)]
     lines.append(f"{hashlib.sha256(system.encode()).hexdigest()} system\n")
+    lines.append(f"{base} base\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:12]
 
 
@@ -260,10 +389,16 @@ def _scratch(store: Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, target: Path) -> Path:
+    """Copy an adapter's files, to the disk itself, with the permissions that new files get here."""
     for name in (WEIGHTS, CONFIG, CARD):
-        if (source / name).is_file():
-            # A link slipped in after check_files is copied as a link, for `check` to refuse.
-            shutil.copy2(source / name, target / name, follow_symlinks=False)
+        # A link slipped in after check_files is copied as a link, for `check` to refuse.
+        if (source / name).is_symlink():
+            (target / name).symlink_to((source / name).readlink())
+        elif (source / name).is_file():
+            with (source / name).open("rb") as read, (target / name).open("wb") as written:
+                shutil.copyfileobj(read, written, 1 << 20)
+                written.flush()
+                os.fsync(written.fileno())
     return target
 
 
@@ -271,4 +406,11 @@ def _discard(folder: Path) -> None:
     """Rename, then delete: a reader sees the folder whole or not at all."""
     doomed = folder.with_name(f".{folder.name}.{time.time_ns()}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
