@@ -114,6 +114,41 @@ def test_unknown_flag_is_a_usage_error():
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["--extra", "--seed"], "--seed"),
+        (["--extra", "--seed 3 --fast"], "--seed 3 --fast"),
+        (["--extra=--seed"], "--seed"),
+        (["--extra", "-O3", "--loud"], "-O3"),
+    ],
+)
+def test_a_texts_value_may_begin_with_a_dash(words, extra, capsys):
+    """Flags for another program are given as people write them, with a space or an equals sign."""
+
+    @dataclass(frozen=True)
+    class Passing:
+        extra: str = option("", "flags for another program")
+        loud: bool = option(False, "in capitals")
+
+    run = Command(Passing, lambda config: Result({"extra": config.extra}), "pass it on")
+    assert main("pass", {"": run}, words) == 0
+    assert json.loads(capsys.readouterr().out) == {"extra": extra}
+
+
+def test_an_option_in_a_texts_place_is_still_missing_its_value():
+    """`--extra --loud` forgot the text: our own options are never taken for one."""
+
+    @dataclass(frozen=True)
+    class Passing:
+        extra: str = option("", "flags for another program")
+        loud: bool = option(False, "in capitals")
+
+    with pytest.raises(SystemExit) as stop:
+        main("pass", {"": Command(Passing, lambda config: Result({}), "pass it on")}, ["--extra", "--loud"])
+    assert stop.value.code == 2
+
+
 def test_a_locale_without_utf_8_ends_no_command():
     """Text that people wrote is printed as UTF-8 wherever the command runs."""
     code = (

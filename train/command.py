@@ -70,7 +70,7 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in commands else ""
     parser = _parser(program, name, commands)
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser.parse_args(_with_dashed_values(words, commands[name].config)))
     json_wanted = flags.pop("json")
 
     def run() -> int:
@@ -170,6 +170,21 @@ def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argpars
         else:
             parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="X", help=text)
     return parser
+
+
+def _with_dashed_values(words: Sequence[str], config: type) -> list[str]:
+    """The same words, with a text option and a value that looks like one joined: `--vllm-args --seed` is no mistake."""
+    hints = typing.get_type_hints(config)
+    flags = {f"--{name.replace('_', '-')}": name for name in hints}
+    joined: list[str] = []
+    for word in words:
+        last = flags.get(joined[-1]) if joined else None
+        ours = word.partition("=")[0] in (*flags, "--config", "--help", "-h") or word.startswith("--no-")
+        if last is not None and hints[last] is str and word.startswith("-") and not ours:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _shown(value: Any) -> str:
