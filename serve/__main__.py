@@ -14,19 +14,25 @@ from train import store as shelves
 from train.command import Command, Result, main
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a service manager or an orchestrator sends it: others may still believe that this server is there."""
+
+
 def serve(config: ServeConfig) -> Result:
     """Serve until Ctrl-C or SIGTERM; start again what dies."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
+    leave = False
     try:
         server.start()
         print(_welcome(server), file=sys.stderr, flush=True)
         supervise(server, threading.Event())
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
+        leave = isinstance(signalled, Terminated)
         print("stopping: running requests may end first", file=sys.stderr)
     finally:
-        server.stop()
+        server.stop(leave)
     return Result({"base_url": server.base_url, "log": str(server.log), "restarts": server.restarts})
 
 
@@ -45,7 +51,7 @@ def _welcome(server: Server) -> str:
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 COMMANDS = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serve import config as configs
+from serve import grammars, tally, turns
 from serve.gateway import TARGET, Service
 from serve.journal import Journal
 from serve.keys import KeyRing
@@ -75,6 +76,8 @@ class AdaptersPlugin:
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Load the store's adapters, then follow the store; the server opens its port only after this."""
         config = configs.from_environment()
+        grammars.guard(engine_client, grammars.for_model(engine_client))
+        tally.watch(engine_client)
         meters = Meters()
         # The model's weight files do not change while it is served: one reading, off the event loop.
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
@@ -95,22 +98,27 @@ class AdaptersPlugin:
             limits=Limits(config.key_running, config.key_queued, config.queued),
             meters=meters,
             journal=Journal(config.log_dir),
-            fold_system=await asyncio.to_thread(drops_system, Path(args.model)),
+            template=await asyncio.to_thread(turns.template_in, Path(args.model), args.chat_template),
+            context_tokens=state.openai_serving_models.model_config.max_model_len,
         )
         await plane.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.counsel_watch = asyncio.create_task(plane.watch())
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _start_draining, state)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, _start_stopping, state, config.leave_s)
+        loop.add_signal_handler(signal.SIGUSR2, _start_stopping, state, 0.0)
         log.info("serving %s and %d adapters", plane.base_name, len(plane.residents))
 
 
-def _start_draining(state: Any) -> None:
-    state.counsel.draining = True
-    state.counsel_drain = asyncio.create_task(_drain(state.counsel))
+def _start_stopping(state: Any, leave_s: float) -> None:
+    state.counsel_stop = asyncio.create_task(_stop(state.counsel, leave_s))
 
 
-async def _drain(service: Service) -> None:
-    """Wait for what runs, within the bound, and then let vLLM stop as it would."""
+async def _stop(service: Service, leave_s: float) -> None:
+    """Leave, so that balancers look elsewhere; then wait for what runs, within the bound; then let vLLM stop."""
+    service.leaving = True
+    await asyncio.sleep(leave_s)
+    service.draining = True
     give_up_s = time.monotonic() + service.config.drain_s
     while service.limits.in_flight and time.monotonic() < give_up_s:
         await asyncio.sleep(0.05)
@@ -174,21 +182,6 @@ class VllmEngine:
         async for output in self.client.generate(prompt, params, number, lora_request=request):
             found = output.prompt_logprobs
         return [entry[token].logprob for entry, token in zip(found[1:], tokens[1:], strict=True)]
-
-
-def drops_system(model: Path) -> bool:
-    """Whether the base's chat template refuses a system turn, or loses it without a word."""
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    if tokenizer.chat_template is None:
-        return False
-    turns = [{"role": "system", "content": "SYSTEM-TEXT"}, {"role": "user", "content": "hello"}]
-    try:
-        return "SYSTEM-TEXT" not in str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:
-        return True
 
 
 def _verify(manifest: Manifest, path: Path) -> None:

@@ -1,22 +1,25 @@
 """What a request body becomes before vLLM reads it. Pure: a JSON object in, another out.
 
 - the exact version answers, so `model` becomes `name@version` (and the reply says so);
+- turns hold text, and calls of tools (serve/content.py);
 - an adapter is asked as it was trained: where the request brings no system text, its manifest's is put first;
-- where the base's chat template has no system role, system texts are folded into the first user turn;
-- prefix-cache blocks are shared only among requests of one key;
-- a stream always reports its usage to us; `wants_usage` says whether the caller asked for it too.
+- turns stand in an order that the base's chat template takes (serve/turns.py);
+- prefix-cache blocks are shared only among requests of one key.
 """
 
 import hashlib
 from typing import Any
 
+from serve.content import items_of, messages_of
 from serve.openai_errors import Refusal
+from serve.turns import SYSTEM_ROLES, TAKES_ALL, Template, settle
 from train.store import Manifest
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _SWITCHES = ("stream", "store", "background")
-_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+# Log-probabilities that a server holds for one request at the weight of one answer: some 5 MB.
+_LOGPROBS = 20_000
 # vLLM tokenizes bad words on its event loop, twice for each prompt: a megabyte of them would stop every stream.
 _BAD_WORDS, _BAD_WORD_CHARS = 128, 4096
 Body = dict[str, Any]
@@ -29,14 +32,20 @@ def prepare(
     *,
     salt: str = "",
     max_completion_tokens: int,
-    fold_system: bool = False,
+    template: Template = TAKES_ALL,
 ) -> Body:
     """The body to hand on; `manifest` is None for the base. Raises Refusal 400 for what the bounds forbid."""
     ready = dict(body)
     for name in _BOUNDS:
-        if (_whole(body, name) or 0) > max_completion_tokens:
-            value = body[name]
+        if (value := whole(body, name)) is None:
+            continue
+        if value == -1:
+            # As some clients say "as many as there are".
+            del ready[name]
+            continue
+        if value > max_completion_tokens:
             raise Refusal(400, f"{name} is {value}; at most {max_completion_tokens} is allowed here", param=name)
+        ready[name] = value
     for name in _SWITCHES:
         if not isinstance(body.get(name), bool | None):
             # vLLM asks some of these before it reads "false" as false.
@@ -46,56 +55,83 @@ def prepare(
             400, "background is true; only answers that somebody waits for are given here", param="background"
         )
     _refuse_bad_words(body.get("bad_words"))
-    for turn in _turns(None, body.get("messages") if path == CHAT else body.get("input")):
-        _refuse_media(turn)
     if path == RESPONSES:
         # Nothing is kept for later requests.
         ready["store"] = False
     if manifest is not None:
         ready["model"] = manifest.id
-        if manifest.prompt.get("system"):
-            _insert_system(path, ready, manifest.prompt["system"])
-    if fold_system and path == CHAT and isinstance(ready.get("messages"), list):
-        ready["messages"] = folded(ready["messages"])
-    if fold_system and path == RESPONSES and ready.get("input"):
-        ready["input"] = folded(_turns(ready.pop("instructions", None), ready["input"]))
+    system = manifest.prompt.get("system") or "" if manifest is not None else ""
+    if path == CHAT and "messages" in body:
+        turns = messages_of(body["messages"])
+        if system and not any(map(_is_system, turns)):
+            turns = [{"role": "system", "content": system}, *turns]
+        ready["messages"] = settle(turns, template)
+    elif path == RESPONSES and body.get("input") is not None:
+        _settle_responses(ready, system, template)
     if salt:
         ready["cache_salt"] = hashlib.sha256(f"{salt} {body.get('cache_salt') or ''}".encode()).hexdigest()[:32]
-    if ready.get("stream") and path != RESPONSES:
-        options = body.get("stream_options")
-        ready["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
     return ready
 
 
-def folded(messages: list[Any]) -> list[Any]:
-    """The same conversation without system turns: their texts, in order, open the first user turn."""
-    texts = [_text(message) for message in messages if _is_system(message)]
-    rest = [message for message in messages if not _is_system(message)]
-    for place, message in enumerate(rest):
-        if texts and isinstance(message, dict) and message.get("role") == "user":
-            rest[place] = {**message, "content": "\n\n".join([*texts, _text(message)])}
-            break
-    return rest
+def _settle_responses(ready: Body, system: str, template: Template) -> None:
+    """A responses request's instructions and input, as the template takes them together."""
+    given = items_of(ready["input"])
+    instructions = ready.get("instructions")
+    if system and not instructions and not (isinstance(given, list) and any(map(_is_system, given))):
+        instructions = system
+    said = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    opening = [{"role": "system", "content": instructions}] if instructions else []
+    turns = settle([*opening, *said], template)
+    ready.pop("instructions", None)
+    if opening and turns[:1] == opening:
+        ready["instructions"] = instructions
+        turns = turns[1:]
+    ready["input"] = given if turns == said else turns
 
 
-def wants_usage(path: str, body: Body) -> bool:
-    """Whether the caller asked for the usage chunk at a stream's end."""
-    options = body.get("stream_options")
-    return path == RESPONSES or bool(isinstance(options, dict) and options.get("include_usage"))
+def weight(path: str, body: Body, max_completion_tokens: int, context_tokens: int) -> int:
+    """How many answers a request counts for: the sequences that the engine runs, or more where it makes the server
+    hold many log-probabilities. Raises Refusal 400 when a number is none."""
+    n = _n_sequences(path, body)
+    top = whole(body, "top_logprobs")
+    # Of chat, `logprobs` switches them on; of completions, it is their number.
+    asked = whole(body, "logprobs") if path == COMPLETIONS else top or (0 if body.get("logprobs") is True else None)
+    of_prompt = whole(body, "prompt_logprobs")
+    if of_prompt is None and body.get("echo") and asked is not None:
+        of_prompt = asked
+    held = 0
+    if of_prompt is not None:
+        sizes = (min(size, context_tokens) for size in _prompt_sizes(path, body))
+        held += sum(sizes) * (abs(of_prompt) + 1)
+    if asked is not None:
+        bounds = [value for name in _BOUNDS if (value := whole(body, name)) is not None and value >= 0]
+        held += n * min([*bounds, max_completion_tokens]) * (abs(asked) + 1)
+    return max(n, -(-held // _LOGPROBS))
 
 
-def n_sequences(path: str, body: Body) -> int:
-    """How many sequences the engine will run for this body. Raises Refusal 400 when `n` is no whole number."""
-    times = max(1, _whole(body, "n") or 1)
+def _n_sequences(path: str, body: Body) -> int:
+    times = max(1, whole(body, "n") or 1)
     prompt = body.get("prompt") if path == COMPLETIONS else None
     # A list of numbers is one prompt of token ids.
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return times * (len(prompt) if several else 1)  # type: ignore[arg-type]
 
 
-def _whole(body: Body, name: str) -> int | None:
-    """A bounded field. vLLM would read "64" and 64.0 as 64: what we do not read as a number must not reach it."""
+def _prompt_sizes(path: str, body: Body) -> list[int]:
+    """The most tokens that each prompt may have: its token ids, or a token for each character of its text."""
+    prompt = body.get("prompt") if path == COMPLETIONS else None
+    if prompt is None:
+        return [len(str(body.get("messages") or body.get("input")))]
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        return [len(part) if isinstance(part, str | list) else 1 for part in prompt]
+    return [len(prompt) if isinstance(prompt, str | list) else 1]
+
+
+def whole(body: Body, name: str) -> int | None:
+    """A bounded field. vLLM would read "64" as 64: what we do not read as a number must not reach it."""
     value = body.get(name)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     raise Refusal(400, f"{name} is {value!r:.40}; it must be a whole number", param=name)
@@ -112,39 +148,5 @@ def _refuse_bad_words(given: Any) -> None:
         )
 
 
-def _refuse_media(turn: Any) -> None:
-    """Refuse pictures, sound and files: a multimodal base would fetch whatever address a caller names."""
-    parts = turn.get("content") if isinstance(turn, dict) else None
-    for part in parts if isinstance(parts, list) else ():
-        kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind not in _TEXT_PARTS:
-            raise Refusal(400, f"a content part is of type {kind!r:.40}; only text is read here", param="messages")
-
-
-def _turns(instructions: Any, given: Any) -> list[Any]:
-    """A responses request's instructions and input as one list of turns."""
-    turns = given if isinstance(given, list) else [{"role": "user", "content": given}]
-    return [{"role": "system", "content": instructions}, *turns] if instructions else turns
-
-
-def _insert_system(path: str, body: Body, system: str) -> None:
-    if path == CHAT:
-        messages = body.get("messages")
-        if isinstance(messages, list) and not any(_is_system(message) for message in messages):
-            body["messages"] = [{"role": "system", "content": system}, *messages]
-    elif path == RESPONSES and not body.get("instructions"):
-        given = body.get("input")
-        if not (isinstance(given, list) and any(_is_system(message) for message in given)):
-            body["instructions"] = system
-
-
-def _text(message: Body) -> str:
-    """A message's text, whether given as one text or in parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def _is_system(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") in ("system", "developer")
+def _is_system(turn: Body) -> bool:
+    return turn.get("role") in SYSTEM_ROLES

@@ -45,9 +45,11 @@ class ServeConfig:
     key_running: int = option(64, "answers in the engine at a time per key; further ones wait their turn")
     key_queued: int = option(64, "answers that may wait for their turn per key before 429")
     queued: int = option(256, "answers running or waiting on the whole server before 503")
+    comment_s: float = option(15.0, "seconds after which a waiting stream sends a comment line; 0: none")
     # Life
     logs: str = option("runs/serve", "folder for <port>/server.log, requests.jsonl and audit.jsonl")
     start_s: float = option(900.0, "seconds the server may take to get ready")
+    leave_s: float = option(5.0, "seconds on SIGTERM in which /ready says 503 while work is still taken")
     drain_s: float = option(30.0, "seconds that running requests get to finish when the server is told to stop")
     restarts: int = option(5, "restarts in ten minutes after which a dying server is given up")
 
@@ -55,7 +57,7 @@ class ServeConfig:
         for name in ("slots", "host_adapters", "max_body_kb", "max_completion_tokens", "key_running", "queued"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("drain_s", "restarts", "port", "key_queued"):
+        for name in ("drain_s", "leave_s", "comment_s", "restarts", "port", "key_queued"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.port > 65535:

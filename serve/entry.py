@@ -25,11 +25,13 @@ def main() -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from serve.connections import BoundedConnection
+
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    uvloop.run(run_server(args))
+    uvloop.run(run_server(args, http=BoundedConnection))
 
 
 def _stop_with_parent() -> None:

@@ -7,6 +7,7 @@ its text (serve/journal.py). Bodies are parsed on the generating routes alone; s
 
 import asyncio
 import json
+import logging
 import re
 import time
 import urllib.parse
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, n_sequences, prepare, wants_usage
+from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
 from serve.config import ServeConfig, is_loopback
 from serve.journal import Journal
 from serve.keys import ADMIN, USER, Key, KeyRing
@@ -23,10 +24,16 @@ from serve.limits import Limits
 from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
+from serve.reply import Message, Reply, Send
+from serve.tally import CURRENT, Tally
+from serve.turns import Template
+
+log = logging.getLogger("vllm.counsel")
 
 ANYONE = "anyone"
 ROUTES = {
     ("GET", "/health"): ANYONE,
+    ("GET", "/ready"): ANYONE,
     ("GET", "/version"): USER,
     ("GET", "/v1/models"): USER,
     ("POST", CHAT): USER,
@@ -42,7 +49,6 @@ GENERATING = (CHAT, COMPLETIONS, RESPONSES)
 TARGET = "counsel_target"
 ANONYMOUS = Key(USER, "anonymous", "")
 
-_USAGE = re.compile(rb'"(?:prompt|input)_tokens":(\d+).*?"(?:completion|output)_tokens":(\d+)', re.DOTALL)
 _ONE_MODEL = re.compile(r"/v1/models/[A-Za-z0-9._@/-]{1,200}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -51,11 +57,9 @@ _NOT_PASSED_ON = (b"content-length", b"transfer-encoding", b"x-request-id", b"x-
                   b"x-data-parallel-rank", b"x-session-id")  # fmt: skip
 MAX_PATH = 256
 
-Message = MutableMapping[str, Any]
 Headers = dict[bytes, bytes]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
@@ -69,7 +73,10 @@ class Service:
     limits: Limits
     meters: Meters
     journal: Journal
-    fold_system: bool = False
+    template: Template
+    context_tokens: int
+    # Told to stop: first no balancer should choose it any more, then nothing new is taken.
+    leaving: bool = False
     draining: bool = False
 
 
@@ -82,13 +89,14 @@ class Visit:
     path: str
     key: Key = ANONYMOUS
     adapter: str = ""
-    status: int = 0
-    code: str = ""
     streamed: bool = False
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    ttft_s: float | None = None
+    tally: Tally = field(default_factory=Tally)
     started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token; None as long as there is none."""
+        return None if self.tally.first_s is None else self.tally.first_s - self.started_s
 
 
 class Gateway:
@@ -108,8 +116,9 @@ class Gateway:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        visit = Visit(request_id, scope["method"], scope["path"][:MAX_PATH])
-        send = _stamped(send, visit)
+        visit = Visit(request_id, scope["method"], _without_last_slash(scope["path"][:MAX_PATH]))
+        scope = {**scope, "path": visit.path, "raw_path": visit.path.encode()}
+        reply = Reply(send, [(b"x-request-id", request_id.encode())], visit.path == RESPONSES)
         try:
             if service.keys.open:
                 _refuse_foreign_name(headers)
@@ -117,20 +126,21 @@ class Gateway:
             visit.key = _key(service, role, headers)
             if role == ADMIN and visit.key.role != ADMIN:
                 raise Refusal(403, "this needs an admin key")
-            if service.draining:
-                raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
+            if visit.path == "/ready" and service.leaving:
+                raise Refusal(503, "the server is about to stop", retry_after_s=5)
             if visit.method == "POST" and visit.path in GENERATING:
-                await self._generate(service, visit, scope, receive, send)
+                await self._generate(service, visit, scope, receive, reply)
             else:
-                await self.app(scope, receive, send)
+                await self.app(_as_health(scope) if visit.path == "/ready" else scope, receive, reply.send)
         except Refusal as refusal:
-            visit.status, visit.code = refusal.status, refusal.code
             service.meters.refusals.labels(str(refusal.status), refusal.code).inc()
-            await _refuse(send, refusal, _permission(service, headers))
+            await reply.refuse(refusal, _permission(service, headers))
         finally:
-            _write_down(service, visit, scope.get(TARGET, ""))
+            _write_down(service, visit, reply, scope.get(TARGET, ""))
 
-    async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, reply: Reply) -> None:
+        if service.draining:
+            raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
         limits, caller = service.limits, visit.key.name
         # It counts from its first byte, as one until it is read: bodies take memory.
         arriving = limits.enter(caller, 1)
@@ -138,54 +148,85 @@ class Gateway:
             body = _parse(await _read(receive, service.config.max_body_kb << 10))
         finally:
             limits.leave(caller, 1, arriving)
-        weight = n_sequences(visit.path, body)
-        turn = limits.enter(caller, weight)
-        service.meters.in_flight.inc(weight)
+        n = weight(visit.path, body, service.config.max_completion_tokens, service.context_tokens)
+        turn = limits.enter(caller, n)
+        service.meters.in_flight.inc(n)
+        visit.streamed = body.get("stream") is True
+        signs = asyncio.create_task(_show_life(reply, service.config.comment_s if visit.streamed else 0))
         try:
             await _wait(turn, receive)
-            await self._answer(service, visit, body, scope, receive, send)
+            await self._answer(service, visit, body, scope, receive, reply)
         finally:
-            limits.leave(caller, weight, turn)
-            service.meters.in_flight.dec(weight)
-        service.meters.answered(
-            visit.adapter,
-            visit.status,
-            visit.prompt_tokens,
-            visit.completion_tokens,
-            visit.ttft_s,
-            time.monotonic() - visit.started_s,
-            visit.streamed,
-        )
+            signs.cancel()
+            limits.leave(caller, n, turn)
+            service.meters.in_flight.dec(n)
+            if visit.adapter:
+                service.meters.answered(visit.adapter, reply.status, visit.tally, visit.ttft_s, visit.streamed)
 
     async def _answer(
-        self, service: Service, visit: Visit, body: Body, scope: Scope, receive: Receive, send: Send
+        self, service: Service, visit: Visit, body: Body, scope: Scope, receive: Receive, reply: Reply
     ) -> None:
         plane = service.plane
         model = body.get("model")
         manifest = None
         if isinstance(model, str) and model not in ("", plane.base_name):
             manifest = await plane.resolve(model)
-        visit.adapter = manifest.id if manifest else plane.base_name
-        visit.streamed = bool(body.get("stream"))
         ready = prepare(
             visit.path,
             body,
             manifest,
             salt=visit.key.digest,
             max_completion_tokens=service.config.max_completion_tokens,
-            fold_system=service.fold_system,
+            template=service.template,
         )
         try:
             raw = json.dumps(ready, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise Refusal(400, "a text holds half a surrogate pair, which is no character") from error
         resident = await plane.acquire(manifest) if manifest else None
+        visit.adapter = manifest.id if manifest else plane.base_name
+        CURRENT.set(visit.tally)
         try:
             scope, receive = _with_body(scope, receive, raw, visit.request_id)
-            await self.app(scope, receive, _watched(send, visit, visit.streamed and not wants_usage(visit.path, body)))
+            await self.app(scope, receive, reply.send)
+        except Refusal:
+            raise
+        except Exception as error:  # vLLM's stream of response events lets through whatever went wrong
+            raise _as_refusal(error, visit.request_id) from error
         finally:
             if resident is not None:
                 plane.release(resident)
+
+
+async def _show_life(reply: Reply, every_s: float) -> None:
+    while every_s:
+        await asyncio.sleep(every_s)
+        if not await reply.comment():
+            return
+
+
+def _as_refusal(error: Exception, request_id: str) -> Refusal:
+    """What vLLM would answer for an exception of its own."""
+    from vllm.entrypoints.serve import create_error_response
+
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # So Starlette says that a stream had begun when its handler would have answered.
+        error = error.__cause__
+    said = create_error_response(error).error
+    if said.code < 500:
+        return Refusal(400, said.message, param=said.param)
+    # The message may quote the request: it is for nobody's log.
+    log.error("request %s failed: %s", request_id, type(error).__name__)
+    return Refusal(500, f"the server failed to answer: {type(error).__name__}")
+
+
+def _without_last_slash(path: str) -> str:
+    """The path as the routes have it: clients join a base URL that ends in a slash with one that starts with it."""
+    return re.sub("/{2,}", "/", path).rstrip("/") or "/"
+
+
+def _as_health(scope: Scope) -> Scope:
+    return {**scope, "path": "/health", "raw_path": b"/health"}
 
 
 def _role(service: Service, visit: Visit, headers: Headers) -> str:
@@ -302,39 +343,6 @@ def _with_body(scope: Scope, receive: Receive, body: bytes, request_id: str) -> 
     return {**scope, "headers": headers}, replay
 
 
-def _stamped(send: Send, visit: Visit) -> Send:
-    """Note the status, and add the request id to the response's headers."""
-
-    async def stamped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            visit.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", visit.request_id.encode())]
-        await send(message)
-
-    return stamped
-
-
-def _watched(send: Send, visit: Visit, hide_usage: bool) -> Send:
-    """Time the first byte and read the usage as the response passes; drop a usage chunk nobody asked for."""
-
-    async def watched(message: Message) -> None:
-        body = message.get("body", b"")
-        if body:
-            if visit.ttft_s is None:
-                visit.ttft_s = time.monotonic() - visit.started_s
-            # Inside a text the quotes would be escaped: this can only be the field.
-            at = body.rfind(b'"usage":{')
-            if at >= 0:
-                found = _USAGE.search(body, at, at + 600)
-                if found:
-                    visit.prompt_tokens, visit.completion_tokens = int(found[1]), int(found[2])
-                    if hide_usage and b'"choices":[]' in body:
-                        return
-        await send(message)
-
-    return watched
-
-
 def _permission(service: Service, headers: Headers) -> list[tuple[bytes, bytes]]:
     """What lets a browser's page read a refusal; vLLM's CORS middleware sees only what passed the gate."""
     origin = headers.get(b"origin", b"")
@@ -343,23 +351,15 @@ def _permission(service: Service, headers: Headers) -> list[tuple[bytes, bytes]]
     return []
 
 
-async def _refuse(send: Send, refusal: Refusal, permission: list[tuple[bytes, bytes]]) -> None:
-    body = refusal.body()
-    headers = [(name.encode(), value.encode()) for name, value in refusal.headers().items()] + permission
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _write_down(service: Service, visit: Visit, target: str) -> None:
-    if visit.path in ("/health", "/metrics") and visit.status == 200:
+def _write_down(service: Service, visit: Visit, reply: Reply, target: str) -> None:
+    if visit.path in ("/health", "/ready", "/metrics") and reply.status == 200:
         return
     row: dict[str, Any] = {
         "request_id": visit.request_id,
         "key": visit.key.name,
         "method": visit.method,
         "path": visit.path,
-        "status": visit.status,
+        "status": reply.status,
     }
     if ROUTES.get((visit.method, visit.path)) == ADMIN and visit.key is not ANONYMOUS:
         service.journal.audit(**row, target=target)
@@ -368,8 +368,8 @@ def _write_down(service: Service, visit: Visit, target: str) -> None:
         row |= {
             "adapter": visit.adapter,
             "streamed": visit.streamed,
-            "prompt_tokens": visit.prompt_tokens,
-            "completion_tokens": visit.completion_tokens,
+            "prompt_tokens": visit.tally.prompt_tokens,
+            "completion_tokens": visit.tally.completion_tokens,
             "ttft_s": visit.ttft_s and round(visit.ttft_s, 4),
         }
-    service.journal.request(**row, code=visit.code, duration_s=duration_s)
+    service.journal.request(**row, code=reply.code, duration_s=duration_s)

@@ -22,6 +22,8 @@ PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 CONTEXT_CAP_TOKENS = 4096
+# Largest head of an HTTP request.
+HEAD_BYTES = 64 << 10
 REQUEST_TOKENS = 1024
 BLOCK_TOKENS = 32
 FEW_CORES = 4
@@ -74,6 +76,11 @@ def plan(
     _shape(chosen, config, shape, running, machine)
     _compile(chosen, config, machine)
     chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
+    chosen.variable("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120", "idle connections outlive those in clients' pools")
+    # Its tool-call grammars are for another backend than the one below.
+    chosen.variable("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0", "a forced tool call is held to its JSON schema")
+    for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
+        chosen.variable(name, value, "the engine's processes talk to each other inside this machine only")
     chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
     if machine.device == "cpu":
         _threads(chosen, machine)
@@ -93,6 +100,9 @@ def gate_flags(config: ServeConfig) -> tuple[str, ...]:
         *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
         # A small model asked for JSON may write blanks for ever where the grammar lets it.
         *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
+        # Nothing is fetched for a caller, should a request to do so ever come through the gate.
+        *("--allowed-media-domains", "nothing.invalid"),
+        *("--h11-max-incomplete-event-size", str(HEAD_BYTES)),
         "--disable-fastapi-docs",
         "--disable-uvicorn-access-log",
     )

@@ -50,7 +50,9 @@ class Limits:
                 f"and {line.n_waiting} waiting of {self.queued_per_key}",
                 retry_after_s=1,
             )
-        if self.in_flight + n_sequences > self.total:
+        # A quarter is kept for keys that have nothing in, so that a few callers cannot shut out the others.
+        room = self.total if key not in self.lines else self.total - self.total // 4
+        if self.in_flight + n_sequences > room:
             raise Refusal(503, f"the server is full: {self.in_flight} answers running or waiting", retry_after_s=2)
         self.lines[key] = line
         self.in_flight += n_sequences

@@ -2,6 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from serve.tally import Tally
 from train.store import Manifest
 
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -16,9 +17,14 @@ class Meters:
         self.refusals = Counter("counsel_refusals", "requests turned away at the gate", ["status", "code"])
         self.prompt_tokens = Counter("counsel_prompt_tokens", "tokens read", ["adapter"])
         self.completion_tokens = Counter("counsel_completion_tokens", "tokens written", ["adapter"])
-        self.ttft_s = Histogram("counsel_ttft_seconds", "time to the first body byte", ["adapter"], buckets=_FIRST_S)
+        self.ttft_s = Histogram(
+            "counsel_ttft_seconds", "time to the first token, of streams", ["adapter"], buckets=_FIRST_S
+        )
         self.token_s = Histogram(
-            "counsel_time_per_output_token_seconds", "after the first, of streams", ["adapter"], buckets=_TOKEN_S
+            "counsel_time_per_output_token_seconds",
+            "after the first, of each answer of a stream",
+            ["adapter"],
+            buckets=_TOKEN_S,
         )
         self.in_flight = Gauge("counsel_sequences_in_flight", "sequences admitted and not finished")
         self.resident = Gauge("counsel_adapter_resident", "1 while an adapter is in the engine", ["adapter"])
@@ -46,23 +52,14 @@ class Meters:
         elif event in ("unload", "evict"):
             self.resident.remove(manifest.id)
 
-    def answered(
-        self,
-        adapter: str,
-        status: int,
-        prompt_tokens: int,
-        completion_tokens: int,
-        ttft_s: float | None,
-        duration_s: float,
-        streamed: bool,
-    ) -> None:
-        """Count one answered request; `ttft_s` is None when no byte was sent."""
+    def answered(self, adapter: str, status: int, tally: Tally, ttft_s: float | None, streamed: bool) -> None:
+        """Count one answered request and what the engine did for it, to the end or to where it was cut."""
         self.requests.labels(adapter, str(status)).inc()
-        if status != 200 or ttft_s is None:
+        self.prompt_tokens.labels(adapter).inc(tally.prompt_tokens)
+        self.completion_tokens.labels(adapter).inc(tally.completion_tokens)
+        if not streamed or ttft_s is None:
             return
-        self.prompt_tokens.labels(adapter).inc(prompt_tokens)
-        self.completion_tokens.labels(adapter).inc(completion_tokens)
-        if streamed:
-            self.ttft_s.labels(adapter).observe(ttft_s)
-            if completion_tokens > 1:
-                self.token_s.labels(adapter).observe((duration_s - ttft_s) / (completion_tokens - 1))
+        self.ttft_s.labels(adapter).observe(ttft_s)
+        for answer in tally.answers.values():
+            if answer.n_tokens > 1:
+                self.token_s.labels(adapter).observe((answer.last_s - answer.first_s) / (answer.n_tokens - 1))

@@ -14,11 +14,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import IO, Any
 
-from serve.adapters import VllmEngine, drops_system
+from serve.adapters import VllmEngine
 from serve.bodies import CHAT, COMPLETIONS, Body, prepare
 from serve.config import from_environment
 from serve.openai_errors import Refusal
 from serve.plane import Plane
+from serve.turns import Template, template_in
 from train.fingerprint import fingerprint
 
 LINGER_S = 10.0
@@ -79,11 +80,11 @@ async def _answer(desk: "Desk", asked: dict[str, Any], answers: IO[str], inbox: 
 class Desk:
     """Answers one request as a server does: vLLM's own handlers, behind the plane and the prompt conventions."""
 
-    def __init__(self, engine: Any, state: Any, plane: Plane, fold_system: bool) -> None:
+    def __init__(self, engine: Any, state: Any, plane: Plane, template: Template) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        self.engine, self.plane, self.fold_system = engine, plane, fold_system
+        self.engine, self.plane, self.template = engine, plane, template
         self.max_completion_tokens = from_environment().max_completion_tokens
         self.handlers: dict[str, tuple[Any, Any]] = {
             CHAT: (ChatCompletionRequest, state.openai_serving_chat.create_chat_completion),
@@ -108,7 +109,7 @@ class Desk:
             on_event=lambda event, manifest, seconds: None,
         )
         await plane.refresh(swap=False)
-        return cls(engine, state, plane, drops_system(Path(args.model)))
+        return cls(engine, state, plane, template_in(Path(args.model), args.chat_template))
 
     async def answer(self, path: str, body: Body) -> tuple[int, Body]:
         """Status and body of the reply; what a server would refuse, or vLLM would only ignore, is refused."""
@@ -133,7 +134,7 @@ class Desk:
         if isinstance(model, str) and model not in ("", self.plane.base_name):
             manifest = await self.plane.resolve(model)
         limit = self.max_completion_tokens
-        ready = prepare(path, body, manifest, max_completion_tokens=limit, fold_system=self.fold_system)
+        ready = prepare(path, body, manifest, max_completion_tokens=limit, template=self.template)
         request = schema.model_validate(ready)
         if manifest is None:
             return await create(request)

@@ -122,16 +122,20 @@ class Server:
         self.ready_s = time.monotonic() - started_s
         self._say(f"ready after {self.ready_s:.0f} s: {self.base_url}")
 
-    def stop(self) -> None:
-        """Let running requests end within `drain_s`, then end the child; kill what is left, at once if interrupted."""
+    def stop(self, leave: bool = False) -> None:
+        """Let running requests end within `drain_s`, then end the child; kill what is left, at once if interrupted.
+
+        leave: first say on `/ready` for `leave_s` that it is about to stop, and still take work.
+        """
         self._port.close()
         if self.process is None:
             return
         try:
             # The gate turns new requests away and, once the running ones have ended, sends itself SIGTERM.
-            self.process.send_signal(signal.SIGUSR1 if self.ready_s else signal.SIGTERM)
+            stopping = signal.SIGUSR1 if leave else signal.SIGUSR2
+            self.process.send_signal(stopping if self.ready_s else signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(self.config.drain_s + STOP_S)
+                self.process.wait(self.config.leave_s * leave + self.config.drain_s + STOP_S)
         finally:
             self.kill()
 

@@ -137,6 +137,7 @@ def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
         "host_adapters": 4,
         "max_rank": 16,
         "drain_s": 5.0,
+        "leave_s": 0.0,
         "compile": False,  # two tiny layers: compiling them takes longer than any test that asks them
     }
     return ServeConfig(**{**small, **changes})  # type: ignore[arg-type]
@@ -157,7 +158,7 @@ def server(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     adapters = {
         name: tiny_adapter(tiny_model.path, folder / name, seed=seed) for name, seed in (("gentle", 1), ("calm", 2))
     }
-    bounds = {"max_body_kb": 64, "max_completion_tokens": 256, "key_running": 64, "key_queued": 16, "queued": 96}
+    bounds = {"max_body_kb": 64, "max_completion_tokens": 256, "key_running": 64, "key_queued": 16, "queued": 128}
     asked = {"cors": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
     config = tiny_config(folder, tiny_model.path, keys=str(keys), **asked, **bounds)
     for name, source in adapters.items():

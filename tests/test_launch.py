@@ -84,7 +84,8 @@ def test_a_gpu_gets_vllms_defaults(base):
     made = plan(ServeConfig(), base, GPU, environ={})
     assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--max-num-seqs") is None
     assert "--enable-lora" in made.argv
-    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS"}
+    of_all = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"}
+    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", *of_all}
 
 
 def test_every_choice_can_be_overridden(base):

@@ -2,12 +2,13 @@
 
 import pytest
 
-from serve.adapters import drops_system
-from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, n_sequences, prepare, wants_usage
+from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
 from serve.openai_errors import Refusal
+from serve.turns import Template, template_in
 from tests.tiny import tiny_manifest, tiny_tokenizer
 from train.store import Manifest
 
+NO_SYSTEM = Template(system_first=False, system_later=False)
 USER_TURN = {"role": "user", "content": "hello"}
 
 
@@ -35,7 +36,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn():
     kind = tiny_manifest("kind", system="Be kind.")
 
     def asked(messages: list[dict[str, object]]) -> object:
-        body = ready(CHAT, {"messages": messages}, kind, fold_system=True)
+        body = ready(CHAT, {"messages": messages}, kind, template=NO_SYSTEM)
         return body["messages"]
 
     assert asked([USER_TURN]) == [{"role": "user", "content": "Be kind.\n\nhello"}]
@@ -62,17 +63,17 @@ def test_the_bases_own_template_says_whether_there_is_a_system_role(template, dr
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    assert drops_system(tmp_path) is drops
+    assert template_in(tmp_path).system_first is not drops
 
 
 def test_responses_are_folded_too_where_the_template_has_no_system_role():
     """Instructions, given or from the manifest, open the first user turn."""
     kind = tiny_manifest("kind", system="Be kind.")
     for given in ("hello", [USER_TURN], [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]):
-        body = ready(RESPONSES, {"input": given}, kind, fold_system=True)
+        body = ready(RESPONSES, {"input": given}, kind, template=NO_SYSTEM)
         assert body["input"] == [{"role": "user", "content": "Be kind.\n\nhello"}]
         assert "instructions" not in body
-    assert ready(RESPONSES, {"input": "hello"}, None, fold_system=True)["input"] == [USER_TURN]
+    assert ready(RESPONSES, {"input": "hello"}, None, template=NO_SYSTEM)["input"] == "hello"
 
 
 def test_callers_with_different_keys_never_share_cache_blocks():
@@ -115,16 +116,10 @@ def test_what_would_outlive_hold_up_or_send_out_the_server_is_refused(path, fiel
 def test_nothing_of_a_response_is_kept_for_later():
     """Whatever a caller says of storing; texts in parts pass."""
     turn = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-    assert ready(RESPONSES, {"input": [turn], "store": True}, None) == {"input": [turn], "store": False}
-
-
-def test_every_stream_reports_usage_to_us_whoever_asked():
-    """`include_usage` is always on in what vLLM gets; `wants_usage` remembers what the caller said."""
-    quiet = {"stream": True}
-    assert ready(CHAT, quiet, None)["stream_options"] == {"include_usage": True}
-    assert not wants_usage(CHAT, quiet)
-    assert wants_usage(CHAT, {"stream": True, "stream_options": {"include_usage": True}})
-    assert "stream_options" not in ready(RESPONSES, quiet, None)
+    assert ready(RESPONSES, {"input": [turn], "store": True}, None) == {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
+        "store": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -134,13 +129,13 @@ def test_every_stream_reports_usage_to_us_whoever_asked():
 )  # fmt: skip
 def test_a_request_counts_for_the_sequences_it_makes(body, n):
     """`n` times the number of prompts; a list of token ids is one prompt."""
-    assert n_sequences(COMPLETIONS, body) == n
+    assert weight(COMPLETIONS, body, 100, 1000) == n
 
 
-@pytest.mark.parametrize("value", ["64", 64.0, True, [64]])
+@pytest.mark.parametrize("value", ["64", 64.5, True, [64]])
 def test_a_bound_cannot_be_passed_by_spelling_a_number_otherwise(value):
-    """vLLM reads "64" and 64.0 as 64: what we would not count is refused."""
+    """vLLM reads "64" as 64: what we would not count is refused."""
     with pytest.raises(Refusal, match=r"n is .* whole number"):
-        n_sequences(CHAT, {"n": value})
+        weight(CHAT, {"n": value}, 100, 1000)
     with pytest.raises(Refusal, match=r"max_tokens is .* whole number"):
         ready(CHAT, {"max_tokens": value}, None)

