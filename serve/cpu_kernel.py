@@ -64,10 +64,14 @@ def library() -> ctypes.CDLL | None:
     if compiler is None:
         logger.warning("no g++ here (Debian: apt install g++): LoRA runs on torch operators, correct but slower")
         return None
-    target = cache_dir() / "kernels" / f"cpu_lora-{_identity(compiler)}.so"
-    if not target.is_file() and not _compile(compiler, target):
+    try:
+        loaded = ctypes.CDLL(str(_kept(compiler) or _compile(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        # No compiler that works, no folder to write to, or one from which nothing may be run.
+        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        reason = said[-1] if said else error
+        logger.warning("cannot compile %s (%s): LoRA runs on torch operators, correct but slower", SOURCE, reason)
         return None
-    loaded = ctypes.CDLL(str(target))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     for name in ("lora_bfloat16", "lora_float32"):
         function = getattr(loaded, name)
@@ -82,18 +86,34 @@ def along_k() -> int:
     return ctypes.c_int64.in_dll(loaded, "bfloat16_along_k").value if loaded else 1
 
 
-def _compile(compiler: str, target: Path) -> bool:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
+def _folder() -> Path:
+    return cache_dir() / "kernels"
+
+
+def _kept(compiler: str) -> Path | None:
+    """The library compiled before, if it is whole; what is not is removed. Its name ends with its own hash."""
+    for found in sorted(_folder().glob(f"cpu_lora-{_identity(compiler)}-*.so")):
+        # One cut short by a full disk or a lost power supply may load, and end the process when it is run.
+        if found.stem.endswith(_digest(found.read_bytes())):
+            return found
+        found.unlink(missing_ok=True)
+    return None
+
+
+def _compile(compiler: str) -> Path:
+    _folder().mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=_folder(), suffix=".partial")
     os.close(handle)
-    done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True)
-    if done.returncode != 0:
-        Path(temporary).unlink()
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        logger.warning("cannot compile %s (%s): LoRA runs on torch operators, correct but slower", SOURCE, reason)
-        return False
-    Path(temporary).replace(target)
-    return True
+    made = Path(temporary)
+    try:
+        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, check=True)
+        return made.replace(_folder() / f"cpu_lora-{_identity(compiler)}-{_digest(made.read_bytes())}.so")
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _identity(compiler: str) -> str:
@@ -102,4 +122,4 @@ def _identity(compiler: str) -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     text = "\n".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, processor])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest(text.encode())

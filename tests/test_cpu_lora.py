@@ -1,5 +1,7 @@
 """The CPU LoRA arithmetic against plain float32, for any mix of ranks, adapters, base rows and slices."""
 
+import shutil
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -10,6 +12,7 @@ from hypothesis import strategies as st  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
+from serve import cpu_kernel  # noqa: E402
 from serve.cpu_lora import GroupedPunicaWrapper  # noqa: E402
 
 MAX_RANK = 64
@@ -174,3 +177,87 @@ def test_embedding_and_sharded_paths_leave_base_rows_alone():
     y = torch.zeros(4, 50)
     wrapper.add_lora_embedding(y, h, adapters.b[0], add_input=True)
     torch.testing.assert_close(y, expected)
+
+
+@pytest.fixture
+def kernels(tmp_path, monkeypatch):
+    """The folder of compiled kernels, empty; what this process has loaded is forgotten, and found again afterwards."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    monkeypatch.setattr(cpu_kernel, "cache_dir", lambda: tmp_path)
+    # It is loaded here, not run: as good, and compiled in a fraction of the time.
+    monkeypatch.setattr(cpu_kernel, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu_kernel.FLAGS))
+    cpu_kernel.library.cache_clear()
+    yield tmp_path / "kernels"
+    cpu_kernel.library.cache_clear()
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, -1000], ids=["empty", "header", "tail"])
+def test_a_kept_kernel_that_is_not_whole_is_compiled_again(kernels, n_bytes):
+    """A file cut short anywhere is never loaded: it is replaced, and the same file is taken from then on."""
+    assert cpu_kernel.library() is not None
+    (kept,) = kernels.iterdir()
+    whole = kept.read_bytes()
+    # The library stays mapped in this process: a new file takes the name.
+    kept.unlink()
+    kept.write_bytes(whole[:n_bytes])
+    cpu_kernel.library.cache_clear()
+    assert cpu_kernel.library() is not None
+    (again,) = kernels.iterdir()
+    assert again.read_bytes()[-1000:] == whole[-1000:]
+
+
+def test_a_whole_kept_kernel_is_not_compiled_again(kernels, monkeypatch):
+    """The second start compiles nothing."""
+    assert cpu_kernel.library() is not None
+    cpu_kernel.library.cache_clear()
+    monkeypatch.setattr(cpu_kernel, "_compile", lambda _compiler: pytest.fail("compiled"))
+    assert cpu_kernel.library() is not None
+
+
+def test_where_no_kernel_can_be_had_one_line_says_so(kernels, monkeypatch, caplog):
+    """A failing compiler, a library that cannot be loaded, a cache that is a file: torch's operators, one warning."""
+    broken = kernels.parent / "g++"
+    broken.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    made = cpu_kernel._compile("g++")
+    for change in (
+        {"which": lambda _name: str(broken)},
+        {"_kept": lambda _compiler: kernels.parent / "absent.so"},
+        {"cache_dir": lambda: made},
+    ):
+        cpu_kernel.library.cache_clear()
+        caplog.clear()
+        with monkeypatch.context() as changed, caplog.at_level("WARNING", logger="vllm.counsel"):
+            for name, value in change.items():
+                changed.setattr(cpu_kernel.shutil if name == "which" else cpu_kernel, name, value)
+            assert cpu_kernel.library() is None
+        assert [record.getMessage().count("correct but slower") for record in caplog.records] == [1]
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_no_row_and_no_adapter_reaches_another(kernel, dtype, poison):
+    """Rows of NaN or Inf, and an adapter that overflows, leave every other row what it is without them, bit for bit."""
+    slots = [0, 1, -1, 0, 1, 2, 2, -1, 0, 1] * 3
+    adapters = Adapters([5, 17, 8], 63, (40, 15), dtype)
+    x, y = torch.randn(len(slots), 63).to(dtype), torch.randn(len(slots), 55).to(dtype)
+    wrapper = wrapper_for(slots, 3)
+    if not kernel:
+        wrapper.kernels = {}
+    clean = y.clone()
+    wrapper.add_lora_linear(clean, x, adapters.a, adapters.b, 1.0, (40, 15))
+    spoiled = torch.tensor([slot == 1 or row in (0, 7) for row, slot in enumerate(slots)])
+    for weights in (*adapters.a, *adapters.b):
+        weights[1] = weights[1].masked_fill(weights[1] != 0, poison)
+    x[0], x[7], y[0] = poison, poison, poison
+    found = y.clone()
+    again = wrapper_for(slots, 3)
+    if not kernel:
+        again.kernels = {}
+    for _ in range(2):  # the second time with what the first left in the kernel's own buffers
+        found = y.clone()
+        again.add_lora_linear(found, x, adapters.a, adapters.b, 1.0, (40, 15))
+    assert torch.equal(found[~spoiled], clean[~spoiled])
+    assert not found[spoiled & (torch.tensor(slots) == 1)].isfinite().all()
