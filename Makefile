@@ -3,7 +3,7 @@ BIN := .venv/bin
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-step bench-loadtest bench-eval
+.PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hour
 
 bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours
 	@$(BIN)/python -m serve.bench_step
+
+bench-turns: setup  ## how long an adapter waits for a slot that busy ones hold, and what its turn costs them (10 minutes)
+	@$(BIN)/python -m serve.bench_turns
 
 bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)
 	@$(BIN)/python -m tests.bench_loadtest

@@ -31,9 +31,12 @@ class ServeConfig:
     slots: int = option(8, "adapters that one batch may mix (they stay resident; the least recently used gives way)")
     host_adapters: int = option(64, "adapters kept in host memory, ready to enter a slot")
     max_rank: int = option(64, f"largest adapter rank served, one of {', '.join(map(str, RANKS))}; lower is faster")
+    adapter_wait_s: float = option(
+        2.0, "longest wait in seconds of an adapter for a slot that others hold; they take turns"
+    )
     context_tokens: int | None = option(None, "longest prompt + answer in tokens (default: the model's, at most 4096)")
     running: int | None = option(None, "requests decoded together (default: by the machine)")
-    dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)}")
+    dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)} (auto: on a CPU what is fast there)")
     compile: bool = option(True, "compile the model: faster answers, half a minute at a model's first start")
     kv_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
     vllm_args: str = option("", "further vLLM flags, which win over the launch plan, such as '--block-size 64'")
@@ -62,6 +65,8 @@ class ServeConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.port > 65535:
             raise UserError(f"port is {self.port}; it must be at most 65535")
+        if not self.adapter_wait_s > 0:
+            raise UserError(f"adapter_wait_s is {self.adapter_wait_s}; it must be above 0")
         if self.max_rank not in RANKS:
             raise UserError(f"max_rank is {self.max_rank}; vLLM allows {', '.join(map(str, RANKS))}")
         if self.dtype not in DTYPES:

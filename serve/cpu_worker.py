@@ -10,7 +10,10 @@ from typing import Any
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
+
+from serve.cpu_runner import CounselCpuModelRunner
 
 
 class HostFirstLoRAManager(LRUCacheWorkerLoRAManager):
@@ -32,7 +35,13 @@ class HostFirstLoRAManager(LRUCacheWorkerLoRAManager):
 
 
 class CounselCpuWorker(CPUWorker):
-    """vLLM's CPU worker with that manager."""
+    """vLLM's CPU worker with that manager, and with serve/cpu_runner.py's runner."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        # vLLM's worker names its runner's class and asks nobody. Ours adds no state that its making would set.
+        if type(self.model_runner) is CPUModelRunner:
+            self.model_runner.__class__ = CounselCpuModelRunner
 
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)

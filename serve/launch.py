@@ -11,22 +11,26 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve.config import ServeConfig
 from serve.machine import Machine
-from train.catalog import Base
+from train.catalog import Base, weight_files
 from train.files import read_json
 
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
+# The key in vLLM's --additional-config under which serve/scheduler.py finds it.
+WAIT = "adapter_wait_s"
+SCHEDULER = "serve.scheduler.make_scheduler"
 CONTEXT_CAP_TOKENS = 4096
 # Largest head of an HTTP request.
 HEAD_BYTES = 64 << 10
 REQUEST_TOKENS = 1024
 BLOCK_TOKENS = 32
 FEW_CORES = 4
+WEIGHTS_SHARE = 0.6
 GIB = 1 << 30
 
 
@@ -73,8 +77,13 @@ def plan(
     described = read_json(Path(base.path) / "config.json")
     shape = described.get("text_config", described)
     running = config.running or min(256, 32 * len(machine.cpus))
-    _shape(chosen, config, shape, running, machine)
+    dtype = _dtype(chosen, config, base, described, machine)
+    _shape(chosen, config, shape, running, machine, itemsize=4 if dtype == "float32" else 2)
     _compile(chosen, config, machine)
+    if machine.device == "cuda":
+        # On a CPU the platform names it, which also stands for vLLM's own in whatever else starts an engine.
+        chosen.flag("--scheduler-cls", SCHEDULER, why="adapters take turns in the slots")
+        chosen.variable("VLLM_COMPUTE_NANS_IN_LOGITS", "1", "a request whose scores overflow ends with an error")
     chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
     chosen.variable("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120", "idle connections outlive those in clients' pools")
     # Its tool-call grammars are for another backend than the one below.
@@ -141,17 +150,35 @@ def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int], targets: 
     else:
         why = "max_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
     chosen.flag("--max-lora-rank", str(config.max_rank), why=why)
+    wait = json.dumps({WAIT: config.adapter_wait_s})
+    chosen.flag("--additional-config", wait, why="how long an adapter may wait for a slot before others give way")
     if targets:
         why = "all linear layers of this base; leaving the vocabulary out saves a pass over it for every token"
         chosen.flag("--lora-target-modules", *targets, why=why)
 
 
-def _shape(chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Machine) -> None:
+def _dtype(chosen: _Choices, config: ServeConfig, base: Base, described: Mapping[str, Any], machine: Machine) -> str:
+    dtype, why = config.dtype, "dtype" if config.dtype != "auto" else "the model's"
+    # A quantized base's own kernels decide what they take.
+    if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in described:
+        dtype, why = machine.processor.dtype, machine.processor.why
+        # Published weights hold 2 bytes a number, but for the few that say otherwise.
+        stored = described.get("dtype", described.get("torch_dtype"))
+        weights = sum(file.stat().st_size for file in weight_files(base.path)) * (1 if stored == "float32" else 2)
+        if dtype == "float32" and weights > machine.memory_bytes * WEIGHTS_SHARE:
+            dtype = "bfloat16"
+            why = f"slow here, but float32 would fill {weights / GIB:.0f} of {machine.memory_bytes / GIB:.0f} GiB"
+    chosen.flag("--dtype", dtype, why=why)
+    return dtype
+
+
+def _shape(
+    chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Machine, itemsize: int
+) -> None:
     """Context, running requests, batched tokens, key-value memory."""
     context = config.context_tokens or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
     why = "context_tokens" if config.context_tokens else f"the model's, at most {CONTEXT_CAP_TOKENS}"
     chosen.flag("--max-model-len", str(context), why=why)
-    chosen.flag("--dtype", config.dtype)
     if machine.device != "cpu":
         if config.running:
             chosen.flag("--max-num-seqs", str(config.running), why="running")
@@ -170,15 +197,15 @@ def _shape(chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], runn
     chosen.flag("--max-num-batched-tokens", str(max(running, min(2048, 256 * cores))), why=why)
     why = "prefixes are shared in whole blocks; vLLM's 128 would miss most system prompts"
     chosen.flag("--block-size", str(BLOCK_TOKENS), why=why)
-    kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine)
+    kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine, itemsize)
     why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
     chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
 
 
-def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine) -> int:
+def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine, itemsize: int) -> int:
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
-    token_bytes = 2 * 2 * shape["num_hidden_layers"] * heads * head_size
+    token_bytes = 2 * itemsize * shape["num_hidden_layers"] * heads * head_size
     # One request of full length must fit, whatever else. More costs time too: a server touches all of it to start.
     wanted = token_bytes * max(context_tokens, running * REQUEST_TOKENS)
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)

@@ -8,7 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-CPUINFO = Path("/proc/cpuinfo")
+from train.processor import Processor, processor
+
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
 
@@ -18,13 +19,13 @@ class Machine:
     """What a launch is chosen from.
 
     cpus: the logical CPUs this process may use. memory_bytes: what it may use in all (RAM, or a container's limit).
-    bf16: the processor multiplies bfloat16 itself. openmp, tcmalloc: library files, None where absent.
+    openmp, tcmalloc: library files, None where absent.
     """
 
     device: str
     cpus: tuple[int, ...]
     memory_bytes: int
-    bf16: bool = False
+    processor: Processor
     compiler: str | None = None
     openmp: Path | None = None
     tcmalloc: Path | None = None
@@ -32,12 +33,11 @@ class Machine:
 
 def look() -> Machine:
     """Look at this machine; takes milliseconds, starts nothing but `nvidia-smi -L` where there is one."""
-    flags = _text(CPUINFO)
     return Machine(
         device="cuda" if _cuda() else "cpu",
         cpus=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(_count())),
         memory_bytes=_memory_bytes(),
-        bf16="avx512_bf16" in flags or "amx_bf16" in flags,
+        processor=processor(),
         compiler=shutil.which("g++") or shutil.which("clang++"),
         openmp=_first(Path(sys.prefix) / "lib", "libiomp5.so"),
         tcmalloc=_tcmalloc(),

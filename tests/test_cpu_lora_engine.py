@@ -146,23 +146,48 @@ def test_adapters_in_use_keep_their_slots(engine, model):
         assert list(output.outputs[0].token_ids) == greedy_ids(base, paths[pick], asked(question), N_TOKENS)
 
 
-def test_adapters_enter_one_a_step(engine, model):
-    """Of two adapters without a slot that are asked for together, one begins a step later; the base waits for none."""
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
+def spoil(worker):
+    """Write NaN over all key-value memory: the worst that can be left there by requests that ended. In the engine."""
+    for cache in worker.model_runner.kv_caches:
+        cache.fill_(float("nan"))
 
-    _, paths = model
-    prompt, sampling = {"prompt_token_ids": [*range(5, 25)]}, SamplingParams(max_tokens=2, ignore_eos=True)
-    for turn in range(6):
-        for pick in (0, 1):
-            adapter = LoRARequest(f"new{turn}-{pick}", 10 + 2 * turn + pick, str(paths[pick]))
-            engine.llm_engine.add_request(f"{turn}-{pick}", prompt, sampling, lora_request=adapter)
-        engine.llm_engine.add_request(f"{turn}-base", prompt, sampling)
-        first_steps, step = {}, 0
-        while engine.llm_engine.has_unfinished_requests():
-            step += 1
-            for output in engine.llm_engine.step():
-                first_steps.setdefault(output.request_id, step)
-        adapters = sorted(first_steps[f"{turn}-{pick}"] for pick in (0, 1))
-        assert adapters[0] < adapters[1]
-        assert first_steps[f"{turn}-base"] <= adapters[1]
+
+def test_what_is_left_in_memory_reaches_no_answer(engine, model):
+    """With NaN in every block that no request holds, each answer is still PEFT's, prompt rows too."""
+    picks = [(question, pick) for question in QUESTIONS for pick in (None, 0, 1)]
+    clean = said(engine, model, picks[:4], prompt_logprobs=3)
+    engine.collective_rpc(spoil)
+    for one, other in zip(clean, said(engine, model, picks[:4], prompt_logprobs=3), strict=True):
+        assert_same(values(one.prompt_logprobs), values(other.prompt_logprobs))
+    engine.collective_rpc(spoil)
+    assert_answers_are_pefts(engine, model)
+
+
+@pytest.fixture(scope="module")
+def huge(model, tmp_path_factory):
+    """An adapter whose weights are finite, and whose products are not."""
+    from safetensors.torch import load_file, save_file
+
+    base, _ = model
+    folder = tiny_adapter(base, tmp_path_factory.mktemp("huge") / "huge", seed=7, rank=8)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    for name, values_ in weights.items():
+        if "lora_B" in name:
+            weights[name] = values_.float().fill_(3e38)
+    save_file(weights, file)
+    return folder
+
+
+def test_a_request_that_overflows_ends_alone_with_an_error(engine, model, huge):
+    """Beside it, and after it in the memory that it leaves, the base and a good adapter answer as ever."""
+    base, paths = model
+    crowd = [(question, pick) for question in QUESTIONS for pick in (None, 0, 3)]
+    outputs = said(engine, (base, [*paths, huge]), crowd)
+    for (question, pick), output in zip(crowd, outputs, strict=True):
+        if pick == 3:
+            assert (output.outputs[0].finish_reason, list(output.outputs[0].token_ids)) == ("error", [])
+        else:
+            expected = greedy_ids(base, None if pick is None else paths[pick], asked(question), N_TOKENS)
+            assert list(output.outputs[0].token_ids) == expected, (question, pick)
+    assert_answers_are_pefts(engine, model)

@@ -10,12 +10,16 @@ from serve import platform
 from serve.config import ServeConfig
 from serve.launch import PLUGINS, plan
 from serve.machine import Machine, look
+from train import hardware
 from train.catalog import Base
+from train.processor import Processor, described
+from train.recipe import Recipe
 
 GIB = 1 << 30
-SMALL = Machine("cpu", (0, 1), 24 * GIB, bf16=True, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
-LARGE = Machine("cpu", tuple(range(32)), 256 * GIB, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
-GPU = Machine("cuda", tuple(range(16)), 128 * GIB)
+NEW = Processor("AMD EPYC", "AVX512-BF16", bf16=True)
+SMALL = Machine("cpu", (0, 1), 24 * GIB, NEW, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
+LARGE = Machine("cpu", tuple(range(32)), 256 * GIB, NEW, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
+GPU = Machine("cuda", tuple(range(16)), 128 * GIB, NEW)
 
 
 @pytest.fixture
@@ -80,12 +84,80 @@ def test_without_a_compiler_the_model_stays_eager(base):
 
 
 def test_a_gpu_gets_vllms_defaults(base):
-    """On CUDA only LoRA is asked for: no CPU flag, no preload."""
+    """On CUDA only LoRA is asked for, with our scheduler: no CPU flag, no preload."""
     made = plan(ServeConfig(), base, GPU, environ={})
     assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--max-num-seqs") is None
     assert "--enable-lora" in made.argv
+    assert flag(made, "--scheduler-cls") == "serve.scheduler.make_scheduler"
+    assert flag(made, "--dtype") == "auto"
     of_all = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"}
-    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", *of_all}
+    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_COMPUTE_NANS_IN_LOGITS", *of_all}
+
+
+# The first core of each, cut to what tells them apart.
+HASWELL = "processor\t: 0\nmodel name\t: Intel(R) Core(TM) i7-4770\nflags\t\t: fpu sse2 avx f16c avx2 fma\n"
+SKYLAKE = "model name\t: Intel(R) Xeon(R) Gold 6148\nflags\t\t: fpu avx avx2 avx512f avx512bw avx512vl\n"
+ZEN4 = "model name\t: AMD EPYC 9R14\nflags\t\t: fpu avx avx2 avx512f avx512_vnni avx512_bf16\n"
+SAPPHIRE = "model name\t: Intel(R) Xeon(R) 8488C\nflags\t\t: avx2 avx512f avx512_bf16 amx_bf16 amx_tile amx_int8\n"
+NEOVERSE_N1 = "processor\t: 0\nFeatures\t: fp asimd evtstrm aes fphp asimdhp asimddp\nCPU part\t: 0xd0c\n"
+NEOVERSE_V1 = "processor\t: 0\nFeatures\t: fp asimd sve asimdfhm svebf16 i8mm bf16\nCPU part\t: 0xd40\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype", "said"),
+    [
+        (HASWELL, "float32", "i7-4770 (AVX2) has no bfloat16"),
+        (SKYLAKE, "float32", "6148 (AVX-512 without BF16) has no bfloat16"),
+        (ZEN4, "bfloat16", "AMD EPYC 9R14 (AVX512-BF16) multiplies bfloat16"),
+        (SAPPHIRE, "bfloat16", "8488C (AMX) multiplies bfloat16"),
+        (NEOVERSE_N1, "float32", "(Arm without BF16) has no bfloat16"),
+        (NEOVERSE_V1, "bfloat16", "(SVE with BF16) multiplies bfloat16"),
+        ("", "float32", "has no bfloat16"),
+    ],
+    ids=["avx2", "avx512", "avx512_bf16", "amx", "arm", "arm_bf16", "unknown"],
+)
+def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monkeypatch, cpuinfo, dtype, said):
+    """bfloat16 where hardware multiplies it, else float32, with the reason; training on that machine does alike."""
+    here = described(cpuinfo)
+    made = plan(ServeConfig(), base, replace(SMALL, processor=here), environ={})
+    assert flag(made, "--dtype") == dtype
+    (reason,) = (line for line in made.explain().splitlines() if "--dtype" in line)
+    assert said in reason
+    # 64 requests x 1024 tokens x 30 layers x 3 heads x 64 values x key and value
+    assert flag(made, "--kv-cache-memory-bytes") == str(64 * 1024 * 30 * 3 * 64 * 2 * (4 if dtype == "float32" else 2))
+
+    pytest.importorskip("torch")
+    monkeypatch.setattr(hardware, "processor", lambda: here)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    trains = hardware.machine()
+    assert hardware.plan(Recipe(), trains).dtype == dtype
+    assert str(here) in trains.name
+
+
+def test_what_is_asked_for_is_kept_and_a_quantized_base_keeps_its_own(base):
+    """--dtype wins over the processor, and kernels of a quantized base choose for themselves."""
+    old = replace(SMALL, processor=described(HASWELL))
+    assert flag(plan(ServeConfig(dtype="bfloat16"), base, old, environ={}), "--dtype") == "bfloat16"
+    config = base.path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "awq"}}))
+    assert flag(plan(ServeConfig(), base, old, environ={}), "--dtype") == "auto"
+
+
+def test_a_base_too_large_for_float32_stays_in_bfloat16(base):
+    """10 GiB of weights would be 20 GiB of a machine's 24: slow is better than not at all, and said."""
+    with (base.path / "model.safetensors").open("wb") as file:
+        file.truncate(10 * GIB)
+    old = replace(SMALL, processor=described(HASWELL))
+    made = plan(ServeConfig(), base, old, environ={})
+    assert flag(made, "--dtype") == "bfloat16"
+    assert "float32 would fill 20 of 24 GiB" in made.explain()
+
+
+def test_how_long_an_adapter_may_wait_reaches_the_scheduler(base):
+    """--adapter-wait-s stands where serve/scheduler.py reads it, on a CPU and a GPU."""
+    for machine in (SMALL, GPU):
+        made = plan(ServeConfig(adapter_wait_s=0.5), base, machine, environ={})
+        assert json.loads(flag(made, "--additional-config")) == {"adapter_wait_s": 0.5}
 
 
 def test_every_choice_can_be_overridden(base):

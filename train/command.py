@@ -179,7 +179,7 @@ def _with_dashed_values(words: Sequence[str], config: type) -> list[str]:
     joined: list[str] = []
     for word in words:
         last = flags.get(joined[-1]) if joined else None
-        ours = word.partition("=")[0] in (*flags, "--config", "--help", "-h") or word.startswith("--no-")
+        ours = word.partition("=")[0] in (*flags, "--config", "--json", "--help", "-h") or word.startswith("--no-")
         if last is not None and hints[last] is str and word.startswith("-") and not ours:
             joined[-1] += f"={word}"
         else:

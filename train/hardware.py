@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from train.errors import UserError
+from train.processor import processor
 from train.recipe import Recipe
 
 
@@ -47,7 +48,6 @@ class Plan:
 def machine() -> Machine:
     """This machine, as torch sees it."""
     import os
-    import platform
 
     import torch
 
@@ -58,9 +58,9 @@ def machine() -> Machine:
         bf16 = torch.cuda.is_bf16_supported()
         return Machine("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # Without these instructions a bf16 matrix product is emulated, and slower than fp32.
-    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Machine("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads", bf16, memory, processes, sharded)
+    # As a server chooses, so that an adapter is trained in what it is served in.
+    here = processor()
+    return Machine("cpu", f"{here}, {torch.get_num_threads()} threads", here.bf16, memory, processes, sharded)
 
 
 def plan(recipe: Recipe, here: Machine) -> Plan:

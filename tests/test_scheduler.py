@@ -1,0 +1,264 @@
+"""Whose turn it is in the adapters' slots: vLLM's real scheduler under ours, by a clock that the test sets."""
+
+import os
+from itertools import count
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from serve.launch import WAIT
+from serve.scheduler import AsyncTurnsScheduler, CleanBlocksScheduler, TurnsScheduler, make_scheduler
+from tests.tiny import tiny_base
+
+BLOCK = 32
+STEP_S = 0.1
+WAIT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny_base(tmp_path_factory.mktemp("scheduler") / "base", kind="llama")
+
+
+@pytest.fixture
+def engine_of(base, monkeypatch):
+    """An engine without a model: what is asked goes through a real scheduler, and every step gives each a token."""
+    # vLLM prepares its CPU processes by way of this process's environment.
+    monkeypatch.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
+
+    def make(cls, slots=2, running=16, blocks=400, **options):
+        import torch
+
+        config = EngineArgs(
+            str(base), enable_lora=True, max_loras=slots, max_cpu_loras=32, max_num_seqs=running, block_size=BLOCK,
+            max_model_len=512, enforce_eager=True, additional_config={WAIT: WAIT_S}, dtype="float32", **options,
+        ).create_engine_config()  # fmt: skip
+        config.cache_config.num_gpu_blocks = blocks
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        return Engine(cls, config, KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]))
+
+    return make
+
+
+class Engine:
+    """Steps of STEP_S on a clock of its own; `first_s` holds when each request got its first token."""
+
+    def __init__(self, cls, config, kv_cache_config):
+        self.now_s, self.numbers = 0.0, count()
+        self.first_s, self.told, self.asked_s, self.ended, self.stepped = {}, {}, {}, {}, {}
+        self.scheduler = cls(
+            vllm_config=config, kv_cache_config=kv_cache_config, block_size=BLOCK, hash_block_size=BLOCK,
+            log_stats=False, structured_output_manager=StructuredOutputManager(config),
+        )  # fmt: skip
+        self.scheduler.clock = lambda: self.now_s
+        init_none_hash(hash)
+        self.hasher = get_request_block_hasher(BLOCK, lambda value: repr(value).encode())
+
+    def ask(self, adapter=None, tokens=20, prompt=8):
+        """Ask the base, or the adapter of that number, for so many tokens."""
+        name = f"{adapter}-{next(self.numbers)}"
+        lora = LoRARequest(f"a{adapter}", adapter, "/nowhere") if adapter else None
+        request = Request(
+            name, [*range(5, 5 + prompt)], SamplingParams(max_tokens=tokens, ignore_eos=True), None, lora_request=lora,
+            block_hasher=self.hasher,
+        )  # fmt: skip
+        self.asked_s[name] = self.now_s
+        self.scheduler.add_request(request)
+        return name
+
+    def step(self, not_finite=()):
+        """One step; the names of the requests in it."""
+        planned = self.scheduler.schedule()
+        names = list(planned.num_scheduled_tokens)
+        self.now_s += STEP_S
+        done = [
+            name for name in names
+            if self.scheduler.requests[name].num_computed_tokens >= self.scheduler.requests[name].num_tokens
+        ]  # fmt: skip
+        given = [[7] if name in done else [] for name in names]
+        output = ModelRunnerOutput(
+            names, {name: i for i, name in enumerate(names)}, given,
+            num_nans_in_logits={name: int(name in not_finite) for name in names},
+        )  # fmt: skip
+        for outputs in self.scheduler.update_from_output(planned, output).values():
+            for told in outputs.outputs:
+                if told.new_token_ids:
+                    self.first_s.setdefault(told.request_id, self.now_s)
+                    self.told[told.request_id] = self.told.get(told.request_id, 0) + len(told.new_token_ids)
+                if told.finish_reason is not None:
+                    self.ended[told.request_id] = str(told.finish_reason)
+        return names
+
+    def wait_s(self, name):
+        return self.first_s[name] - self.asked_s[name]
+
+
+def adapters_in(names):
+    return {name.split("-")[0] for name in names} - {"None"}
+
+
+def busy(engine, adapters, streams, tokens=20):
+    """A step of a closed loop: each adapter has so many requests at any time."""
+    for adapter in adapters:
+        live = [name for name in engine.scheduler.requests if name.startswith(f"{adapter}-")]
+        for _ in range(streams - len(live)):
+            engine.ask(adapter, tokens)
+    return engine.step()
+
+
+@pytest.mark.parametrize("cls", [TurnsScheduler, CleanBlocksScheduler])
+def test_beside_busy_adapters_another_gets_its_turn(engine_of, cls):
+    """Two adapters whose answers never cease hold two slots; a third's request begins within the wait, every time."""
+    engine = engine_of(cls)
+    for _ in range(30):
+        busy(engine, (1, 2), streams=4)
+    for _ in range(5):
+        cold = engine.ask(3, tokens=4)
+        while cold in engine.scheduler.requests:
+            names = busy(engine, (1, 2), streams=4)
+            assert len(adapters_in(names)) <= 2
+        assert engine.wait_s(cold) <= WAIT_S
+    # What stood still went on: nobody lost an answer.
+    assert set(engine.ended.values()) == {"length"}
+
+
+def test_without_a_bound_it_would_wait_for_ever(engine_of):
+    """vLLM's own rule, which a bound beyond reach leaves in force: the same load, and no turn in 60 s."""
+    engine = engine_of(TurnsScheduler)
+    engine.scheduler.due_s = 1e9
+    for _ in range(30):
+        busy(engine, (1, 2), streams=4)
+    cold = engine.ask(3)
+    for _ in range(600):
+        busy(engine, (1, 2), streams=4)
+    assert cold not in engine.first_s
+
+
+def test_long_answers_stand_still_and_end_whole(engine_of):
+    """Three adapters with one long answer each share two slots; each goes on within the wait, and none twice."""
+    engine = engine_of(TurnsScheduler)
+    names = [engine.ask(adapter, tokens=200) for adapter in (1, 2, 3)]
+    last_s = dict.fromkeys(names, 0.0)
+    while engine.scheduler.requests:
+        stepped = engine.step()
+        assert len(stepped) <= 2
+        for name in stepped:
+            assert engine.now_s - last_s[name] <= WAIT_S
+            last_s[name] = engine.now_s
+    assert {engine.told[name] for name in names} == {200}
+    # 3 x 200 tokens, two at a time: no step was idle, but for the one in which the last is alone.
+    assert engine.now_s <= (3 * 200 / 2 + 2 * WAIT_S / STEP_S) * STEP_S
+
+
+def test_with_more_adapters_than_slots_all_take_turns(engine_of):
+    """Ten adapters, each with requests at all times, over two slots: all are answered alike, within their round."""
+    engine = engine_of(TurnsScheduler, running=32)
+    for _ in range(600):
+        busy(engine, range(1, 11), streams=2)
+    told = dict.fromkeys(map(str, range(1, 11)), 0)
+    for name, tokens in engine.told.items():
+        told[name.split("-")[0]] += tokens
+    assert min(told.values()) > 0.5 * max(told.values())
+
+
+def test_the_base_never_waits_for_a_slot(engine_of):
+    """While adapters wait for turns, a request for the base begins in the next step."""
+    engine = engine_of(TurnsScheduler)
+    for _ in range(30):
+        busy(engine, (1, 2, 3), streams=4)
+    asked = engine.ask()
+    assert asked in busy(engine, (1, 2, 3), streams=4)
+
+
+def test_where_no_place_is_free_the_next_is_for_who_waited_longest(engine_of):
+    """All places taken by two adapters with more in line: a third begins once an answer has ended, before the line."""
+    engine = engine_of(TurnsScheduler, running=4)
+    for _ in range(10):
+        busy(engine, (1, 2), streams=8, tokens=30)
+    cold = engine.ask(3, tokens=2)
+    while cold in engine.scheduler.requests:
+        busy(engine, (1, 2), streams=8, tokens=30)
+    # At the latest when the answers that ran when it became due have ended.
+    assert engine.wait_s(cold) <= WAIT_S + 30 * STEP_S
+
+
+def test_where_memory_is_short_nothing_stops_for_good(engine_of):
+    """One slot, and memory for two answers: adapters with long prompts still all get through."""
+    engine = engine_of(TurnsScheduler, slots=1, blocks=8)
+    names = [engine.ask(adapter, tokens=40, prompt=64) for adapter in (1, 2, 3, 1, 2, 3)]
+    for _ in range(3000):
+        engine.step()
+        if not engine.scheduler.requests:
+            break
+    assert set(engine.ended) == set(names)
+
+
+def test_what_needs_a_slot_enters_one_a_step(engine_of):
+    """Of two adapters asked for together, the second begins a step later; the base waits for neither."""
+    engine = engine_of(TurnsScheduler)
+    names = [engine.ask(1), engine.ask(2), engine.ask()]
+    assert engine.step() == [names[0], names[2]]
+    assert set(engine.step()) == set(names)
+
+
+@pytest.mark.parametrize("cls", [TurnsScheduler, CleanBlocksScheduler])
+def test_a_request_without_finite_scores_ends_alone(engine_of, cls):
+    """It ends as an error with no further token; its neighbors are not touched, and its memory is free again."""
+    engine = engine_of(cls)
+    free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    good, bad = engine.ask(1), engine.ask(2)
+    for _ in range(4):
+        engine.step()
+    before = engine.told[bad]
+    engine.step(not_finite=[bad])
+    assert (engine.ended, engine.told[bad]) == ({bad: "error"}, before)
+    while engine.scheduler.requests:
+        engine.step()
+    assert engine.ended == {bad: "error", good: "length"}
+    assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_a_block_that_is_given_out_is_cleared_first(engine_of):
+    """Every block of every request is named to the runner in the step that first uses it."""
+    engine = engine_of(CleanBlocksScheduler)
+    name = engine.ask(1, tokens=100, prompt=40)
+    named = []
+    while name in engine.scheduler.requests:
+        planned = engine.scheduler.schedule()
+        held = {
+            block.block_id
+            for block in engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks[name]
+        }
+        named += planned.new_block_ids_to_zero or []
+        assert held <= set(named)
+        engine.scheduler.update_from_output(planned, ModelRunnerOutput([name], {name: 0}, [[7]]))
+    assert len(named) == -(-139 // BLOCK)
+
+
+def test_vllm_chooses_between_the_two(engine_of):
+    """With scheduling a step ahead, vLLM's default on a GPU, its own scheduler for that stands under ours."""
+    assert type(engine_of(make_scheduler).scheduler) is TurnsScheduler
+    engine = engine_of(lambda **given: make_scheduler(**_asynchronous(given)))
+    assert type(engine.scheduler) is AsyncTurnsScheduler
+    assert isinstance(engine.scheduler, AsyncTurnsScheduler.__mro__[2])
+    for _ in range(30):
+        busy(engine, (1, 2), streams=4)
+    cold = engine.ask(3, tokens=4)
+    while cold in engine.scheduler.requests:
+        busy(engine, (1, 2), streams=4)
+    assert engine.wait_s(cold) <= WAIT_S
+
+
+def _asynchronous(given):
+    given["vllm_config"].scheduler_config.async_scheduling = True
+    return given
