@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_vowel_signs_and_tones_are_part_of_a_word(one, other):
     """Questions that differ only in combining marks are different questions."""
     assert normalised(one) != normalised(other)
     assert question_id(one) != question_id(other)
-    rows, dropped = clean_rows(
+    rows, dropped, _, _ = clean_rows(
         [{"Context": one, "Response": ANSWER}, {"Context": other, "Response": f"{ANSWER} Then walk."}], DataConfig()
     )
     assert [row["question"] for row in rows] == [one, other]
@@ -128,7 +129,7 @@ def test_duplicates_are_dropped_and_counted():
         {"Context": "I can't sleep, ever", "Response": "Keep one hour of waking, every day."},
         {"Context": "I can't sleep, ever", "Response": None},
     ]
-    rows, dropped = clean_rows(raw, DataConfig())
+    rows, dropped, _, examples = clean_rows(raw, DataConfig())
 
     # The copy with its paragraph break is kept, and one text of the question stands for both rows.
     assert [(row["question"], row["answer"]) for row in rows] == [
@@ -140,6 +141,12 @@ def test_duplicates_are_dropped_and_counted():
         "duplicate but for spaces, case, punctuation": 1,
         "answer given to another question": 1,
         "empty answer": 1,
+    }
+    assert examples == {
+        "duplicate": ["row 2: 'Get up. Read a dull book.'"],
+        "duplicate but for spaces, case, punctuation": ["row 3: 'get up. Read a dull book.'"],
+        "answer given to another question": ["row 4: 'Get up. Read a dull book.'"],
+        "empty answer": ['row 6: "I can\'t sleep, ever"'],
     }
 
 
@@ -154,7 +161,7 @@ def made_rows(questions: int, answers: int) -> list[dict[str, str]]:
 
 def places(config: DataConfig, raw: list[dict[str, str]]) -> dict[str, str]:
     """Each question's split."""
-    splits = split_rows(clean_rows(raw, config)[0], config)
+    splits = split_rows(clean_rows(raw, config).rows, config)
     return {row["question_id"]: name for name in SPLITS for row in splits[name]}
 
 
@@ -217,7 +224,10 @@ def test_report_adds_up_and_is_written_with_the_rows(tmp_path):
     write(tmp_path / "run", splits, report)
     written = read_json(tmp_path / "run" / "data" / "report.json")
 
-    assert written == dataclasses.asdict(report)
+    # What was dropped may be what nobody should keep.
+    assert report.examples == {"answer under 6 words": ["row 81: 'No.'"]}
+    assert written | {"examples": report.examples} == dataclasses.asdict(report)
+    assert "examples" not in written
     assert (report.rows_in, report.rows_out, report.dropped) == (81, 80, {"answer under 6 words": 1})
     assert sum(report.rows.values()) == 80
     assert sum(report.questions.values()) == 40
@@ -267,7 +277,11 @@ def test_every_format_gives_the_same_rows(tmp_path):
             "no column 'Context', only 'question', 'Response'.*--question-column",
         ),
         ("t.jsonl", '{"Context": "a", "Response": ["b"]}', "row 1: Response holds list"),
-        ("t.csv", "Context,Response\nwhy,no\nwho,\n", "no row .*: 1 answer under 6 words, 1 empty answer"),
+        (
+            "t.csv",
+            "Context,Response\nwhy,no\nwho,\n",
+            r"no row .*: 1 answer under 6 words \(such as row 1: 'no'\), 1 empty answer \(such as row 2: 'who'\)",
+        ),
         ("t.csv", f"Context,Response\nwhy,{ANSWER}\n", "split is empty with 1 questions"),
     ],
 )
@@ -345,6 +359,7 @@ def test_counselchat(capsys):
         print(f"\n{report}")
 
     text = "\n".join(row["question"] + "\n" + row["answer"] for name in SPLITS for row in splits[name])
+    text = re.sub(r"http://www\.(thetrevorproject|suicidepreventionlifeline|glbthotline)\.org", "", text)
     assert report.rows_in == 2961
     assert report.rows_out + sum(report.dropped.values()) == 2961
     assert not any(

@@ -80,6 +80,28 @@ def test_a_good_recipe_passes_every_check(llama, tmp_path):
     assert "leak 0" in found["data"].seen
 
 
+def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_path):
+    """The form of the file, and for each reason the rows with the text that they are dropped for."""
+    rows = [
+        {"Context": f"How do I rest, {n}?", "Response": f"Take one small step today, number {n}."} for n in range(60)
+    ]
+    rows[4]["Response"] += " See https://help.example.com/x for more."
+    path = tmp_path / "t.csv"
+    path.write_bytes(
+        "".join(f"{a};{b}\r\n" for a, b in [("context", "Response"), *(r.values() for r in rows)]).encode()
+    )
+    recipe = Recipe(base=str(llama), runs=str(tmp_path), data=str(path), system="listen")
+
+    said = [str(finding) for finding in check(recipe, plan(recipe, CPU), CPU)]
+    masked = [str(finding) for finding in check(replace(recipe, contacts="mask"), plan(recipe, CPU), CPU)]
+
+    assert "ok    read as    a table, semicolon between fields, UTF-8; 'context' taken for 'Context'" in said
+    dropped = next(line for line in said if "dropped" in line)
+    assert dropped.startswith("ok    dropped    1 link, such as row 5: ")
+    assert "https://help.example.com/x" in dropped
+    assert "ok    masked     1 rows with [link] in place of one" in masked
+
+
 @pytest.mark.parametrize(
     ("changes", "failed", "said"),
     [

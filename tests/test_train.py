@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.held import kill_when_stopped, stopping
 from tests.hub_server import Hub
@@ -128,6 +129,34 @@ def test_the_card_is_filled_from_the_run(finished):
     assert f"{summary['val_loss_base']:.4f} before, {summary['val_loss']:.4f} after" in card
     assert "More Information Needed" not in card
     assert "crisis" in card
+    # The base is a folder here, and the rows are nobody's known language.
+    head = card.split("---")[1]
+    assert not any(key in head for key in ("base_model:", "language:"))
+    assert "license: other" in head
+    assert "of tiny-llama, a local model, fine-tuned on" in card
+    assert recipe.base not in card
+
+
+def test_the_card_links_a_base_of_the_hub_and_names_the_samples_language(finished, tmp_path):
+    """A hub id is linked and named in the card's metadata; the shipped sample is English."""
+    from train.card import card_text
+    from train.run import Run
+
+    recipe, summary = finished
+    run = Run(tmp_path / "tiny")
+    shutil.copytree(recipe.run_path, run.path)
+    report = read_json(run.path / "data" / "report.json")
+    write_json(run.path / "data" / "report.json", report | {"source": "sample"})
+    base = {"name": "gemma-2-2b-it", "hub_id": "google/gemma-2-2b-it", "license": "gemma"}
+
+    card = card_text(run, summary=summary | {"base": base})
+
+    assert yaml.safe_load(card.split("---")[1]) | {"tags": []} == {
+        "base_model": "google/gemma-2-2b-it", "library_name": "peft", "license": "gemma", "language": "en",
+        "pipeline_tag": "text-generation", "tags": [],
+    }  # fmt: skip
+    assert "(rank 4) of [google/gemma-2-2b-it](https://huggingface.co/google/gemma-2-2b-it), fine-tuned" in card
+    assert 'from_pretrained("google/gemma-2-2b-it")' in card
 
 
 def evaluation(stamp: str, value: float) -> dict:

@@ -1,5 +1,6 @@
 """The model card of a run: what it is, what it is not for, how it was made, how it scored. Written from its files."""
 
+import re
 from typing import Any
 
 from train.chat import NOTICE
@@ -7,11 +8,9 @@ from train.files import read_json
 from train.run import Run
 
 _HEAD = """---
-base_model: {hub_id}
-library_name: {library}
+{base_model}library_name: {library}
 license: {license}
-language: en
-pipeline_tag: text-generation
+{language}pipeline_tag: text-generation
 tags: [lora, sft, trl, supportive-conversation]
 ---
 # {name}
@@ -20,7 +19,7 @@ tags: [lora, sft, trl, supportive-conversation]
 
 ## Summary
 
-{kind} of [{hub_id}](https://huggingface.co/{hub_id}), fine-tuned on questions people ask about their lives and answers
+{kind} of {base}, fine-tuned on questions people ask about their lives and answers
 to them, so that it replies at length, warmly and practically. Made with Counsel Stack.
 
 ## Direct use
@@ -40,7 +39,7 @@ A starting point for further fine-tuning, or one adapter of several behind a ser
 ## Bias, risks and limitations
 
 - It can be wrong, generic or harmful, and sounds sure of itself either way.
-- It learnt from a few thousand English texts by few authors; other cultures and situations are poorly covered.
+- It learnt from {rows:,} answers; cultures and situations that are not among them are poorly covered.
 - It remembers nothing between conversations and cannot see, verify or act on anything.
 - A small base model repeats itself and invents facts. Fine-tuning changed its tone more than its knowledge.
 
@@ -56,9 +55,15 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
     recipe, report, provenance = run.config(), read_json(run.path / "data" / "report.json"), _provenance(run)
     done = summary if summary is not None else run.summary()
     base = done["base"]
+    hub_id = base["hub_id"] if is_public(base) else None
     head = _HEAD.format(
-        hub_id=base["hub_id"],
-        license=base["license"],
+        # The hub refuses a card whose base is a path, and a path may name people.
+        base_model=f"base_model: {hub_id}\n" if hub_id else "",
+        base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"{base['name']}, a local model",
+        # Of other data nobody has said the language.
+        language="language: en\n" if report["source"] == "sample" else "",
+        license=_hub_license(base["license"]),
+        rows=done["rows"],
         library="transformers" if merged else "peft",
         kind="A merged copy" if merged else f"A LoRA adapter (rank {recipe['rank']})",
         name=run.name,
@@ -68,12 +73,23 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
     return "\n".join([head, *(line for part in parts for line in part)])
 
 
+def is_public(base: dict[str, str]) -> bool:
+    """Is the base known by a hub id (org/name)? Else its `hub_id` is a folder's path on the machine that trained."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base["hub_id"]) is not None
+
+
+def _hub_license(name: str) -> str:
+    """The licence as the hub names it; `other` where it is not known, which the hub's check takes."""
+    return name if re.fullmatch(r"[a-z0-9.-]+", name) and name != "unknown" else "other"
+
+
 def _start(base: dict[str, str], recipe: dict[str, Any], merged: bool) -> list[str]:
+    named = base["hub_id"] if is_public(base) else "<folder of the base>"
     load = (
         ['model = AutoModelForCausalLM.from_pretrained("<this folder>")']
         if merged
         else [
-            f'model = AutoModelForCausalLM.from_pretrained("{base["hub_id"]}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{named}")',
             'model = PeftModel.from_pretrained(model, "<this folder>")',
         ]
     )

@@ -1,22 +1,17 @@
-"""Text as people paste it into forums, made fit to train on: markup to plain text, odd characters, reasons to drop.
+"""Text as people paste it into forums, made fit to train on: plain text, odd characters, length, copies.
 
 `clean` keeps the words and the paragraph breaks, and nothing that is invisible. `fault` says why a row must not be
 used. `normalised` is what two copies of one text have in common, and `question_id` names a question by it.
 """
 
 import hashlib
-import html
 import re
 import unicodedata
-from html.parser import HTMLParser
+
+from train.contacts import EMAIL, LINK, PHONE, contacts
+from train.markup import plain_text
 
 MIN_ANSWER_WORDS = 6
-
-_MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|<!--")
-_BLOCKS = frozenset(
-    {"p", "div", "ul", "ol", "li", "table", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "blockquote", "pre", "hr"}
-)
-_HIDDEN = frozenset({"script", "style", "xml", "head", "title"})
 
 # Joiners (U+200C, U+200D) stay: Persian words and many emoji are spelled with them.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
@@ -26,63 +21,36 @@ _SPACES = re.compile(r"[^\S\n]+")
 _NOT_WORDS = re.compile(r"[\W_]+")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # Forum exports lose the break between paragraphs: "a big influence.Otherwise you can".
-_GLUED = re.compile(r"(?<=[a-z]{2}[.?!])(?=[A-Z][a-z’'-]*[\s,])")
+_GLUED = re.compile(r"(?<=[a-z]{2}[.?!])(?=[A-Z][a-z\u2019'-]*[\s,])")
 
-# Repeats are bounded: a page of pasted base64 must not take minutes.
-_EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]+\.\w+")
-_LINK = re.compile(r"https?:|www\.|\w\.(?:com|org|net|edu|gov|ca|io|co\.uk)(?![a-z])", re.IGNORECASE)
-_PHONE = re.compile(
-    r"(?<![\w/.=-])(?:"
-    r"\+\d{1,3}[\s.-]?(?:\(?\d{1,4}\)?[\s.-]?){2,6}\d"  # +44 20 7946 0000
-    r"|(?:1[\s.-]?)?\(?\d{3}\)?[\s.-]?\d{3}[\s.-]\d{4}"  # 1-202-555-0100, (202) 555 0100
-    r")(?!\d)"
+# Scripts that put no spaces between words, and how many of their letters make a word, about: Chinese and Japanese 1.5,
+# Korean (whose spaces part phrases) 2, Thai, Lao, Burmese and Khmer 3, signs for vowels and tones not counted.
+_HAN_AND_KANA = (
+    "\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-# Free-phone numbers belong to services, not to people, and nearly all of those in answers are crisis lines. Short
-# ones (988, 911, 112, 116 123) never look like a phone number here.
-_FREE_PHONE = re.compile(r"(?:\+?1[\s.-]?)?\(?8(?:00|33|44|55|66|77|88)\b")
-
-
-class _Text(HTMLParser):
-    """Collects what a browser would show, with a blank line between blocks."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.hidden += tag in _HIDDEN
-        if tag == "br":
-            self.parts.append("\n")
-        elif tag in _BLOCKS:
-            self.parts.append("\n- " if tag == "li" else "\n\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in _HIDDEN and self.hidden > 0
-        if tag in _BLOCKS and tag != "li":
-            self.parts.append("\n\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.parts.append(data)
+_THAI_AND_LAO = "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u0e81-\u0eb0\u0eb2\u0eb3\u0ebd-\u0ec6"
+_UNSPACED = (
+    (re.compile(f"[{_HAN_AND_KANA}]"), 1.5),
+    (re.compile("[\u1100-\u11ff\uac00-\ud7a3]"), 2.0),
+    (re.compile(f"[{_THAI_AND_LAO}\u1000-\u102a\u1780-\u17b3]"), 3.0),
+)
 
 
 def clean(text: str) -> str:
-    """Plain text in Unicode NFC, at most one blank line in a row, no space at a line's ends.
+    """Plain text in Unicode NFC, at most one blank line in a row, no space at a line's ends. Clean text stays as it is.
 
     >>> clean("<p>I&nbsp;can&#39;t   sleep.</p><p>Why?</p>")
     "I can't sleep.\\n\\nWhy?"
     """
+    # Exports escape twice, so that what comes out of one round may be markup again.
+    while (cleaner := _clean_once(text)) != text:
+        text = cleaner
+    return text
+
+
+def _clean_once(text: str) -> str:
     # JSON can hold half of a surrogate pair, which no file in UTF-8 can.
-    text = _LINE_ENDS.sub("\n", _HALF_PAIRS.sub("", text))
-    if _MARKUP.search(text):
-        parser = _Text()
-        # In HTML a line's end is a space; only tags and character references break lines.
-        parser.feed(" ".join(text.split()))
-        parser.close()
-        text = "".join(parser.parts)
-    else:
-        text = html.unescape(text)
+    text = plain_text(_LINE_ENDS.sub("\n", _HALF_PAIRS.sub("", text)))
     text = unicodedata.normalize("NFC", _LINE_ENDS.sub("\n", text).translate(_INVISIBLE))
     text = _GLUED.sub(" ", _SPACES.sub(" ", _CONTROLS.sub("", text)))
     lines = "\n".join(line.strip() for line in text.split("\n"))
@@ -96,15 +64,26 @@ def fault(question: str, answer: str) -> str | None:
     if not normalised(answer):
         return "empty answer"
     for text in (question, answer):
-        if _EMAIL.search(text):
-            return "e-mail address"
-        if _LINK.search(text):
-            return "link"
-        if any(not _FREE_PHONE.match(found[0]) for found in _PHONE.finditer(text)):
-            return "phone number"
-    if len(answer.split()) < MIN_ANSWER_WORDS:
+        kinds = {contact.kind for contact in contacts(text)}
+        for kind in (EMAIL, LINK, PHONE):
+            if kind in kinds:
+                return kind
+    if count_words(answer) < MIN_ANSWER_WORDS:
         return f"answer under {MIN_ANSWER_WORDS} words"
     return None
+
+
+def count_words(text: str) -> int:
+    """Words between spaces; where a script has no spaces between words, about as many as its letters make.
+
+    >>> count_words("Rest a little."), count_words("\u8bf7\u4f11\u606f\u4e00\u4e0b\u3002")
+    (3, 3)
+    """
+    n_words = 0.0
+    for letters, per_word in _UNSPACED if not text.isascii() else ():
+        text, n_letters = letters.subn(" ", text)
+        n_words += n_letters / per_word
+    return round(n_words) + sum(any(map(str.isalnum, word)) for word in text.split())
 
 
 def normalised(text: str) -> str:

@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from train.cleaning import clean, fault, normalised, question_id
+from train.cleaning import clean, count_words, fault, normalised, question_id
+from train.contacts import contacts, mask
 from train.errors import UserError
 from train.files import write_json, write_jsonl
 from train.sources import load
@@ -30,6 +31,10 @@ DEFAULT_TOPIC_COLUMN = "topic"
 Row = dict[str, str]
 Splits = dict[str, list[Row]]
 
+MAX_EXAMPLES = 3
+# Characters of a row around what it was dropped for.
+EXCERPT_CHARS = 80
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -37,6 +42,7 @@ class DataConfig:
 
     data: a CSV, TSV, JSON, JSONL or Parquet file, packed or not, a hub id (org/name), or `sample`, the shipped set.
     revision: commit, tag or branch of a hub set; empty means its newest.
+    contacts: rows with links, e-mail addresses or phone numbers: `drop` them, or `mask` those ("[link]").
     val_share, test_share: shares of the questions.
     split: `question`; or `row`, which leaks and is there only to measure how much.
     """
@@ -46,6 +52,7 @@ class DataConfig:
     question_column: str = "Context"
     answer_column: str = "Response"
     topic_column: str = DEFAULT_TOPIC_COLUMN
+    contacts: str = "drop"
     val_share: float = 0.1
     test_share: float = 0.1
     split: str = "question"
@@ -57,6 +64,8 @@ class Report:
     """What became of every row. Counts; lengths are in words.
 
     dropped: rows by reason, each row counted once, under the first reason that applies.
+    masked: rows kept in which a link, an e-mail address or a phone number was masked, by what it was.
+    examples: for each reason the first rows dropped for it, as `row 7: '...'`; never written, since they hold contacts.
     read_as: the source's form as it was found (encoding, separator, packing), and columns under other names than asked.
     leak: questions that are in more than one split; 0 unless `split` is `row`.
     row_split_leak: the share of test questions that a random row split of the same rows puts in training too.
@@ -71,6 +80,8 @@ class Report:
     rows_in: int
     rows_out: int
     dropped: dict[str, int]
+    masked: dict[str, int]
+    examples: dict[str, list[str]]
     questions: dict[str, int]
     rows: dict[str, int]
     leak: int
@@ -85,6 +96,7 @@ class Report:
         lines += [f"read as      {self.read_as}"]
         lines += [f"rows in      {self.rows_in:>7,}"]
         lines += [f"  dropped    {n:>7,}  {reason}" for reason, n in self.dropped.items()]
+        lines += [f"  masked     {n:>7,}  {kind}" for kind, n in self.masked.items()]
         lines += [f"rows out     {self.rows_out:>7,}  answers to {sum(self.questions.values()):,} questions"]
         lines += [f"  {name:<10} {self.rows[name]:>7,}  {self.questions[name]:,} questions" for name in SPLITS]
         for label, stats in (("questions", self.question_words), ("answers", self.answer_words)):
@@ -104,11 +116,13 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
         raise UserError(f"val_share and test_share are {shares}; each must be 0 or more, together under 1")
     if config.split not in ("question", "row"):
         raise UserError(f"split is {config.split!r}; it must be question or row")
+    if config.contacts not in ("drop", "mask"):
+        raise UserError(f"contacts is {config.contacts!r}; it must be drop or mask")
     source = load(config.data, config.revision)
     found, renamed = with_columns(config, source.columns)
-    rows, dropped = clean_rows(source.rows, found)
+    rows, dropped, masked, examples = clean_rows(source.rows, found)
     if not rows:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        reasons = ", ".join(f"{n} {reason} (such as {examples[reason][0]})" for reason, n in dropped.items())
         raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
     splits = split_rows(rows, config)
     for name, share in zip(SPLITS, (1.0, *shares), strict=True):
@@ -128,13 +142,15 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
         rows_in=len(source.rows),
         rows_out=len(rows),
         dropped=dropped,
+        masked=masked,
+        examples=examples,
         questions={name: len(_questions(splits[name])) for name in SPLITS},
         rows={name: len(splits[name]) for name in SPLITS},
         leak=leaked,
         row_split_leak=leak_share(by_row),
         answers_per_question=_statistics(list(Counter(row["question_id"] for row in rows).values())),
-        question_words=_statistics([len(text.split()) for text in {row["question"] for row in rows}]),
-        answer_words=_statistics([len(row["answer"].split()) for row in rows]),
+        question_words=_statistics([count_words(text) for text in {row["question"] for row in rows}]),
+        answer_words=_statistics([count_words(row["answer"]) for row in rows]),
     )
     return splits, report
 
@@ -143,35 +159,61 @@ def write(run_path: Path, splits: Splits, report: Report) -> None:
     """Write data/{train,val,test}.jsonl under `run_path`, and data/report.json last."""
     for name in SPLITS:
         write_jsonl(run_path / "data" / f"{name}.jsonl", splits[name])
-    write_json(run_path / "data" / "report.json", dataclasses.asdict(report))
+    document = dataclasses.asdict(report)
+    del document["examples"]
+    write_json(run_path / "data" / "report.json", document)
 
 
-def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> tuple[list[Row], dict[str, int]]:
-    """The rows worth keeping, in order of first appearance, and how many were dropped, by reason.
+class Cleaned(NamedTuple):
+    """The rows worth keeping, in order of first appearance, and the `dropped`, `masked` and `examples` of a Report."""
+
+    rows: list[Row]
+    dropped: dict[str, int]
+    masked: dict[str, int]
+    examples: dict[str, list[str]]
+
+
+def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
+    """Clean every row, and drop what is no pair to learn from.
 
     Of several copies of one pair the longest is kept: the others have lost their paragraph breaks. One text of a
     question stands for all its rows. An answer pasted under several questions stays only under the first.
     """
     dropped: Counter[str] = Counter()
+    masked: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     pairs: dict[tuple[str, str], Row] = {}
     exact: set[tuple[str, str]] = set()
     owner: dict[str, str] = {}
     question_text: dict[str, str] = {}
+
+    def drop(reason: str, number: int, excerpt: str) -> None:
+        dropped[reason] += 1
+        if len(examples.setdefault(reason, [])) < MAX_EXAMPLES:
+            examples[reason].append(f"row {number}: {excerpt!r}")
+
     for number, fields in enumerate(raw, start=1):
         question, answer = (
             clean(_text(fields.get(column), column, number))
             for column in (config.question_column, config.answer_column)
         )
         topic = clean(_label(fields.get(config.topic_column)))
+        hidden: set[str] = set()
+        if config.contacts == "mask":
+            hidden = {contact.kind for text in (question, answer) for contact in contacts(text)}
+            question, answer = mask(question), mask(answer)
         if reason := fault(question, answer):
-            dropped[reason] += 1
+            drop(reason, number, _excerpt(reason, question, answer))
             continue
         key = (question_id(question), normalised(answer))
         if owner.setdefault(key[1], key[0]) != key[0]:
-            dropped["answer given to another question"] += 1
+            drop("answer given to another question", number, _shortened(answer))
             continue
         if key in pairs:
-            dropped["duplicate" if (question, answer) in exact else "duplicate but for spaces, case, punctuation"] += 1
+            reason = "duplicate" if (question, answer) in exact else "duplicate but for spaces, case, punctuation"
+            drop(reason, number, _shortened(answer))
+        else:
+            masked.update(hidden)
         exact.add((question, answer))
         kept = pairs.setdefault(key, {"question_id": key[0], "question": "", "answer": "", "topic": topic})
         kept["answer"] = max(kept["answer"], answer, key=len)
@@ -179,7 +221,22 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> tuple[list[
         question_text[key[0]] = max(question_text.get(key[0], ""), question, key=len)
     for row in pairs.values():
         row["question"] = question_text[row["question_id"]]
-    return list(pairs.values()), dict(dropped.most_common())
+    return Cleaned(list(pairs.values()), dict(dropped.most_common()), dict(masked.most_common()), examples)
+
+
+def _excerpt(reason: str, question: str, answer: str) -> str:
+    """What a row was dropped for, and the text around it."""
+    for text in (question, answer):
+        for contact in contacts(text):
+            if contact.kind == reason:
+                room = max(0, EXCERPT_CHARS - (contact.end - contact.start)) // 2
+                return _shortened(text[max(0, contact.start - room) :])
+    return _shortened(question if reason == "empty answer" else answer)
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= EXCERPT_CHARS else f"{text[:EXCERPT_CHARS]}..."
 
 
 def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:

@@ -59,7 +59,7 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     write_json(folder / "config.json", whole.document())
     held_out = recipe.val_share + recipe.test_share
     source = load(recipe.data, recipe.revision)
-    rows, _ = data.clean_rows(source.rows, data.with_columns(recipe.data_config(), source.columns)[0])
+    rows = data.clean_rows(source.rows, data.with_columns(recipe.data_config(), source.columns)[0]).rows
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
     write_jsonl(folder / "rows.jsonl", rows)

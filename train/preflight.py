@@ -69,6 +69,7 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
 
     def rows() -> str:
         found["splits"], report = data.prepare(recipe.data_config())
+        found["report"] = report
         n, unit = report.rows, " (split by row)" if report.split == "row" else ""
         return (
             f"{report.rows_in} rows in, {report.rows_out} kept; train {n['train']}, val {n['val']}, test {n['test']}; "
@@ -77,6 +78,8 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
 
     yield _guard("base", base)
     yield _guard("data", rows)
+    if "report" in found:
+        yield from _what_became_of_rows(found["report"])
     if "base" not in found:
         return
     folder = found["base"].path
@@ -89,6 +92,15 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
     if "lengths" in found and "adapted" in found:
         yield _guard("memory", lambda: memory(recipe, how, here, folder, found["adapted"], found["lengths"]))
     yield _guard("disk", lambda: disk(Path(recipe.runs)))
+
+
+def _what_became_of_rows(report: data.Report) -> Iterator[Finding]:
+    """How the file was read, and of each reason to drop or mask the number of rows, and examples."""
+    yield Finding("read as", True, report.read_as)
+    for reason, n in report.dropped.items():
+        yield Finding("dropped", True, f"{n} {reason}, such as {'; '.join(report.examples[reason])}")
+    for kind, n in report.masked.items():
+        yield Finding("masked", True, f"{n} rows with [{kind}] in place of one")
 
 
 def needed_rank(rank: int) -> int:

@@ -26,6 +26,9 @@ class Recipe:
     question_column: str = option("Context", "column that holds the question")
     answer_column: str = option("Response", "column that holds the answer")
     topic_column: str = option("topic", "column that holds the topic, where there is one")
+    contacts: str = option(
+        "drop", "rows with links, e-mail addresses, phone numbers: `drop` them, or `mask` those parts"
+    )
     val_share: float = option(0.1, "share of the questions held out to choose a checkpoint")
     test_share: float = option(0.1, "share of the questions held out for eval and loadtest")
     split: str = option("question", "unit of splitting: `question`; `row` leaks, and is there to measure how much")

@@ -1,0 +1,248 @@
+"""What cleaning makes of a text: markup, scripts without spaces, contact details, helplines."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.cleaning import clean, count_words, fault
+from train.contacts import contacts, mask
+from train.data import DataConfig, clean_rows, prepare
+from train.errors import UserError
+
+QUESTION = "What helps when I cannot sleep?"
+PARTS = st.sampled_from(
+    [
+        *(
+            "<p>",
+            "</p>",
+            "<b>",
+            "</b>",
+            "<br>",
+            "<sigh>",
+            "<title>",
+            "</title>",
+            "<NAME>",
+            "<a href='x'>",
+            "</a>",
+            "<",
+            ">",
+        ),
+        *(
+            "<!--",
+            "-->",
+            "<o:p/>",
+            "&amp;",
+            "&lt;",
+            "&gt;",
+            "amp;",
+            "&#39;",
+            "&#128546;",
+            "&nbsp;",
+            "&copy",
+            "&",
+            "#39;",
+        ),
+        *("so sad.", "Otherwise, ", "word", "no.Org", " ", "\n", "\n\n", "\t", "\u200b", "e\u0301", "\u2028", "\x85"),
+        *(
+            "<li>",
+            "<ul>",
+            "</ul>",
+            "<script>",
+            "</script>",
+            "<td>",
+            "<3",
+            "a<b",
+            "\r\n",
+            "\u0915\u093f",
+            "\u1fd3",
+            "I.",
+        ),
+        *("- ", "\ud83d"),
+    ]
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(PARTS | st.characters(), max_size=14).map("".join))
+def test_clean_text_stays_as_it_is(text):
+    """Cleaning what is clean changes nothing, whatever it was made of, and gives what a file can hold."""
+    once = clean(text)
+
+    assert clean(once) == once
+    assert once.encode("utf-8").decode("utf-8") == once
+    assert "\n\n\n" not in once
+    assert once == once.strip()
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain"),
+    [
+        # What HTML does not know is no markup, and what it knows is none where nobody would write markup so.
+        ("One.\n\n<sigh> Two.\n\n- three\n- four", "One.\n\n<sigh> Two.\n\n- three\n- four"),
+        ("My <NAME> left.\n\nI am <PERSON>.", "My <NAME> left.\n\nI am <PERSON>."),
+        ("less <title> than <ADDRESS>, see <LINK> or <b> it", "less <title> than <ADDRESS>, see <LINK> or <b> it"),
+        ("<rant>so tired</rant>", "<rant>so tired</rant>"),
+        ("if a<b and c>d, x<y>z", "if a<b and c>d, x<y>z"),
+        ("I <3 you >:( <- here -> <3", "I <3 you >:( <- here -> <3"),
+        ("never closed <!-- so it stays", "never closed <!-- so it stays"),
+        # Inline markup goes, and leaves line ends alone; a blank line stays a paragraph beside blocks, too.
+        ("One.\n\nTwo <b>bold</b> and\n<a href='x'>three</a>.", "One.\n\nTwo bold and\nthree."),
+        ("One.\n\nTwo.<br>Three.", "One.\n\nTwo.\nThree."),
+        ("<p>One\nline.</p>\n\n<p>Two.</p>", "One line.\n\nTwo."),
+        ("<title>Page</title><p>Text</p>", "Text"),
+        ('<span style="font-family:" helvetica","sans-serif""="">Clearly</span>', "Clearly"),
+        ("<o:p></o:p>Word<o:p/>", "Word"),
+        ("cut off</span></div>", "cut off"),
+        ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a b\n\nc"),
+        # Escaped twice; and what only starts like a reference.
+        ("I &amp;amp; you &amp;lt;p&amp;gt;there", "I & you\n\nthere"),
+        ("Q&A&copy; R&D &notit; &copy", "Q&A\u00a9 R&D &notit; &copy"),
+    ],
+)
+def test_only_markup_is_taken_for_markup(raw, plain):
+    """Placeholders, sighs, hearts and comparisons are what people wrote."""
+    assert clean(raw) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "by_hand"),
+    [
+        ("Talk to your own doctor please.", 6, 6),
+        ("- Rest, now -", 2, 2),
+        # qing/qu/kankan/ni/de/yisheng, hao/ma
+        ("\u8bf7\u53bb\u770b\u770b\u4f60\u7684\u533b\u751f\uff0c\u597d\u5417\uff1f", 7, 8),
+        # sore/wa/tsurai/desu/ne
+        ("\u305d\u308c\u306f\u3064\u3089\u3044\u3067\u3059\u306d\u3002", 6, 5),
+        ("\ub9ce\uc774 \ud798\ub4dc\uc168\uaca0\uc5b4\uc694", 4, 2),
+        # long/phakphon/bang/na/kha
+        (
+            "\u0e25\u0e2d\u0e07\u0e1e\u0e31\u0e01\u0e1c\u0e48\u0e2d\u0e19\u0e1a\u0e49\u0e32\u0e07\u0e19\u0e30\u0e04\u0e30",
+            5,
+            5,
+        ),
+        ("\u0906\u092a \u0906\u0930\u093e\u092e \u0915\u0930\u0947\u0902", 3, 3),
+        ("\u043f\u043e\u043f\u0440\u043e\u0431\u0443\u0439 \u043e\u0442\u0434\u043e\u0445\u043d\u0438", 2, 2),
+        ("\u8bd5\u8bd5 breathing \u7ec3\u4e60 2 \u6b21", 5, 5),
+    ],
+)
+def test_words_are_counted_in_every_script(text, words, by_hand):
+    """Where no spaces part words, letters are counted: within two of what a reader of the language counts."""
+    assert count_words(text) == words
+    assert abs(words - by_hand) <= 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "\u662f\u7684\u3002",
+        "\u306f\u3044\u3002",
+        "\ub124.",
+        "\u0e43\u0e0a\u0e48\u0e04\u0e48\u0e30",
+        "Ja.",
+        "\u0939\u093e\u0901\u0964",
+    ],
+)
+def test_yes_is_too_short_in_any_language(answer):
+    """Counting letters must not let through what is no answer."""
+    assert fault(QUESTION, answer) == "answer under 6 words"
+
+
+HELPLINES = [
+    "Please call the lifeline at 1-800-273-8255 right now, people there listen.",
+    "Please call the lifeline at +1 800 273 8255, or 8002738255, or 1.833.456.4566.",
+    "In the UK you can call Samaritans on 116 123, +44 116 123, or Mind on 0300 123 3393.",
+    "In Australia you can call Lifeline on 13 11 14, +61 13 11 14 or 1300 659 467.",
+    "In Germany you can call 0800 111 0 111 or 0800 1110111 or +49 800 1110222, at any hour.",
+    "You can text HOME to 741741 or call 988, and findahelpline.com lists others near you.",
+    "In Ireland you can call Pieta on 1800 247 247 or +353 1800 247 247, at any time.",
+    "In Singapore you can call 1800-221-4444, in Hong Kong the Samaritans at +852 2896 0000.",
+    "In India the helpline iCall is at 9152987821; in Japan there is 0120-783-556.",
+    "See https://988lifeline.org/chat, www.samaritans.org or mail jo@samaritans.org any time.",
+    "For the years 2010 2019-2020 the same pattern held, on 01.02.2020 10:30 and 2021-08-12 15:30.",
+]
+
+
+@pytest.mark.parametrize("answer", HELPLINES)
+def test_helplines_stay_whole(answer):
+    """Under drop and mask alike: a crisis line that is cut out may be the sentence that mattered."""
+    assert fault(QUESTION, answer) is None
+    assert mask(answer) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "masked", "kind"),
+    [
+        ("See https://help.example.com/reset?x=1#top.", "See [link].", "link"),
+        ("See [here](https://example.org/a_(b)), ok", "See [here]([link]), ok", "link"),
+        ("Lewiswww.Example.Com", "Lewis[link]", "link"),
+        ("visit mypractice.com, EXAMPLE.ORG or bit.ly/x1", "visit [link], [link] or [link]", "link"),
+        ("\u8bf7\u770bexample.com\u5427", "\u8bf7\u770b[link]\u5427", "link"),
+        ("Write to Anna.B+x@mail.example.co.uk!", "Write to [e-mail address]!", "e-mail address"),
+        ("I am at (202) 555-0143 until five.", "I am at [phone number] until five.", "phone number"),
+        ("Call 2025550143 or +44 20 7946 0018.", "Call [phone number] or [phone number].", "phone number"),
+        ("Mobile 07700 900123 or 06 12 34 56 78", "Mobile [phone number] or [phone number]", "phone number"),
+        ("\u62e8\u62532025550143", "\u62e8\u6253[phone number]", "phone number"),
+        ("Call the lifeline, 988, or me at (202) 555-0143", "Call the lifeline, 988, or me at [phone number]",
+         "phone number"),
+        ("I just say no.Org is short. Rest.Net and e.g. he/she or 24/7", None, None),
+    ],
+)  # fmt: skip
+def test_contact_details_are_masked_whole(text, masked, kind):
+    """The whole address goes, and nothing of its sentence; masking again changes nothing."""
+    assert mask(text) == (masked or text)
+    assert mask(mask(text)) == mask(text)
+    assert {contact.kind for contact in contacts(text)} == ({kind} if kind else set())
+
+
+def contact_rows() -> list[dict[str, str]]:
+    """Forty rows: every second has a link, every fifth an address, of every seventh a phone number."""
+    return [
+        {
+            "Context": f"I could not log in {n} times and I am so upset about it",
+            "Response": f"I am sorry that this was so stressful, day {n}."
+            + " See https://help.example.com/reset for more." * (n % 2)
+            + " Or write to care@example.com." * (n % 5 == 0)
+            + " My colleague is at (202) 555-0143." * (n % 7 == 3),
+        }
+        for n in range(40)
+    ]
+
+
+def test_rows_with_contacts_are_dropped_or_masked(tmp_path):
+    """Dropped, each counts once; masked, all rows stay, and the report counts what was masked in them."""
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in contact_rows()))
+    config = DataConfig(data=str(path))
+
+    _, dropped = prepare(config)
+    splits, masked = prepare(replace(config, contacts="mask"))
+
+    # Rows 0, 5, 10, ... have an address, counted first; of the others the odd ones a link; two more only a number.
+    assert (dropped.rows_out, dropped.dropped) == (14, {"link": 16, "e-mail address": 8, "phone number": 2})
+    assert (masked.rows_out, masked.dropped) == (40, {})
+    assert masked.masked == {"link": 20, "e-mail address": 8, "phone number": 6}
+    assert "masked          20  link" in str(masked)
+    answers = [row["answer"] for rows in splits.values() for row in rows]
+    assert sum(answer.count("[link]") for answer in answers) == 20
+    assert not any(secret in answer for answer in answers for secret in ("http", "@", "555"))
+    with pytest.raises(UserError, match="contacts is 'keep'; it must be drop or mask"):
+        prepare(replace(config, contacts="keep"))
+
+
+def test_examples_show_what_a_row_was_dropped_for():
+    """At most three a reason, with the row's number and the text around the detail, deep in a long answer too."""
+    rows = contact_rows()
+    rows[1]["Response"] = "Breathe slowly. " * 30 + rows[1]["Response"]
+    examples = clean_rows(rows, DataConfig()).examples
+
+    assert {reason: len(found) for reason, found in examples.items()} == {
+        "link": 3,
+        "e-mail address": 3,
+        "phone number": 2,
+    }
+    assert examples["link"][0].startswith("row 2: ")
+    assert "https://help.example.com/reset" in examples["link"][0]
+    assert all(len(example) < 120 for found in examples.values() for example in found)

@@ -1,0 +1,108 @@
+"""Links, e-mail addresses and phone numbers in a text: a person's details that a model must not repeat.
+
+Crisis services are not persons: their short numbers (988, 116 123, 13 11 14) look like no phone number, and free-phone
+numbers, numbers that are said to be a helpline's, and the helplines' own sites are left out.
+"""
+
+import re
+from typing import NamedTuple
+
+EMAIL, LINK, PHONE = "e-mail address", "link", "phone number"
+
+# Repeats are bounded: a page of pasted base64 must not take minutes.
+_LABEL = "[A-Za-z0-9\u00c0-\u024f-]{1,63}"
+_START = "(?<![A-Za-z0-9\u00c0-\u024f-])"
+_IN_ADDRESS = "[!#-;=?-~\u00c0-\u024f]"
+_ENDINGS = ("com", "org", "net", "edu", "gov", "ca", "io", "co.uk")
+# An ending in lower or upper case: "no.Org" is two sentences that have lost their space.
+_ENDING = "|".join(re.escape(form) for ending in _ENDINGS for form in (ending, ending.upper()))
+_EMAIL = re.compile(rf"[\w.+-]{{1,64}}@{_LABEL}(?:\.{_LABEL}){{1,8}}")
+_LINK = re.compile(
+    rf"[Hh][Tt][Tt][Pp][Ss]?:{_IN_ADDRESS}*"
+    rf"|[Ww][Ww][Ww]\.{_IN_ADDRESS}*"
+    rf"|{_START}(?:{_LABEL}\.){{1,8}}(?:{_ENDING})(?:\.[a-z]{{2}})?(?![A-Za-z])(?:[/?#:]{_IN_ADDRESS}*)?"
+    rf"|{_START}(?:{_LABEL}\.){{1,8}}[a-z]{{2}}/\w{_IN_ADDRESS}*"  # bit.ly/..., example.de/...
+)
+_PHONE = re.compile(
+    r"(?<![A-Za-z0-9_/.=-])(?:"
+    r"\+\d{1,3}[\s.-]?(?:\(?\d{1,4}\)?[\s.-]?){2,6}\d"  # +44 20 7946 0000
+    r"|(?:1[\s.-]?)?\(?\d{3}\)?[\s.-]?\d{3}[\s.-]\d{4}"  # 1-202-555-0100, (202) 555 0100
+    r"|\(?0\d{2,4}\)?[ /-]{1,3}\d{3,8}(?:[ -]?\d{2,4}){0,2}"  # 07700 900123, (0171) 2345678
+    r"|0\d(?: \d\d){4}"  # 06 12 34 56 78
+    r"|\d{10}|0\d{10}"
+    r")(?!\d)"
+)
+MIN_PHONE_DIGITS = 9  # fewer are dates and short codes
+# Free-phone numbers belong to services, and nearly all of those in answers are crisis lines.
+_FREE_PHONE = re.compile(
+    r"(?:\+?1[\s.-]?)?\(?8(?:00|33|44|55|66|77|88)"
+    r"|\(?0(?:0?800|808|300|120|508|845)"
+    r"|\+\d{1,3}[\s.-]?(?:\(?0\)?[\s.-]?)?(?:80[08]|1[38]00|13[\s.-]?11|116[\s.-]?\d{3})"
+)
+_SERVICE = (
+    r"(?:life|help|hot|warm|crisis[ -]?|text)[ -]?lines?\b|crisis (?:cent(?:er|re)|team|service)s?\b|samaritans"
+    r"|befrienders|childline|suicide prevention|seelsorge|krisen(?:dienst|telefon)"
+)
+_SERVICE_BEFORE = re.compile(rf"(?:{_SERVICE})(?P<between>[^.!?\n]{{0,60}})\Z", re.IGNORECASE)
+_SERVICE_BEHIND = re.compile(rf"(?P<between>[^.!?\n]{{0,30}}?)(?:{_SERVICE})", re.IGNORECASE)
+_OWN = re.compile(r"\b(?:me|my|mine|us|our)\b", re.IGNORECASE)
+_HELP_SITE = re.compile(
+    r"(?:lifeline|helpline|hotline|crisistextline|crisisline|suicideprevention|samaritans|befrienders|telefonseelsorge"
+    r"|thetrevorproject|kidshelpphone|childline|\b988|\brainn|\bnami|\biasp)[a-z0-9-]*\.",
+    re.IGNORECASE,
+)
+_HOST = re.compile(r"(?:https?:/*)?([^/?#]*)", re.IGNORECASE)
+
+
+class Contact(NamedTuple):
+    """What it is, and where in the text it stands."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def contacts(text: str) -> list[Contact]:
+    """The contact details of people in `text`, in its order; those of crisis services are left out.
+
+    >>> contacts("Mail a@b.org, see b.org/x.")
+    [Contact(kind='e-mail address', start=5, end=12), Contact(kind='link', start=18, end=25)]
+    """
+    found: list[Contact] = []
+    for kind, pattern in ((EMAIL, _EMAIL), (LINK, _LINK), (PHONE, _PHONE)):
+        for match in pattern.finditer(text):
+            start, end = match.start(), match.start() + len(_without_punctuation(match[0]))
+            short = kind == PHONE and sum(map(str.isdigit, match[0])) < MIN_PHONE_DIGITS
+            if end > start and not short and not any(start < other.end and other.start < end for other in found):
+                found.append(Contact(kind, start, end))
+    return sorted((one for one in found if not _is_help(text, one)), key=lambda one: one.start)
+
+
+def mask(text: str) -> str:
+    """`text` with `[link]`, `[e-mail address]` or `[phone number]` for each contact; crisis services stay whole."""
+    for contact in reversed(contacts(text)):
+        text = f"{text[: contact.start]}[{contact.kind}]{text[contact.end :]}"
+    return text
+
+
+def _without_punctuation(address: str) -> str:
+    """An address without what ends its sentence: a closing bracket belongs to it only if it also opens one."""
+    while address and (
+        address[-1] in ".,;:!?'*_]}" or (address[-1] == ")" and address.count(")") > address.count("("))
+    ):
+        address = address[:-1]
+    return address
+
+
+def _is_help(text: str, contact: Contact) -> bool:
+    found = text[contact.start : contact.end]
+    if contact.kind == LINK:
+        host = _HOST.match(found)
+        return host is not None and _HELP_SITE.search(host[1]) is not None
+    if contact.kind == EMAIL:
+        return _HELP_SITE.search(found.partition("@")[2]) is not None
+    if _FREE_PHONE.match(found):
+        return True
+    around = (_SERVICE_BEFORE.search(text[max(0, contact.start - 90) : contact.start]),
+              _SERVICE_BEHIND.match(text[contact.end : contact.end + 60]))  # fmt: skip
+    return any(said is not None and not _OWN.search(said["between"]) for said in around)

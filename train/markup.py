@@ -1,0 +1,103 @@
+"""HTML as forums and office programs paste it, to plain text; `<NAME>`, `<sigh>` and `a<b` only look like it, and stay.
+
+A tag is taken for one where HTML knows its name, and it is written as only markup is: with an attribute, with its end,
+or a block's. `<title>` or `<link>` alone is somebody's placeholder.
+"""
+
+import html
+import re
+from html.entities import html5
+from html.parser import HTMLParser
+
+_BLOCKS = frozenset(
+    re.findall(r"\w+", "p div ul ol li table thead tbody tr td th h1 h2 h3 h4 h5 h6 blockquote pre hr br dl dt dd")
+)
+_HIDDEN = frozenset({"script", "style", "xml", "head", "title"})
+_INLINE = frozenset(
+    re.findall(
+        r"\w+",
+        """a abbr acronym address article aside audio b bdi bdo big body button caption center cite code col colgroup
+        data del details dfn em embed figcaption figure font footer form header html i iframe img input ins kbd label
+        link main mark meta nav noscript object option picture q s samp section select small source span strike strong
+        sub summary sup svg template textarea tfoot time tt u var video wbr""",
+    )
+)
+# Attributes as they come: office programs write quotes within quotes.
+_TAG = re.compile(r"<(?P<end>/?)(?P<name>[a-zA-Z][a-zA-Z0-9]*|[a-z]+:[a-z]+)(?P<rest>(?:\s[^<>]*?)?)(?P<closed>/?)>")
+_DECLARATION = re.compile(r"<!--.*?-->|<!doctype[^<>]*>|<!\[[^<>]*\]>|<\?xml[^<>]*>", re.DOTALL | re.IGNORECASE)
+_REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+
+
+class _Text(HTMLParser):
+    """Collects what a browser would show, with a blank line between blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self.hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.hidden += tag in _HIDDEN
+        if tag == "br":
+            self.parts.append("\n")
+        elif tag in ("td", "th"):
+            self.parts.append(" ")
+        elif tag in _BLOCKS:
+            self.parts.append("\n- " if tag == "li" else "\n\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in _HIDDEN and self.hidden > 0
+        if tag in _BLOCKS and tag not in ("li", "td", "th", "br"):
+            self.parts.append("\n\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.hidden:
+            self.parts.append(data)
+
+
+def plain_text(text: str) -> str:
+    """The text without its markup, its character references decoded once.
+
+    In HTML a line's end is a space and a blank line is one, too; but many texts are typed with line ends and have a tag
+    or two. So line ends stay where no block says where lines end, and blank lines stay everywhere.
+    """
+    if "<" not in text:
+        return _decoded(text)
+    closed = {match["name"].lower() for match in _TAG.finditer(text) if match["end"]}
+    tags = {match.start(): match["name"].lower() for match in _TAG.finditer(text) if _is_markup(match, closed)}
+    declarations = {match.start() for match in _DECLARATION.finditer(text)}
+    if not tags and not declarations:
+        return _decoded(text)
+    marked = _escaped(text, tags.keys() | declarations)
+    if any(name in _BLOCKS for name in tags.values()):
+        paragraphs = re.split(r"\n[^\S\n]*\n\s*", marked)
+        marked = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    parser = _Text()
+    parser.feed(marked)
+    parser.close()
+    return "".join(parser.parts)
+
+
+def _is_markup(tag: re.Match[str], closed: set[str]) -> bool:
+    name = tag["name"].lower()
+    if ":" in name:  # Word's own, such as <o:p>
+        return bool(tag["closed"]) or name in closed
+    if name not in _BLOCKS | _INLINE | _HIDDEN:
+        return False
+    if tag["end"] or tag["closed"] or "=" in tag["rest"]:
+        return True
+    return not tag["rest"].strip() and (name in _BLOCKS or name in closed)
+
+
+def _escaped(text: str, kept: set[int]) -> str:
+    """`text` for a parser that would take more for markup: every other `<`, and each `&` of no reference, escaped."""
+    text = re.sub("<", lambda found: "<" if found.start() in kept else "&lt;", text)
+    return re.sub("&", lambda found: "&" if _is_reference(_REFERENCE.match(text, found.start())) else "&amp;", text)
+
+
+def _decoded(text: str) -> str:
+    return _REFERENCE.sub(lambda found: html.unescape(found[0]) if _is_reference(found) else found[0], text)
+
+
+def _is_reference(found: re.Match[str] | None) -> bool:
+    return found is not None and (found[0][1] == "#" or found[0][1:] in html5)
