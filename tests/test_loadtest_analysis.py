@@ -10,7 +10,6 @@ from loadtest.capacity import Capacity, Found, search
 from loadtest.charts import per_second
 from loadtest.figures import cold_penalty, step_points
 from loadtest.scenario import Scenario
-from loadtest.scrape import read_metrics, server_figures
 from loadtest.work import Arrival
 from tests.test_loadtest_figures import anything, failure, reply, summarise
 from train.command import load_config
@@ -67,27 +66,6 @@ def test_a_capacity_is_searched_without_anybody(options):
     """Each of its runs would wait for a Ctrl-C, or for workers."""
     with pytest.raises(UserError, match="neither --web nor --join"):
         Capacity(slo=("ttft_p50_s <= 1",), **options)
-
-
-def test_metrics_are_read_and_summed_over_their_labels():
-    """Two engines are added; loads and unloads come from one counter; other series are left alone."""
-    page = (
-        "# HELP vllm:num_requests_running x\n"
-        'vllm:num_requests_running{engine="0"} 3.0\nvllm:num_requests_running{engine="1"} 2.0\n'
-        'vllm:kv_cache_usage_perc{engine="0"} 0.5\n'
-        'counsel_adapter_events_total{adapter="a@1",event="load"} 4.0\n'
-        'counsel_adapter_events_total{adapter="a@1",event="evict"} 1.0\n'
-        'counsel_adapter_events_created{adapter="a@1",event="load"} 1.7e+09\nother_total 9\n'
-    )
-
-    assert read_metrics(page) == {"running": 5.0, "kv_used": 0.5, "loads": 4.0, "unloads": 1.0}
-
-
-def test_gauges_peak_and_counters_grow():
-    """Running was 1 then 3; four loads came on top of the ten before the run."""
-    found = server_figures([{"running": 1, "loads": 10}, {"running": 3, "loads": 14}], "note")
-
-    assert found == {"samples": 2, "note": "note", "running": {"mean": 2.0, "max": 3}, "loads": 4}
 
 
 def test_the_first_request_of_an_adapter_is_cold():
