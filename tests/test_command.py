@@ -82,6 +82,27 @@ def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("- a\n- b", "holds list"),
         ("a: [", "is not YAML"),
         ("on: 1", "unknown key True"),
+        # Of two values under one key the last would win, and a value of another kind would become text.
+        ("name: a\ntimes: 2\nwarmth: 1\ntimes: 3", "line 4 gives 'times' a second time; keep one"),
+        ("name:", r"name is empty \(null\); it must be text"),
+        ("name: null", r"name is empty \(null\); it must be text"),
+        ("name: 7", "name is 7; it must be text; in YAML put it in quotes"),
+        ("name: on", "name is True; it must be text; in YAML put it in quotes"),
+        ("name: 2026-01-01", "it must be text; in YAML put it in quotes"),
+        ("name: [a, b]", "it must be one text, not a list"),
+        ("name: {a: b}", "it must be text"),
+        ('name: "half \\ud83d"', "it must be text"),
+        ("name: a\ntimes:", r"times is empty \(null\); it must be a whole number"),
+        ("name: a\ntimes: [1]", "it must be one whole number, not a list"),
+        ("name: a\ntimes: 1.0e+400", "it must be a whole number"),
+        ("name: a\nwarmth: .inf", "warmth is inf; it must be a finite number"),
+        ("name: a\nwarmth: -.inf", "it must be a finite number"),
+        ("name: a\nwarmth: .nan", "it must be a finite number"),
+        ("name: a\nwarmth: 1e999", "it must be a finite number"),
+        ("name: a\nwarmth: true", "it must be a finite number"),
+        ("name: a\ntags: {a: b}", "tags is {'a': 'b'}; it must be text"),
+        ("name: a\ntags: [1]", "tags is 1; it must be text"),
+        ("name: a\ntags:", r"tags is empty \(null\); it must be text"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path, text, said):
@@ -89,9 +110,29 @@ def test_bad_yaml_is_one_clear_line(tmp_path, text, said):
     file = tmp_path / "g.yaml"
     file.write_text(text)
 
-    with pytest.raises(UserError, match=said.replace("[", r"\[")) as refusal:
+    with pytest.raises(UserError, match=said.replace("[", r"\[").replace("{", r"\{")) as refusal:
         load_config(Greeting, str(file), {})
     assert "\n" not in str(refusal.value)
+
+
+def test_a_list_of_one_may_be_given_plainly(tmp_path):
+    """`tags: x` and `--tags x` are one tag."""
+    file = tmp_path / "g.yaml"
+    file.write_text("name: ada\ntags: x\n")
+    assert load_config(Greeting, str(file), {}).tags == ("x",)
+
+
+def test_yaml_may_merge_a_mapping_and_change_a_key_of_it(tmp_path):
+    """A key given beside a merged one is no second giving: that is what merging is for."""
+    file = tmp_path / "g.yaml"
+    file.write_text("<<: {name: ada, times: 2}\ntimes: 3\n")
+    assert load_config(Greeting, str(file), {}) == Greeting("ada", times=3)
+
+
+def test_text_that_is_no_utf_8_is_refused():
+    """A command line in another encoding would break when it is first written, perhaps hours later."""
+    with pytest.raises(UserError, match=r"name is .*; it must be text"):
+        load_config(Greeting, None, {"name": b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")})
 
 
 def test_expected_failure_exits_1_with_one_line(capsys):

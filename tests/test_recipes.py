@@ -1,6 +1,7 @@
 """The shipped recipes, and the checks that come before training."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,20 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
         ({"data": "absent.csv"}, "data", "absent.csv"),
         ({"question_column": "Question"}, "data", "no column 'Question'"),
         ({"max_length": 20}, "rows", "raise max_length"),
+        ({"name": "a" * 60, "seeds": (1, 12345)}, "name", "'aaaa"),
+        ({"name": "tiny-llama"}, "base", "under which the base is served"),
+        (
+            {"system": "x" * 8001},
+            "system",
+            "the system prompt has 8,001 characters, and an adapter is published with at",
+        ),
+        ({"optimizer": "adamm"}, "optimizer", "did you mean"),
+        ({"optimizer": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
+        ({"optimizer": "schedule_free_adamw"}, "optimizer", "does not work here"),
+        ({"optimizer": "galore_adamw"}, "optimizer", "does not work here"),
+        ({"contacts": "keep"}, "data", "it must be drop or mask"),
+        ({"store": str(RECIPES / "smoke.yaml")}, "store", "is a file; give a folder"),
+        ({"store": str(RECIPES / "smoke.yaml" / "store")}, "store", "is a file; give a folder"),
     ],
 )
 def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said):
@@ -120,6 +135,88 @@ def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said)
 
     assert not found[failed].ok
     assert said in found[failed].seen
+
+
+def test_paths_where_nothing_can_be_written_are_found(llama, tmp_path):
+    """A run folder that is a file, one without permission; without a store nothing is published, and nothing asked."""
+    file, closed = tmp_path / "file", tmp_path / "closed"
+    file.write_text("x")
+    closed.mkdir(mode=0o500)
+
+    assert "is a file; give a folder" in findings(llama, file / "runs")["disk"].seen
+    assert findings(llama, tmp_path, store="", system="x" * 9000)["system"].ok
+    assert "store" not in findings(llama, tmp_path, store="")
+    if os.geteuid() != 0:  # root may write anywhere
+        assert "nothing can be written" in findings(llama, closed / "runs")["disk"].seen
+        assert "nothing can be written" in findings(llama, tmp_path, store=str(closed / "store"))["store"].seen
+
+
+def test_rows_longer_than_the_base_are_found(llama, tmp_path):
+    """Beyond its positions a base answers noise, or dies in the middle of training."""
+    path = tmp_path / "long.jsonl"
+    data = with_long_questions(path, 30)
+    path.write_text(path.read_text().replace("and so on", "and so on and on"))
+
+    seen = findings(llama, tmp_path, data=data, max_length=4000, max_rows=None)["rows"]
+
+    assert "the base has 1,024 positions: set max_length to at most that" in seen.seen
+    assert not seen.ok
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_rows": 0}, r"max_rows is 0; it must be above 0 \(or none\)"),
+        ({"max_rows": -1}, "max_rows is -1"),
+        ({"max_steps": -5}, "max_steps is -5; it must be 0 or more"),
+        ({"patience": -1}, "patience is -1"),
+        ({"samples": -1}, "samples is -1"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"epochs": float("inf")}, "epochs is inf"),
+        ({"epochs": -1.0}, "epochs is -1.0"),
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulation": 0}, "accumulation is 0"),
+        ({"evaluations": 0}, "evaluations is 0"),
+        ({"max_val_rows": 0}, "max_val_rows is 0"),
+        ({"max_length": 0}, "max_length is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+        ({"warmup": -0.1}, "warmup is -0.1"),
+        ({"val_share": -0.1}, "val_share is -0.1"),
+        ({"test_share": float("nan")}, "test_share is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"split_seed": 2**32}, "split_seed is 4294967296"),
+        ({"seeds": (1, -2)}, "seeds is -2"),
+        ({"seeds": (1, 2, 1)}, "seeds is 1, 2, 1; each seed is one run: give each once"),
+        ({"targets": ()}, "targets is empty"),
+        ({"targets": ("all-linear", "q_proj")}, "give all-linear alone"),
+        ({"schedule": "cosin"}, "schedule is 'cosin'; allowed"),
+        ({"attention": "flash"}, "attention is 'flash'; allowed"),
+        ({"data": ""}, "data is empty; leave it out for 'sample'"),
+        ({"base": " "}, "base is empty"),
+        ({"runs": ""}, "runs is empty"),
+        ({"name": ""}, "name is empty"),
+        ({"optimizer": ""}, "optimizer is empty"),
+        ({"answer_column": "Context"}, "question_column and answer_column are both 'Context'"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_at_once(changes, said):
+    """Each number of a recipe has its range; what is outside would train something else, or fail after hours."""
+    with pytest.raises(UserError, match=said):
+        Recipe(**changes)
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    """Zero switches off: steps by epochs, no patience, no samples, no decay, no clipping, no dropout, no validation."""
+    Recipe(max_rows=1, max_steps=0, patience=0, samples=0, weight_decay=0.0, max_grad_norm=0.0, dropout=0.0, warmup=0.0,
+           val_share=0.0, test_share=0.0, seed=0, split_seed=2**32 - 1, system="", store="")  # fmt: skip
 
 
 def test_sharding_without_a_gpu_is_refused(monkeypatch):

@@ -17,9 +17,11 @@ Each folder's `__main__` declares its commands and calls `main`. The contract ev
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import io
 import json
+import math
 import sys
 import types
 import typing
@@ -194,8 +196,24 @@ def _shown(value: Any) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """A mapping's keys are given once: YAML says so, and PyYAML lets the last one win."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: list[Any] = []
+            for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":
+                    continue  # keys that are merged in may be given again: that is what merging is for
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise UserError(
+                        f"{str(path)!r} line {key_node.start_mark.line + 1} gives {key!r} a second time; keep one"
+                    )
+                seen.append(key)
+            return super().construct_mapping(node, deep)
+
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UserError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -213,16 +231,33 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
     try:
         if typing.get_origin(hint) is tuple:
-            parts = value.split(",") if isinstance(value, str) else value
+            parts = (
+                value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+            )
             return tuple(_convert(key, part, typing.get_args(hint)[0]) for part in parts)
         if hint is bool:
             word = str(value).lower()
             if word not in _TRUE | _FALSE:
                 raise ValueError
             return word in _TRUE
-        if hint is int and (isinstance(value, bool) or float(value) != int(float(value))):
+        if hint is str:
+            return _text(value)
+        if isinstance(value, bool) or not math.isfinite(number := float(value)):
             raise ValueError
-        return int(float(value)) if hint is int else hint(value)
+        if hint is int and number != int(number):
+            raise ValueError
+        return int(value if isinstance(value, int) else number) if hint is int else number
     except (TypeError, ValueError, OverflowError) as error:
-        wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
-        raise UserError(f"{key} is {value!r}; it must be {wanted}") from error
+        wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
+        wanted = f"one {wanted.removeprefix('a ')}, not a list" if isinstance(value, list) else wanted
+        given = "empty (null)" if value is None else repr(value)
+        advice = "; in YAML put it in quotes" if hint is str and isinstance(value, int | float | datetime.date) else ""
+        raise UserError(f"{key} is {given}; it must be {wanted}{advice}") from error
+
+
+def _text(value: Any) -> str:
+    """Text as it was given. A number, a date or a list may have been read out of what was meant as text."""
+    if not isinstance(value, str):
+        raise TypeError
+    value.encode("utf-8")  # a half surrogate, or bytes of another encoding on the command line, breaks later
+    return value

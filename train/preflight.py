@@ -5,6 +5,8 @@ Each check is one line, ok or FAIL. `train` runs the same checks first and refus
 
 import json
 import logging
+import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 
 from train import adapter, catalog, data, store
 from train.chat import prompt_messages
+from train.command import nearest
 from train.errors import UserError
 from train.hardware import Machine, Plan
 from train.recipe import Recipe
@@ -58,13 +61,17 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
     """Run every check in turn; one that cannot go on because an earlier one failed is left out."""
     # bitsandbytes says, on import, that a kernel from the hub is missing; none is wanted.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    yield _guard("name", lambda: _name(recipe.name))
+    yield _guard("name", lambda: _name(recipe))
+    yield _guard("system", lambda: _system(recipe))
+    yield _guard("optimizer", lambda: optimizer(recipe, how))
     for item in how.downgrades:
         yield Finding("machine", True, str(item))
     found: dict[str, Any] = {}
 
     def base() -> str:
         found["base"] = catalog.resolve(recipe.base)
+        if recipe.store and recipe.name == found["base"].name:
+            raise UserError(f"name is {recipe.name!r}, under which the base is served; choose another --name")
         return f"{found['base'].hub_id} ({found['base'].license}) is at hand"
 
     def rows() -> str:
@@ -92,6 +99,8 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
     if "lengths" in found and "adapted" in found:
         yield _guard("memory", lambda: memory(recipe, how, here, folder, found["adapted"], found["lengths"]))
     yield _guard("disk", lambda: disk(Path(recipe.runs)))
+    if recipe.store:
+        yield _guard("store", lambda: writable("store", Path(recipe.store)))
 
 
 def _what_became_of_rows(report: data.Report) -> Iterator[Finding]:
@@ -231,13 +240,51 @@ def memory(
     return text
 
 
+def optimizer(recipe: Recipe, how: Plan) -> str:
+    """The optimizer is one of transformers', and what it needs is installed."""
+    from transformers import Trainer, TrainingArguments
+    from transformers.training_args import OptimizerNames
+
+    known = [name.value for name in OptimizerNames]
+    if recipe.optimizer not in known:
+        raise UserError(f"optimizer is {recipe.optimizer!r}, which transformers does not have; "
+                        f"{nearest(recipe.optimizer, known)}")  # fmt: skip
+    # Nothing is written: the folder is made when something is saved.
+    arguments = TrainingArguments(
+        output_dir="unused", optim=how.optimizer, use_cpu=how.device == "cpu", report_to="none"
+    )
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"optimizer {how.optimizer!r} does not work here ({reason}); try adamw_torch_fused") from error
+    return how.optimizer
+
+
 def disk(runs: Path) -> str:
-    """At least 2 GiB where the run will be."""
-    place = next(folder for folder in (runs, *runs.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    """At least 2 GiB where the run will be, and leave to write there."""
+    writable("runs", runs)
+    free = shutil.disk_usage(_nearest_folder(runs)).free
     if free < MIN_FREE_DISK_BYTES:
-        raise UserError(f"{_gib(free)} free at {str(place)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}")
+        raise UserError(f"{_gib(free)} free at {str(runs)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}")
     return f"{_gib(free)} free"
+
+
+def writable(option_name: str, folder: Path) -> str:
+    """`folder` is a folder in which files may be made, or may become one. Raises UserError, naming the option."""
+    existing = _nearest_folder(folder)
+    if not existing.is_dir():
+        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option_name} is {str(folder)!r}, but nothing can be written in {str(existing)!r}; "
+                        "change its permissions or give another folder")  # fmt: skip
+    return f"{str(folder)!r} can be written"
+
+
+def _nearest_folder(path: Path) -> Path:
+    """`path`, or the first of its parents that exists."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
 
 
 def _guard(name: str, run: Callable[[], str]) -> Finding:
@@ -247,9 +294,20 @@ def _guard(name: str, run: Callable[[], str]) -> Finding:
         return Finding(name, False, str(error))
 
 
-def _name(name: str) -> str:
-    store.check_name(name)
-    return f"{name!r} may name an adapter"
+def _name(recipe: Recipe) -> str:
+    names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
+    for name in names:
+        store.check_name(name)
+    return f"{', '.join(map(repr, names))} may name an adapter"
+
+
+def _system(recipe: Recipe) -> str:
+    if recipe.store and len(recipe.system) > store.MAX_SYSTEM_CHARS:
+        raise UserError(
+            f"the system prompt has {len(recipe.system):,} characters, and an adapter is published with at most "
+            f"{store.MAX_SYSTEM_CHARS:,}; shorten it, or set store to '' to train without publishing"
+        )
+    return f"{len(recipe.system):,} characters" if recipe.system else "no system prompt"
 
 
 def _count_targets(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
@@ -270,11 +328,21 @@ def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
         f"{len(ordered)} rows of {ordered[len(ordered) // 2]} tokens (median), {ordered[-1]} at most; "
         f"{cut} cut at {recipe.max_length}, {empty} left out, whose prompt alone fills that"
     )
+    longest, positions = min(ordered[-1], recipe.max_length), _positions(folder)
+    if longest > positions:
+        raise UserError(f"{text}; the base has {positions:,} positions: set max_length to at most that")
     if empty > MAX_LEFT_OUT_SHARE * len(ordered):
         raise UserError(f"{text}: more than {MAX_LEFT_OUT_SHARE:.0%} of the rows; raise max_length")
     if empty and recipe.strict:
         raise UserError(f"{text}; --strict allows none: raise max_length, or drop --strict")
     return text
+
+
+def _positions(folder: Path) -> float:
+    """The longest text that the base was made for, in tokens; no bound where its config names none."""
+    from transformers import AutoConfig
+
+    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:

@@ -1,5 +1,6 @@
 """`Recipe`: the schema of a training run. Shipped recipes are the YAML files in train/recipes, named by their stem."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,28 @@ class Recipe:
         if self.attention not in ("sdpa", "eager"):
             raise UserError(f"attention is {self.attention!r}; allowed: sdpa, eager")
         for key in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_val_rows", "epochs",
-                    "learning_rate"):  # fmt: skip
-            if not getattr(self, key) > 0:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be above 0")
-        for key in ("dropout", "warmup"):
+                    "learning_rate", "max_rows"):  # fmt: skip
+            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
+                raise UserError(f"{key} is {value}; it must be above 0{' (or none)' if key == 'max_rows' else ''}")
+        for key in ("max_steps", "patience", "samples", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"{key} is {getattr(self, key)}; it must be 0 or more")
+        for key in ("dropout", "warmup", "val_share", "test_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
+        for key in ("name", "base", "data", "question_column", "answer_column", "runs", "optimizer"):
+            if not getattr(self, key).strip():
+                raise UserError(f"{key} is empty; leave it out for {Recipe.__dataclass_fields__[key].default!r}")
+        if self.question_column == self.answer_column:
+            raise UserError(
+                f"question_column and answer_column are both {self.question_column!r}; the answer is another"
+            )
+        if not self.targets or ("all-linear" in self.targets and len(self.targets) > 1):
+            raise UserError(
+                f"targets is {', '.join(self.targets) or 'empty'}; give all-linear alone, or names of layers"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds is {', '.join(map(str, self.seeds))}; each seed is one run: give each once")
         for key, value in (("seed", self.seed), ("split_seed", self.split_seed), *(("seeds", s) for s in self.seeds)):
             if not 0 <= value < 2**32:
                 raise UserError(f"{key} is {value}; it must be from 0 to {2**32 - 1}")
