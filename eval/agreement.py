@@ -28,8 +28,9 @@ from train.files import read_jsonl
 
 # Krippendorff (2004): below .667 not even tentative conclusions. The whole interval must be above it.
 ALPHA_BAR = 0.667
-MIN_LABELS = 50
-BAR = f"alpha's 95 % interval above {ALPHA_BAR} on at least {MIN_LABELS} labelled answers"
+# Many labels of few questions say little: with fewer than these, a judge at the bar would often be called above it.
+MIN_QUESTIONS = 50
+BAR = f"alpha's 95 % interval above {ALPHA_BAR} on answers to at least {MIN_QUESTIONS} questions"
 
 # What was labelled: criterion, question_id, sample, and the arm (for a preference the two arms, sorted).
 Target = tuple[str, str, int, tuple[str, ...]]
@@ -38,11 +39,13 @@ Target = tuple[str, str, int, tuple[str, ...]]
 class Agreement(NamedTuple):
     """Judge against people on one criterion.
 
-    n: answers (or pairs) with both labels. raw: share of equal labels. kappa, alpha: None where only one label occurs,
-    which leaves nothing to agree on. human_alpha: people among themselves, None without a second rater.
+    n: answers (or pairs) with both labels; questions: how many they belong to. raw: share of equal labels. kappa,
+    alpha: None where only one label occurs, which leaves nothing to agree on. human_alpha: people among themselves,
+    None without a second rater.
     """
 
     n: int
+    questions: int
     raw: float
     kappa: float | None
     alpha: dict[str, Any] | None
@@ -87,11 +90,15 @@ def calibrate(
         alpha, among_people = krippendorff(both, seed), krippendorff(people, seed)
         found[criterion] = Agreement(
             n=len(pairs),
+            questions=len(both),
             raw=sum(judge == human for judge, human in pairs) / len(pairs),
             kappa=cohen(pairs),
             alpha=alpha._asdict() if alpha else None,
             human_alpha=among_people.value if among_people else None,
-            validated=alpha is not None and alpha.low is not None and alpha.low > ALPHA_BAR and alpha.n >= MIN_LABELS,
+            validated=alpha is not None
+            and alpha.low is not None
+            and alpha.low > ALPHA_BAR
+            and len(both) >= MIN_QUESTIONS,
         )
     return found
 

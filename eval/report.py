@@ -113,11 +113,21 @@ def judged_tables(judged: Mapping[str, Any]) -> list[list[list[str]]]:
                 _validated(judged, name),
             ]
         )
-    agreement = [["judge and people", "answers", "equal", "kappa", "alpha", "alpha of people", "validated"]]
+    agreement = [
+        ["judge and people", "answers", "questions", "equal", "kappa", "alpha", "alpha of people", "validated"]
+    ]
     for name, each in judged["agreement"].items():
         numbers = [f"{each[key]:.2f}" if each[key] is not None else "" for key in ("raw", "kappa", "human_alpha")]
         agreement.append(
-            [name, str(each["n"]), *numbers[:2], with_interval(each["alpha"], 2), numbers[2], _validated(judged, name)]
+            [
+                name,
+                str(each["n"]),
+                str(each["questions"]),
+                *numbers[:2],
+                with_interval(each["alpha"], 2),
+                numbers[2],
+                _validated(judged, name),
+            ]
         )
     return [preference, rubric, *([agreement] if len(agreement) > 1 else [])]
 

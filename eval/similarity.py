@@ -23,7 +23,7 @@ Vectors = NDArray[np.float32]
 
 
 class Encoded(NamedTuple):
-    """A text's unit vector (384,) and those of its word pieces in context (t, 384)."""
+    """A text's unit vector (384,) and those of its t word pieces in context (t, 384), without special tokens."""
 
     text: Vectors
     tokens: Vectors
@@ -60,7 +60,8 @@ class Encoder:
         for (text, _), found in zip(windows, vectors, strict=True):
             parts.setdefault(text, []).append(found)
         for text, pieces in parts.items():
-            tokens = np.concatenate(pieces)
+            # Special tokens match each other in any two texts: they are no part of what is compared.
+            tokens = np.concatenate([piece[1:-1] for piece in pieces])
             # Each window's mean weighted by its tokens; special tokens count in the mean, as this encoder was trained.
             pooled = sum(len(piece) * _unit(piece.mean(axis=0)) for piece in pieces)
             self._known[text] = Encoded(_unit(np.asarray(pooled)), _unit(tokens))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.agreement import MIN_LABELS, Target, calibrate, cohen, krippendorff, majority, read_labels
+from eval.agreement import MIN_QUESTIONS, Target, calibrate, cohen, krippendorff, majority, read_labels
 from train.errors import UserError
 from train.files import write_jsonl
 
@@ -90,19 +90,32 @@ def labelled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, l
 @pytest.mark.parametrize(
     ("n", "wrong", "constant", "validated"),
     [
-        (MIN_LABELS, 2, False, True),
-        (MIN_LABELS - 1, 0, False, False),  # too few
-        (MIN_LABELS, 8, False, False),  # alpha is about 0.68, but its interval reaches below the bar
-        (MIN_LABELS, 0, True, False),  # equal throughout, on one label
+        (MIN_QUESTIONS, 2, False, True),
+        (MIN_QUESTIONS - 1, 0, False, False),  # too few
+        (MIN_QUESTIONS, 8, False, False),  # alpha is about 0.68, but its interval reaches below the bar
+        (MIN_QUESTIONS, 0, True, False),  # equal throughout, on one label
     ],
 )
 def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: bool, validated: bool) -> None:
-    """Both the number of labels and the whole interval of alpha must do."""
+    """Both the number of questions and the whole interval of alpha must do."""
     found = calibrate(*labelled(n, wrong, constant), seed=0)["empathy"]
 
     assert (found.n, found.raw) == (n, pytest.approx(1 - wrong / n))
     assert found.validated is validated
     assert found.human_alpha is None
+
+
+def test_many_labels_of_two_questions_validate_nothing() -> None:
+    """Fifty labels and full agreement, all on answers to two questions."""
+    people, judge = labelled(MIN_QUESTIONS, 0)
+    place = {target: ("empathy", f"q{at % 2}", at, target[3]) for at, target in enumerate(people)}
+    found = calibrate(
+        {place[target]: each for target, each in people.items()},
+        {place[target]: each for target, each in judge.items()},
+        seed=0,
+    )["empathy"]
+
+    assert (found.n, found.questions, found.raw, found.validated) == (50, 2, 1.0, False)
 
 
 def test_labels_without_a_judgement_do_not_count() -> None:

@@ -160,6 +160,24 @@ def test_the_end_of_a_long_answer_counts(encoder: Encoder) -> None:
     assert float(one.text @ other.text) < 0.999
 
 
+def test_greedy_match_compares_word_pieces_only(encoder: Encoder) -> None:
+    """By hand from BERT's last layer, [CLS] and [SEP] left out: two texts that share nothing are far apart."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["You are not alone.", "The train leaves at nine."]
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder.folder), AutoModel.from_pretrained(encoder.folder).eval()
+    with torch.inference_mode():
+        states = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1] for text in texts]
+    one, other = (torch.nn.functional.normalize(state, dim=-1) for state in states)
+    cosines = one @ other.T
+    precision, recall = float(cosines.max(1).values.mean()), float(cosines.max(0).values.mean())
+    ours = encoder.encode(texts)
+
+    assert [len(each.tokens) for each in ours] == [len(one), len(other)]
+    assert greedy_match(ours[0], ours[1:]) == pytest.approx(2 * precision * recall / (precision + recall), abs=1e-4)
+
+
 def test_greedy_match_is_one_for_equal_texts(encoder: Encoder) -> None:
     """A text matches itself fully, and another text less."""
     same, other = encoder.encode(["You are not alone.", "The train leaves at nine."])
