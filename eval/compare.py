@@ -4,7 +4,10 @@ python -m eval compare seed-1,seed-2,seed-3
 python -m eval compare gentle:gentle,gentle:smollm2-135m,runs/direct/eval/20260101T000000Z:direct
 """
 
+import json
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +15,14 @@ from eval.config import CompareConfig
 from eval.metrics import METRICS
 from eval.report import p_text, table, with_interval
 from eval.samples import Row, read_rows
-from eval.summary import paired, summarize_arms
+from eval.summary import paired, shared_likelihoods, summarize_arms
 from train.command import Result
 from train.errors import UserError
 from train.files import read_json
 from train.run import open_run
+
+# What two evaluations must have in common for their difference to be the models'.
+SETTINGS = ("format", "max_tokens", "temperature", "top_p", "samples", "references", "questions", "system_prompt")
 
 
 class Side(NamedTuple):
@@ -29,8 +35,11 @@ class Side(NamedTuple):
 
 
 def compare(config: CompareConfig) -> Result:
-    """Print each side's metrics, and its paired difference from the first side, Holm-corrected over all of them."""
-    sides = [side(text) for text in config.sides]
+    """Print each side's metrics, and its paired difference from the first side, Holm-corrected over all of them.
+
+    All of it is on what every side has: values of other questions differ by the questions.
+    """
+    sides = told_apart([side(text) for text in config.sides])
     if len(sides) < 2 or len({one.label for one in sides}) < len(sides):
         raise UserError(f"sides is {','.join(config.sides)!r}; give two or more different ones, such as one,two:base")
     first = sides[0]
@@ -39,17 +48,21 @@ def compare(config: CompareConfig) -> Result:
             raise UserError(
                 f"{other.label} and {first.label} have different held-out rows: no paired comparison is right"
             )
-    scores, likelihoods = (
-        [rows for one in sides for rows in labelled(one, "scores.jsonl")],
-        [rows for one in sides for rows in labelled(one, "likelihood.jsonl")],
-    )
     labels = [one.label for one in sides]
+    scores = shared_scores([row for one in sides for row in labelled(one, "scores.jsonl")], labels)
+    likelihoods = shared_likelihoods([row for one in sides for row in labelled(one, "likelihood.jsonl")], labels)
     arms = summarize_arms(labels, first.label, [], scores, likelihoods, config.seed)
     differences = paired(scores, likelihoods, [(label, first.label) for label in labels[1:]], config.seed)
+    if not all(arms[label]["metrics"] for label in labels):
+        raise UserError(f"{', '.join(labels)} have no question in common; evaluate them on the same ones")
     print(table(_rows(labels, arms, differences)))
     print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
+    found = unlike(sides)
+    print("".join(f"\n! {alarm}" for alarm in found), end="\n" if found else "")
     metrics = {label: arms[label]["metrics"] for label in labels}
-    return Result({"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics)})
+    return Result(
+        {"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics), "alarms": found}
+    )
 
 
 def side(text: str) -> Side:
@@ -71,6 +84,42 @@ def side(text: str) -> Side:
     if arm not in summary["arms"]:
         raise UserError(f"{str(folder)!r} has no arm {arm!r}; it has {', '.join(summary['arms'])}")
     return Side(f"{summary['run']}:{arm}", folder, arm, summary)
+
+
+def told_apart(sides: Sequence[Side]) -> list[Side]:
+    """The sides, with the evaluation's stamp in the label where two have the same run and arm."""
+    times = Counter(one.label for one in sides)
+    return [
+        one._replace(label=f"{one.summary['run']}/{one.summary['stamp']}:{one.arm}") if times[one.label] > 1 else one
+        for one in sides
+    ]
+
+
+def unlike(sides: Sequence[Side]) -> list[str]:
+    """In what else than the model the sides differ: each such setting makes a difference of its own."""
+    asked = [{**one.summary["plan"]["config"], **one.summary["plan"], "format": one.summary["format"]} for one in sides]
+    found = []
+    for name in SETTINGS:
+        values = [json.dumps(settings.get(name)) for settings in asked]
+        if len(set(values)) > 1:
+            shown = ", ".join(f"{one.label} {value:.80}" for one, value in zip(sides, values, strict=True))
+            found.append(f"the sides were evaluated with different {name}: {shown}")
+    return found
+
+
+def shared_scores(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
+    """The rows with each metric only on the questions for which every side has it."""
+    has: dict[str, dict[str, set[str]]] = {metric: {label: set() for label in labels} for metric in METRICS}
+    for row in rows:
+        for metric, value in (row["scores"] or {}).items():
+            if value is not None:
+                has[metric][row["arm"]].add(row["question_id"])
+    common = {metric: set.intersection(*each.values()) for metric, each in has.items()}
+    return [
+        row | {"scores": {name: row["scores"].get(name) for name in METRICS if row["question_id"] in common[name]}}
+        for row in rows
+        if row["scores"] is not None
+    ]
 
 
 def finished(where: str) -> Path:

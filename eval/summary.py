@@ -87,7 +87,7 @@ def paired(
     """Every metric's difference for each (arm, against) pair on what both have; Holm over the primary ones."""
     found: list[dict[str, Any]] = []
     for arm, against in pairs:
-        table = per_question(scores, _shared(likelihoods, arm, against))
+        table = per_question(scores, shared_likelihoods(likelihoods, (arm, against)))
         for metric in METRICS:
             ours, theirs = table.get(arm, {}).get(metric, {}), table.get(against, {}).get(metric, {})
             keys = sorted(key for key in ours if key in theirs)
@@ -110,15 +110,13 @@ def paired(
     return found
 
 
-def _shared(likelihoods: Sequence[Row], arm: str, against: str) -> list[Row]:
-    """The two arms' likelihoods of the reference answers that both have: a long answer may fit under one prompt only,
-    and bits per byte differ more between answers than between arms."""
+def shared_likelihoods(likelihoods: Sequence[Row], arms: Sequence[str]) -> list[Row]:
+    """The arms' likelihoods of the reference answers that all of them have: a long answer may fit under one prompt
+    only, and bits per byte differ more between answers than between arms."""
     known = [row for row in likelihoods if row["nll_nats"] is not None]
-    has = {
-        name: {(row["question_id"], row["answer"]) for row in known if row["arm"] == name} for name in (arm, against)
-    }
-    both = has[arm] & has[against]
-    return [row for row in known if row["arm"] in has and (row["question_id"], row["answer"]) in both]
+    has = [{(row["question_id"], row["answer"]) for row in known if row["arm"] == name} for name in arms]
+    common = set.intersection(*has)
+    return [row for row in known if row["arm"] in arms and (row["question_id"], row["answer"]) in common]
 
 
 def summarize_arms(
