@@ -6,8 +6,9 @@
 
 Input, one request a line, as the Batch API defines it: `custom_id` (its own), `method` (`POST`), `url`
 (`/v1/chat/completions` or `/v1/completions`) and `body`. Output, one line each, in the order they finish: `id`,
-`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}). Both ways of
-answering give the same rows.
+`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}); and of ours,
+`request_sha256`, by which an answer to a request that has changed since is known and asked anew. Both ways of answering
+give the same rows.
 
 Killed and given again, it goes on: no request is lost or answered twice, and those that failed are sent again. A
 request's shard depends on its `custom_id` alone; shards are merged by putting their files one after the other.
@@ -17,6 +18,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
@@ -25,13 +27,13 @@ from typing import Any, NamedTuple
 
 from eval.config import BatchConfig
 from eval.online import Progress, attempt, run_bounded
-from eval.samples import Row, RowLog
+from eval.samples import Row, RowLog, read_rows
 from serve.client import BASE_URL, make_async_client
 from serve.config import ServeConfig
 from serve.offline import OfflineEngine
 from train.command import Result, load_config
 from train.errors import UserError
-from train.files import read_jsonl
+from train.files import read_jsonl, write_jsonl
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 SERVER_CONCURRENCY = 32
@@ -57,9 +59,22 @@ def batch(config: BatchConfig) -> Result:
         k, n = config.part
         requests = [request for request in requests if shard_of(request["custom_id"], n) == k]
         path = path.with_name(f"{path.stem}-{k}-of-{n}{path.suffix}")
-    with RowLog(path, ("custom_id",)) as log:
-        ids = {request["custom_id"] for request in requests}
-        strangers = [key[0] for key in log.done if key[0] not in ids]
+    if config.base and engine_log(path).resolve() in (path.resolve(), Path(config.requests).resolve()):
+        raise UserError(f"the engine would log into {str(engine_log(path))!r}; name requests and answers .jsonl")
+    asked = {request["custom_id"]: request_sha256(request) for request in requests}
+
+    def still_holds(row: Row) -> bool:
+        # A row of another program's, without a hash, is taken as it is.
+        known = row.get("request_sha256")
+        return known in (None, asked.get(row.get("custom_id"), known))
+
+    replaced = [row for row in read_rows(path) if not still_holds(row)]
+    if replaced:
+        aside = path.with_name(f"{path.stem}-replaced{path.suffix}")
+        write_jsonl(aside, [*read_rows(aside), *replaced])
+        print(f"{len(replaced)} requests have changed and are asked again; old answers: {aside}", file=sys.stderr)
+    with RowLog(path, ("custom_id",), keep=still_holds) as log:
+        strangers = [key[0] for key in log.done if key[0] not in asked]
         if strangers:
             raise UserError(f"{str(path)!r} answers {strangers[0]!r}, which {config.requests!r} does not ask here")
         if log.done:
@@ -91,6 +106,11 @@ def read_requests(path: Path) -> list[Row]:
             raise UserError(f"{str(path)!r} request {name!r}: body needs a model, and must not ask for a stream")
         known.add(name)
     return requests
+
+
+def request_sha256(request: Row) -> str:
+    """Of all that could change the answer: url and body, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps([request["url"], request["body"]], sort_keys=True).encode()).hexdigest()
 
 
 def shard_of(custom_id: str, n: int) -> int:
@@ -127,6 +147,8 @@ async def _server_answers(config: BatchConfig) -> AsyncIterator[Ask]:
             # The body is passed on as it is, so fields unknown to the client survive.
             path = request["url"].removeprefix("/v1")
             outcome = await attempt(lambda: client.post(path, body=request["body"], cast_to=object))
+            if outcome.error is None and not isinstance(outcome.response, dict):
+                return Reply(None, f"the reply is no JSON object: {outcome.response!r:.100}")
             return Reply(outcome.response, outcome.error)
 
         yield ask
@@ -152,12 +174,21 @@ def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> O
     # Room for each: the requests of all of them may wait at once.
     models = len({str(request["body"]["model"]) for request in requests})
     settings = dataclasses.replace(settings, host_adapters=max(settings.host_adapters, models))
-    return OfflineEngine(settings, answers.with_suffix(".log"))
+    return OfflineEngine(settings, engine_log(answers))
+
+
+def engine_log(answers: Path) -> Path:
+    """Where the engine of these answers logs."""
+    return answers.with_suffix(".log")
 
 
 def _line(request: Row, reply: Reply) -> Row:
     """The output line of one request."""
-    line: Row = {"id": f"batch_req_{request['custom_id']}", "custom_id": request["custom_id"]}
+    line: Row = {
+        "id": f"batch_req_{request['custom_id']}",
+        "custom_id": request["custom_id"],
+        "request_sha256": request_sha256(request),
+    }
     if reply.body is None:
         return line | {"response": None, "error": {"code": "failed", "message": reply.error}}
     response = {"status_code": 200, "request_id": reply.body.get("id"), "body": reply.body}

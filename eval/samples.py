@@ -25,7 +25,7 @@ likelihood.jsonl: how well a model predicts one human answer, one a line
 
 import fcntl
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -48,10 +48,11 @@ class RowLog:
     """An append-only JSONL file with one row per key, that survives being killed at any moment.
 
     Opening it drops a torn last line and the rows that failed, so that exactly these are done again; `done` holds the
-    rest by key. A second process that opens the same file is refused.
+    rest by key. `keep` says which of these still hold; the others are dropped as well. A second process that opens the
+    same file is refused.
     """
 
-    def __init__(self, path: Path, key: Sequence[str]) -> None:
+    def __init__(self, path: Path, key: Sequence[str], keep: Callable[[Row], bool] = lambda row: True) -> None:
         self.path, self.key = path, key
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = path.with_name(f".{path.name}.lock").open("w")
@@ -64,7 +65,7 @@ class RowLog:
         strange = next((number for number, row in enumerate(rows, 1) if not {"error", *key} <= row.keys()), None)
         if strange:
             raise UserError(f"line {strange} of {str(path)!r} is no row of ours; name another file")
-        kept = [row for row in rows if not failed(row)]
+        kept = [row for row in rows if not failed(row) and keep(row)]
         self.done: dict[Key, Row] = {self._key_of(row): row for row in kept}
         if len(self.done) != len(kept):
             raise UserError(f"{str(path)!r} holds a key twice: it was edited; remove {str(path.parent)!r}, start again")
@@ -97,11 +98,31 @@ def failed(row: Row) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a log, without a last line that was torn by a kill; [] when there is no file."""
+    """The rows of a log, without what a kill tore: its last line, or where logs were merged the start of another.
+
+    [] when there is no file. Raises UserError for any other line that is no JSON object.
+    """
     if not path.exists():
         return []
     *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{str(path)!r} has a broken line that is not its last: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _whole_row(line)
+        if row is None:
+            raise UserError(f"line {number} of {str(path)!r} is broken, and is not its last")
+        rows.append(row)
+    return rows
+
+
+def _whole_row(line: str) -> Row | None:
+    """The row that a line ends in; before it may stand the torn end of another log. None when there is none."""
+    start = 0
+    while start >= 0:
+        try:
+            row = json.loads(line[start:])
+        except ValueError:
+            # Every row starts so; within a row, what is nested leaves a closing brace behind.
+            start = line.find('{"', start + 1)
+            continue
+        return row if isinstance(row, dict) else None
+    return None

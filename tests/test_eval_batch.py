@@ -3,13 +3,16 @@
 import json
 import shutil
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from eval.batch import shard_of
+from eval.batch import batch, shard_of
 from eval.config import BatchConfig
 from eval.samples import read_rows
 from tests.conftest import SYSTEM, Served
@@ -263,3 +266,84 @@ def test_an_engine_that_does_not_start_is_one_line(doomed: tuple[subprocess.Pope
     assert err.splitlines()[-1].startswith("error: the engine ended: error: unrecognized arguments: --no-such-flag")
     assert str(folder / "out.log") in err
     assert (folder / "out.jsonl").read_text(encoding="utf-8") == ""
+
+
+class Echo(BaseHTTPRequestHandler):
+    """A server whose reply holds the prompt; to the prompt `list` it replies with a list, which is no reply."""
+
+    def do_POST(self) -> None:
+        prompt = json.loads(self.rfile.read(int(self.headers["content-length"])))["prompt"]
+        self.server.seen.append(prompt)
+        data = json.dumps([] if prompt == "list" else {"id": "x", "echo": prompt}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: a test's output is its own."""
+
+
+@pytest.fixture
+def echo() -> Iterator[ThreadingHTTPServer]:
+    """It runs in a thread; `seen` holds the prompts that it was asked."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        server.seen = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def answered_by(server: ThreadingHTTPServer, folder: Path, prompts: dict[str, str], answers: str = "out.jsonl") -> Any:
+    """The result of a batch that asks these prompts by name."""
+    write_jsonl(folder / "in.jsonl", [request(name, "m", COMPLETIONS, prompt=text) for name, text in prompts.items()])
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    return batch(BatchConfig(str(folder / "in.jsonl"), str(folder / answers), url=url, concurrency=1))
+
+
+def echoes(path: Path) -> dict[str, str]:
+    return {name: row["response"]["body"]["echo"] for name, row in by_id(path).items()}
+
+
+def test_an_edited_request_is_asked_again(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Its old answer is of another prompt: it moves aside, and the others stay."""
+    answered_by(echo, tmp_path, {"a": "one", "b": "two"})
+    answered_by(echo, tmp_path, {"a": "one", "b": "two, edited", "c": "three"})
+
+    assert echo.seen == ["one", "two", "two, edited", "three"]
+    assert echoes(tmp_path / "out.jsonl") == {"a": "one", "b": "two, edited", "c": "three"}
+    assert echoes(tmp_path / "out-replaced.jsonl") == {"b": "two"}
+
+
+def test_a_torn_shard_is_merged_by_cat(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """What was torn is asked again; the line that `cat` glued to it is whole, and is not."""
+    answered_by(echo, tmp_path, {"a": "one", "b": "two", "c": 'a {"id": "batch_req_x"} in it'}, "whole.jsonl")
+    one, two, three = (tmp_path / "whole.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_text(one[:-9] + two[:70] + three, encoding="utf-8")
+    echo.seen.clear()
+    result = answered_by(echo, tmp_path, {"a": "one", "b": "two", "c": 'a {"id": "batch_req_x"} in it'})
+
+    assert echo.seen == ["one", "two"]
+    assert result.document["failed"] == 0
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8").startswith(three)
+
+
+def test_a_reply_that_is_no_object_is_an_error_row(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Of its own request; the others are answered."""
+    result = answered_by(echo, tmp_path, {"a": "list", "b": "two"})
+    rows = by_id(tmp_path / "out.jsonl")
+
+    assert (result.exit_status, result.document["failed"]) == (1, 1)
+    assert rows["a"]["error"]["message"] == "the reply is no JSON object: []"
+    assert rows["b"]["error"] is None
+
+
+@pytest.mark.parametrize(("requests", "answers"), [("in.jsonl", "out.log"), ("out.log", "out.jsonl")])
+def test_the_engines_log_is_no_file_of_the_batch(tmp_path: Path, requests: str, answers: str) -> None:
+    """It would be written over."""
+    write_jsonl(tmp_path / requests, [request("a", "m", COMPLETIONS, prompt="one")])
+
+    with pytest.raises(UserError, match="the engine would log into"):
+        batch(BatchConfig(str(tmp_path / requests), str(tmp_path / answers), base="smollm2-135m"))
+    assert not (tmp_path / answers).exists()
