@@ -20,7 +20,7 @@ the reports show the latest judging; an earlier one comes back by giving its com
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,7 @@ def judge(config: JudgeConfig) -> Result:
         **findings(items, replies, texts, labels, config.seed),
         "provenance": provenance(),
     }
+    document["labels_unmatched"] = unmatched(labels, texts)
     document["counts"]["not_judged"] = {arm: not_judged(scores, arm) for arm in arms}
     failure = next((row["error"] for row in replies if row["error"] is not None), None)
     document["alarms"] = alarms(document, failure)
@@ -129,6 +130,11 @@ def answers(scores: Sequence[Row], arm: str) -> dict[tuple[str, int], str]:
     return {(row["question_id"], row["sample"]): row["text"] for row in mine}
 
 
+def unmatched(labels: Iterable[Target], texts: Mapping[str, Mapping[tuple[str, int], str]]) -> int:
+    """How many labelled answers and pairs are none of those judged here: another arm, question or sample."""
+    return sum(not all((key, sample) in texts.get(arm, {}) for arm in arms) for _, key, sample, arms in labels)
+
+
 def not_judged(scores: Sequence[Row], arm: str) -> dict[str, int]:
     """How many of an arm's answers failed, and how many have no words."""
     mine = [row for row in scores if row["arm"] == arm]
@@ -139,7 +145,10 @@ def not_judged(scores: Sequence[Row], arm: str) -> dict[str, int]:
 def plan_items(
     questions: Sequence[Question], texts: Mapping[str, Mapping[tuple[str, int], str]], max_tokens: int
 ) -> list[Item]:
-    """Every request of a judging: each answer by the rubric, each pair of one sample number in both orders."""
+    """Every request of a judging: each answer by the rubric, each pair of one sample number in both orders.
+
+    Two equal answers are a tie whoever judges, and are not asked about.
+    """
     asked = {question.question_id: question.question for question in questions}
     first, second = texts
     items = [
@@ -148,6 +157,8 @@ def plan_items(
         for (key, sample), text in sorted(texts[arm].items())
     ]
     for key, sample in sorted(set(texts[first]) & set(texts[second])):
+        if texts[first][key, sample] == texts[second][key, sample]:
+            continue
         for one, other in ((first, second), (second, first)):
             shown = ask_preference(asked[key], texts[one][key, sample], texts[other][key, sample], max_tokens)
             items.append(Item(PREFERENCE, key, sample, (one, other), shown))
@@ -183,10 +194,11 @@ def findings(
              (place, places[key, sample, (second, first)]))
         for (key, sample, shown), place in places.items() if shown == (first, second)
     ]  # fmt: skip
+    pairs += [Pair(*at, (text, text), (TIE, TIE)) for at, text in texts[first].items() if texts[second].get(at) == text]
     judged: dict[Target, Hashable] = {
         (PREFERENCE, pair.question_id, pair.sample, tuple(sorted(texts))):
             TIE if pair.winner is None else (first, second)[pair.winner]
-        for pair in pairs if pair.winners is not None
+        for pair in pairs if pair.winners is not None and pair.texts[0] != pair.texts[1]
     }  # fmt: skip
     agreement = calibrate(labels, judged | met, seed)
     return {

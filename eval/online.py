@@ -134,8 +134,9 @@ def sample_fields(outcome: Outcome) -> Row:
         fields = {
             "text": (choice.message.content or "").strip(),
             "finish_reason": choice.finish_reason,
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
+            # Not every server counts them.
+            "prompt_tokens": usage and usage.prompt_tokens,
+            "completion_tokens": usage and usage.completion_tokens,
         }
     return fields | {
         "latency_s": round(outcome.latency_s, 4),

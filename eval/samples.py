@@ -8,7 +8,7 @@ samples.jsonl: one generated answer a line
 | `sample` | 0, 1, ...: which of several answers to the same question |
 | `text` | the answer; `""` when it is empty or failed |
 | `finish_reason` | `stop` or `length` as the server says; null when failed |
-| `prompt_tokens`, `completion_tokens` | as the server counts them; null when failed |
+| `prompt_tokens`, `completion_tokens` | as the server counts them; null when failed or not counted |
 | `latency_s` | seconds from sending the last attempt to its end |
 | `attempts` | requests sent: 1 + retries |
 | `error` | null, or what failed; such a row is counted and never scored |

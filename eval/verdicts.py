@@ -10,13 +10,15 @@ judge.json
 | `counts` | `asked` (judgements; equal requests share one), `failed` (no reply), `unreadable` (a reply that is not
   the JSON asked for, never scored), `cut` (of these, ended by length), `not_judged`: arm to {`error`, `empty`}, its
   answers that no judge was asked about |
+| `labels_unmatched` | how many labelled answers and pairs are none of those judged here |
 | `preference` | see `preference` below |
 | `rubric` | `arms`: arm to criterion to {`value`, `low`, `high`, `n`}; `differences`: list of second minus first |
 | `agreement` | criterion or `preference` to eval.agreement.Agreement; empty without labels |
 | `alarms` | what a reader must know before believing a number |
 
 Every interval is a 95 % one over questions, from eval.stats. Where a rate is 0 or 1 at every question the bootstrap has
-nothing to vary: the open side is then the exact one-sided bound, 0.095 for 0 of 30.
+nothing to vary: the open side is then the exact one-sided bound, 0.095 for 0 of 30. Where it is another constant (all
+ties) there is no interval.
 """
 
 from collections import Counter, defaultdict
@@ -66,15 +68,17 @@ class Pair(NamedTuple):
 def preference(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     """What the pairs with two readings say.
 
-    judged, unreadable: how many pairs have both readings, and how many have not. win_rate: of the second arm, over
-    questions; a tie, and a pair that the two orders judge differently, is half a win. p: win rate against one half, by
-    swapping arms within questions. wins, ties, losses: pairs. consistency: share of pairs that get the same verdict in
-    both orders. first_chosen: share of all verdicts that are no tie which go to the answer shown first; one half
-    without position bias. longer_wins: share of the pairs won in both orders and unequal in words which the longer
-    answer won. second_longer: share of all pairs in which the second arm's answer has more words; near 0 or 1, length
-    and arm cannot be told apart.
+    judged, unreadable: how many pairs have both readings, and how many have not. equal: of those judged, pairs of two
+    equal answers, a tie that nobody was asked about and that says nothing of the judge. win_rate: of the second arm,
+    over questions; a tie, and a pair that the two orders judge differently, is half a win. p: win rate against one
+    half, by swapping arms within questions. wins, ties, losses: pairs. consistency: share of pairs that get the same
+    verdict in both orders. first_chosen: share of all verdicts that are no tie which go to the answer shown first;
+    one half without position bias. longer_wins: share of the pairs won in both orders and unequal in words which the
+    longer answer won. second_longer: share of all pairs in which the second arm's answer has more words; near 0 or 1,
+    length and arm cannot be told apart.
     """
     read = [pair for pair in pairs if pair.winners is not None]
+    told = [pair for pair in read if pair.texts[0] != pair.texts[1]]
     tally = Counter(pair.winner for pair in read)
     points = by_question((pair.question_id, {1: 1.0, None: 0.5, 0: 0.0}[pair.winner]) for pair in read)
     wins = _means(points)
@@ -85,21 +89,22 @@ def preference(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
     return {
         "judged": len(read),
         "unreadable": len(pairs) - len(read),
+        "equal": len(read) - len(told),
         "win_rate": rate(points, seed, pooled=False),
         "p": swap_test(wins, ratio(list(1 - wins.num)), seed) if len(points) > 1 and set(wins.num) != {0.5} else None,
         "wins": tally[1],
         "ties": tally[None],
         "losses": tally[0],
-        "consistency": share((pair.question_id, _same(pair)) for pair in read),
+        "consistency": share((pair.question_id, _same(pair)) for pair in told),
         "first_chosen": share(
-            (pair.question_id, place == FIRST) for pair in read for place in pair.places if place != TIE
+            (pair.question_id, place == FIRST) for pair in told for place in pair.places if place != TIE
         ),
         "longer_wins": share(
             (pair.question_id, pair.lengths[pair.winner] > pair.lengths[1 - pair.winner])
             for pair in read
             if pair.winner is not None and pair.lengths[0] != pair.lengths[1]
         ),
-        "second_longer": share((pair.question_id, pair.lengths[1] > pair.lengths[0]) for pair in read),
+        "second_longer": share((pair.question_id, pair.lengths[1] > pair.lengths[0]) for pair in told),
     }
 
 
@@ -147,6 +152,9 @@ def rate(values: Mapping[str, Sequence[float]], seed: int, pooled: bool = True) 
         bound = upper_rate(0, found.n)
         low, high = (0.0, bound) if found.value == 0 else (1 - bound, 1.0)
         found = found._replace(low=low, high=high)
+    elif found.low == found.high:
+        # All ties: nothing varies, and no exact bound fits a rate between 0 and 1.
+        found = found._replace(low=None, high=None)
     return found._asdict()
 
 
@@ -166,6 +174,11 @@ def alarms(document: Mapping[str, Any], failure: str | None) -> list[str]:
         found.append(
             f"{counts['unreadable']} of {counts['asked']} replies are not the JSON asked for and are not scored; "
             f"{counts['cut']} of them were cut by length"
+        )
+    if document["labels_unmatched"]:
+        found.append(
+            f"{document['labels_unmatched']} labels count for nothing: they are of answers that were not judged here "
+            "(another arm, question_id or sample)"
         )
     for arm, each in counts["not_judged"].items():
         if each["error"] or each["empty"]:

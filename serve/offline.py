@@ -128,8 +128,11 @@ class OfflineEngine:
                 said = json.loads(line)
                 if said["number"] == 0:
                     self._ready.set()
-                elif said["number"] in self._asked:
-                    self._asked[said["number"]].set_result(Answer(said["status"], said["body"]))
+                    continue
+                future = self._asked.get(said["number"])
+                # One that was cancelled is still here until its task runs again.
+                if future is not None and not future.done():
+                    future.set_result(Answer(said["status"], said["body"]))
         finally:
             for future in self._asked.values():
                 if not future.done():

@@ -5,13 +5,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from eval.__main__ import COMMANDS
 from eval.config import JudgeConfig
-from eval.judge import JUDGEMENT_KEY, Item, answers, ask_missing, judge
+from eval.judge import JUDGEMENT_KEY, Item, answers, ask_missing, findings, judge, plan_items
+from eval.online import Outcome, Question, sample_fields
 from eval.rubric import (
     PREFERENCE_SCHEMA,
     RUBRIC,
@@ -269,6 +271,45 @@ def test_nobody_at_the_judges_address_is_one_line(folder: Path, capsys: pytest.C
     assert status == 1
     assert err.strip().splitlines()[-1].startswith("error: no answer from http://127.0.0.1:9/v1")
     assert read_rows(folder / "judgements.jsonl") == []
+
+
+def test_labels_of_what_was_not_judged_are_counted(folder: Path, url: str) -> None:
+    """An arm, a question and a sample that nobody judged: said, instead of vanishing; the fourth label counts."""
+    label = {"stamp": folder.name, "sample": 0, "criterion": "empathy", "rater": "one", "label": True}
+    known = {**label, "arm": "tiny", "question_id": f"{0:016x}"}
+    changes = ({}, {"arm": "gentel"}, {"question_id": "nowhere"}, {"sample": 7})
+    write_jsonl(folder / "labels.jsonl", [known | change for change in changes])
+    found = judged(folder, url, "fair", labels=str(folder / "labels.jsonl"))
+
+    assert found["labels_unmatched"] == 3
+    assert found["agreement"]["empathy"]["n"] == 1
+    assert any(alarm.startswith("3 labels count for nothing") for alarm in found["alarms"])
+
+
+def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:
+    """Not asked about, half a win, and outside consistency and position bias."""
+    texts = {"one": {("q", 0): "be kind", ("r", 0): "rest"}, "two": {("q", 0): "be kind", ("r", 0): "sleep"}}
+    questions = [Question("q", "I feel low", "", ()), Question("r", "I feel tired", "", ())]
+    items = plan_items(questions, texts, 9)
+    replies = [
+        {"error": None, "finish_reason": "stop", "text": '{"reason": "x", "better": "tie"}'}
+        if item.kind == "preference" else {"error": "none", "finish_reason": None, "text": ""} for item in items
+    ]  # fmt: skip
+    found = findings(items, replies, texts, {}, seed=0)["preference"]
+
+    assert [item.question_id for item in items if item.kind == "preference"] == ["r", "r"]
+    assert [found[key] for key in ("judged", "equal", "ties", "unreadable")] == [2, 1, 2, 0]
+    assert (found["consistency"]["n"], found["first_chosen"], found["second_longer"]["n"]) == (1, None, 1)
+    # Nothing but ties: one half, and no interval to go with it.
+    assert found["win_rate"] == {"value": 0.5, "low": None, "high": None, "n": 2}
+
+
+def test_a_reply_without_usage_is_a_reply() -> None:
+    """Some servers do not count tokens; the verdict is there all the same."""
+    choice = SimpleNamespace(message=SimpleNamespace(content=" well "), finish_reason="stop")
+    fields = sample_fields(Outcome(SimpleNamespace(choices=[choice], usage=None), None, 1, 0.1))
+
+    assert (fields["text"], fields["prompt_tokens"], fields["completion_tokens"]) == ("well", None, None)
 
 
 def test_answers_without_words_are_not_asked_about() -> None:
