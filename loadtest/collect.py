@@ -7,6 +7,7 @@ clock. client.jsonl, one object per process and second: what the client saw of i
   due, in_flight   arrivals that have come due so far; requests running now
   hub_lag_s        longest time by which a sleeping greenlet woke late: how wrong a timestamp may be
   cpu              processor seconds used per second (1.0: a whole core; one process cannot use more)
+  clock_error_s    how far its clock of the run may be from the leader's (see loadtest/clock.py)
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust.env import Environment
 from locust.runners import MasterRunner
 
@@ -34,6 +36,7 @@ class Outbox:
 
     def __init__(self, environment: Environment, player: Player, deliver: Callable[[dict[str, Any]], None]) -> None:
         self.finished = False
+        self.clock_error_s = 0.0
         self.environment = environment
         self._player = player
         self._deliver = deliver
@@ -77,10 +80,11 @@ class Outbox:
             gevent.sleep(_FLUSH_S)
             self.flush()
 
-    def observe(self) -> None:
-        """Watch this process for ever: how late the hub wakes sleepers, how much processor it uses."""
+    def observe(self, begun: Event) -> None:
+        """Once the run has `begun`, watch this process for ever: how late the hub wakes sleepers, its processor use."""
+        begun.wait()
         worst_s, second_end = 0.0, time.monotonic() + 1
-        cpu_s, begun = _cpu_s(), time.monotonic()
+        cpu_s, since = _cpu_s(), time.monotonic()
         while True:
             asked = time.monotonic()
             gevent.sleep(_NAP_S)
@@ -95,10 +99,11 @@ class Outbox:
                         "due": self._player.due_so_far,
                         "in_flight": self._player.in_flight,
                         "hub_lag_s": round(worst_s, 6),
-                        "cpu": round((used_s - cpu_s) / (now - begun), 4),
+                        "cpu": round((used_s - cpu_s) / (now - since), 4),
+                        "clock_error_s": round(self.clock_error_s, 6),
                     }
                 )
-                worst_s, second_end, cpu_s, begun = 0.0, now + 1, used_s, now
+                worst_s, second_end, cpu_s, since = 0.0, now + 1, used_s, now
 
 
 class Collector:
@@ -123,8 +128,11 @@ class Collector:
         self._begin()
         for path in (self._requests, self._client):
             path.write_text("", encoding="utf-8")
-        # What the process that reads /metrics on this machine needs to put its samples on the clock of the rows.
-        self._start.write_text(json.dumps({"mono_s": time.monotonic(), "unix_s": time.time()}), encoding="utf-8")
+
+    def begin(self, start_s: float) -> None:
+        """Note when the run begins, for the process that reads /metrics on this machine and puts its samples beside."""
+        unix_s = time.time() + start_s - time.monotonic()
+        self._start.write_text(json.dumps({"mono_s": start_s, "unix_s": unix_s}), encoding="utf-8")
 
     def take(self, report: Mapping[str, Any]) -> None:
         """Write one process's report down; end the run when it was the last one due."""

@@ -8,17 +8,20 @@ import gc
 import logging
 import os
 import signal
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 import gevent
+from gevent.event import Event
 from locust import User, events, runners, task
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 from locust.user.task import LOCUST_STATE_STOPPING
 
+from loadtest.clock import Clock
 from loadtest.collect import Collector, Outbox
 from loadtest.player import Player
 from loadtest.scenario import read_scenario
@@ -32,6 +35,9 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 # Seconds without a heartbeat after which a worker is given up. Three, Locust's own, pass on a crowded machine while a
 # worker connects; a worker that really is gone still makes the run invalid.
 runners.HEARTBEAT_LIVENESS = 15
+
+# Seconds from saying when the run begins to its beginning, so that every worker has heard it by then.
+_LEAD_S = 0.2
 
 DIRECTORY = Path(os.environ["COUNSEL_LOADTEST"])
 SCENARIO = read_scenario(DIRECTORY)
@@ -52,6 +58,10 @@ class Here:
     playing: set[int]
     jobs: tuple[gevent.Greenlet, ...] = ()
     collector: Collector | None = None
+    # What a worker knows of the leader's clock, and who of the workers has told the leader that it does.
+    clock: Clock
+    aligned: set[str]
+    begun = Event()
 
 
 class Source(User):
@@ -65,6 +75,8 @@ class Source(User):
             # Locust hands a lost worker's users to the others; playing on here would double this worker's share.
             raise StopUser
         Here.playing.add(own)
+        Here.begun.wait()
+        gevent.sleep(max(-Here.player.now_s(), 0))
         try:
             if SCENARIO.closed:
                 Here.player.play_closed(self._told_to_stop)
@@ -90,27 +102,70 @@ def prepare(environment: Environment, **_: Any) -> None:
     environment.events.quitting.add_listener(end)
     if isinstance(runner, WorkerRunner):
         runner.register_message("share", lambda msg, **_: setattr(Here, "worker", msg.data["number"]))
+        runner.register_message("time", lambda msg, **_: told_the_time(runner, **msg.data))
+        runner.register_message("begin", lambda msg, **_: begin(Here.clock.here(msg.data["leader_s"])))
         return
     collector = Here.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
     if isinstance(runner, MasterRunner):
         runner.register_message("report", lambda msg, **_: collector.take(msg.data))
+        runner.register_message("ask", lambda msg, **_: tell_the_time(runner, msg.node_id, msg.data["asked_s"]))
+        runner.register_message("aligned", lambda msg, **_: begin_when_aligned(runner, collector, msg.node_id))
 
 
 @events.test_start.add_listener
 def start(environment: Environment, **_: Any) -> None:
-    """Begin with a fresh player, outbox and files."""
+    """Begin with a fresh player, outbox and files; workers, once all of them know what time it is."""
     runner = environment.runner
     if Here.collector:
         Here.collector.restart()
     if isinstance(runner, MasterRunner):
+        Here.aligned = set()
         deal(runner)
         return
     gevent.killall(Here.jobs)
+    Here.begun.clear()
     client = make_client(SCENARIO.url)
     Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
     Here.outbox = Outbox(environment, Here.player, deliver)
     Here.playing = set()
-    Here.jobs = (gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe))
+    Here.jobs = (gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe, Here.begun))
+    if isinstance(runner, WorkerRunner):
+        Here.clock = Clock()
+        Here.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s}))
+    else:
+        assert Here.collector, "what is no worker collects"
+        now_s = time.monotonic()
+        Here.collector.begin(now_s)
+        begin(now_s)
+
+
+def tell_the_time(runner: MasterRunner, worker: str, asked_s: float) -> None:
+    """Answer a worker: this is the leader's clock."""
+    runner.send_message("time", {"asked_s": asked_s, "leader_s": time.monotonic()}, client_id=worker)
+
+
+def told_the_time(runner: WorkerRunner, asked_s: float, leader_s: float) -> None:
+    """Ask again, or say that it is enough."""
+    Here.clock.answer(asked_s, leader_s)
+    if not Here.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s})):
+        Here.outbox.clock_error_s = Here.clock.error_s
+        runner.send_message("aligned")
+
+
+def begin_when_aligned(runner: MasterRunner, collector: Collector, worker: str) -> None:
+    """Say when the run begins, once every worker can tell."""
+    Here.aligned.add(worker)
+    if len(Here.aligned) == SCENARIO.workers:
+        leader_s = time.monotonic() + _LEAD_S
+        collector.begin(leader_s)
+        for each in Here.aligned:
+            runner.send_message("begin", {"leader_s": leader_s}, client_id=each)
+
+
+def begin(start_s: float) -> None:
+    """Start this process's clock of the run, and its sources."""
+    Here.player.start_s = start_s
+    Here.begun.set()
 
 
 def deal(runner: MasterRunner) -> None:

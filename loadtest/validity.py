@@ -7,6 +7,7 @@ is measured, because 20 ms of lag spoil a TTFT of 50 ms and mean nothing to one 
   sent_share        planned arrivals that were sent within a second of the end of the schedule: at least 0.98
   played_share      closed loop: of the requests asked for, or else of the time, what was played: at least 0.98
   schedule_lag_s    95th percentile of sending after being due (open loop): at most 25 ms, or 10 % of the median TTFT
+  clock_error_s     how far the clocks of two processes may be apart: at most what the schedule lag may be
   hub_lag_s         95th percentile over seconds of the latest wake-up: at most 50 ms, or 10 % of the median TTFT
   client_cpu        95th percentile over seconds of the busiest process: at most 0.9 of a core
   workers           processes that watched themselves to the end: all
@@ -62,6 +63,8 @@ def check_client(
         checks.append(_least("played_share", _played_share(scenario, rows, seconds), 0.98))
     hub_lag_s = percentile([second["hub_lag_s"] for second in watched], 95)
     cpu = percentile([second["cpu"] for second in watched], 95)
+    clock_s = max((second.get("clock_error_s", 0.0) for second in seconds), default=0.0)
+    checks.append(_most("clock_error_s", clock_s, max(0.025, tenth_s)))
     checks.append(_most("hub_lag_s", hub_lag_s or 0.0, max(0.05, tenth_s)))
     checks.append(_most("client_cpu", cpu or 0.0, 0.9))
     checks.append(_least("workers", len(_steadfast(rows, seconds)), scenario.workers))

@@ -5,7 +5,8 @@
 It is no model: a reply is `max_tokens` times the word "w ", so a test knows what must come back. The first model is
 the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
 It is plain asyncio with bytes made beforehand, because it must outrun the client it measures.
-GET /seen counts what came: {"requests": {model: n}, "hung_up": n}. GET /release lets go what `holds` holds.
+GET /seen counts what came: {"requests": {model: n}, "hung_up": n}. GET /arrived says when, by the clock that all
+processes of a machine share: [[seconds, last message], ...]. GET /release lets go what `holds` holds.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +92,7 @@ class Standin(asyncio.Protocol):
     whole: Counter
     released: asyncio.Event
     hung_up = 0
+    arrived: list[tuple[float, str]]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -117,6 +120,8 @@ class Standin(asyncio.Protocol):
             return
         body = json.loads(rest[:length])
         Standin.requests[body["model"]] += 1
+        if body.get("messages"):
+            self.arrived.append((time.monotonic(), body["messages"][-1]["content"]))
         self.reply = asyncio.ensure_future(self.stream(body, Standin.requests[body["model"]]))
 
     def get(self, path: str) -> tuple[int, dict | str]:
@@ -127,6 +132,8 @@ class Standin(asyncio.Protocol):
             return 200, {"object": "list", "data": cards}
         if path == "/seen":
             return 200, {"requests": dict(self.requests), "hung_up": self.hung_up}
+        if path == "/arrived":
+            return 200, {"arrived": self.arrived}
         if path == "/release":
             self.released.set()
             return 200, {}
@@ -257,7 +264,7 @@ if __name__ == "__main__":
     parser.add_argument("--models", default="base,gentle,brief")
     options = parser.parse_args()
     Standin.models, Standin.requests, Standin.whole = tuple(options.models.split(",")), Counter(), Counter()
-    Standin.slots, Standin.waiting = {}, {}
+    Standin.slots, Standin.waiting, Standin.arrived = {}, {}, []
     import uvloop
 
     uvloop.run(serve(options.port))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -52,15 +53,27 @@ def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
 
 
 def test_rows_arrive_from_two_workers(tmp_path):
-    """Two Locust processes share the plan: every arrival once, some from each."""
+    """Two Locust processes share the plan: every arrival once, some from each, and on one clock.
+
+    By the server's clock each came after it was sent and before it was answered, by the rows of whichever process.
+    """
     with standin("base") as url:
         done = loadtest(tmp_path, "--url", url, *LOAD, "--workers", "2")
+        with urllib.request.urlopen(url.replace("/v1", "/arrived")) as response:
+            arrived = {text: at_s for at_s, text in json.load(response)["arrived"]}
 
     rows = read_rows(tmp_path / "out/requests.jsonl")
     assert done.returncode in (0, 4), done.stderr
     assert sorted(row.id for row in rows) == list(range(N_PLANNED))
     assert {row.worker for row in rows} == {0, 1}
     assert {row.id % 2 == row.worker % 2 for row in rows} != {True, False}
+    texts = [row["question"] for row in read_jsonl(tmp_path / "out/prompts.jsonl")]
+    prompts = {arrival["id"]: texts[arrival["prompts"][0]] for arrival in read_jsonl(tmp_path / "out/plan.jsonl")}
+    start_s = json.loads((tmp_path / "out/start.json").read_text())["mono_s"]
+    wrong_s = max(second["clock_error_s"] for second in read_jsonl(tmp_path / "out/client.jsonl"))
+    for row in rows:
+        came_s = arrived[prompts[row.id]] - start_s
+        assert row.sent_s - wrong_s - 1e-5 <= came_s <= row.first_s + wrong_s + 1e-5
 
 
 def test_no_two_runs_send_the_same_prompt_unless_asked_to(tmp_path):
@@ -97,7 +110,7 @@ def test_arrivals_beyond_the_cap_are_dropped_and_counted(tmp_path):
 
     summary = json.loads(done.stdout.strip().split("\n")[-1])
     assert summary["all"]["outcomes"] == {"dropped": N_PLANNED - 3, "unfinished": 3}
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert summary["verdict"] == "invalid"
 
 
