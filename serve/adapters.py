@@ -14,8 +14,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
+
 from serve import config as configs
-from serve import grammars, tally, turns
+from serve import grammars, tally, turns, validation
 from serve.gateway import TARGET, Service
 from serve.journal import Journal
 from serve.keys import KeyRing
@@ -39,6 +41,7 @@ class AdaptersPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Put our routes over vLLM's of the same path."""
+        self.app = app
         from fastapi import Request
         from fastapi.responses import JSONResponse, PlainTextResponse
 
@@ -75,9 +78,14 @@ class AdaptersPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Load the store's adapters, then follow the store; the server opens its port only after this."""
+        from fastapi.exceptions import RequestValidationError
+
         config = configs.from_environment()
         grammars.guard(engine_client, grammars.for_model(engine_client))
         tally.watch(engine_client)
+        _drop_lora_series(engine_client)
+        # Only now are vLLM's own handlers set, which this one takes the place of.
+        self.app.exception_handler(RequestValidationError)(validation.refuse)
         meters = Meters()
         # The model's weight files do not change while it is served: one reading, off the event loop.
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
@@ -108,6 +116,15 @@ class AdaptersPlugin:
         loop.add_signal_handler(signal.SIGUSR1, _start_stopping, state, config.leave_s)
         loop.add_signal_handler(signal.SIGUSR2, _start_stopping, state, 0.0)
         log.info("serving %s and %d adapters", plane.base_name, len(plane.residents))
+
+
+def _drop_lora_series(engine_client: Any) -> None:
+    """Leave out `vllm:lora_requests_info`: it gets a series for each set and order of adapters that ran together."""
+    manager = engine_client.logger_manager
+    for logger in manager.stat_loggers if manager else ():
+        if getattr(logger, "gauge_lora_info", None) is not None:
+            REGISTRY.unregister(logger.gauge_lora_info)
+            logger.gauge_lora_info = None
 
 
 def _start_stopping(state: Any, leave_s: float) -> None:

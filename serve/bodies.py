@@ -35,7 +35,14 @@ def prepare(
     template: Template = TAKES_ALL,
 ) -> Body:
     """The body to hand on; `manifest` is None for the base. Raises Refusal 400 for what the bounds forbid."""
-    ready = dict(body)
+    # To many clients null means that nothing is given; vLLM refuses some.
+    ready = {name: value for name, value in body.items() if value is not None}
+    if body.get("tools") == []:
+        del ready["tools"]
+    if "tools" not in ready and body.get("tool_choice") in ("auto", "none"):
+        del ready["tool_choice"]
+    if not body.get("stream"):
+        ready.pop("stream_options", None)
     for name in _BOUNDS:
         if (value := whole(body, name)) is None:
             continue

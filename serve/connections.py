@@ -52,6 +52,10 @@ class BoundedConnection(H11Protocol):
         elif self._head_timer is None:
             self._expect_head()
 
+    def _should_upgrade(self) -> bool:
+        """No other protocol is spoken here, and HTTP/1.1 lets a server pass over the offer."""
+        return False
+
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 

@@ -118,8 +118,10 @@ def _text(part: Any, place: str) -> str:
         return part
     kind = (part.get("type") or "text") if isinstance(part, dict) else None
     field = _TEXT_OF.get(kind) if isinstance(kind, str) else None
-    if field is None or not isinstance(part.get(field), str):
+    if field is None:
         raise Refusal(400, f"{place} is of type {kind!r:.40}; only text is read here", param=place)
+    if not isinstance(part.get(field), str):
+        raise Refusal(400, f"{place} holds no text in {field!r}; only text is read here", param=place)
     other = next((name for name in part if name not in (*_MARKS, field) and part[name] is not None), None)
     if other is not None:
         raise Refusal(400, f"{place} holds {other!r:.40}; only text is read here", param=place)

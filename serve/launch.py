@@ -90,6 +90,9 @@ def plan(
     chosen.variable("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0", "a forced tool call is held to its JSON schema")
     for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
         chosen.variable(name, value, "the engine's processes talk to each other inside this machine only")
+    chosen.variable(
+        "LLGUIDANCE_LOG_LEVEL", "0", "a grammar's errors quote what a caller wrote: they stay out of the log"
+    )
     chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
     if machine.device == "cpu":
         _threads(chosen, machine)

@@ -88,8 +88,8 @@ def watch(engine_client: Any) -> None:
                 failed = any(piece.finish_reason == "error" for piece in output.outputs)
                 if failed and sampling_params.structured_outputs is not None:
                     raise VLLMValidationError(
-                        "the answer could not go on: no token fits both its grammar and the request's other rules "
-                        "(such as allowed_token_ids, bad_words, logit_bias or min_tokens)",
+                        "the answer could not go on: its grammar became too complex, or no token fits both the grammar "
+                        "and the request's other rules (such as allowed_token_ids, bad_words, logit_bias, min_tokens)",
                         parameter="structured_outputs",
                     )
                 yield output

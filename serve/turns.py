@@ -27,6 +27,7 @@ class Template:
     """What a chat template renders whole. The default is one that takes everything, as most do."""
 
     system_first: bool = True
+    system_alone: bool = True
     system_later: bool = True
     developer: bool = True
     repeats: bool = True
@@ -50,6 +51,7 @@ def template_of(tokenizer: Any) -> Template:
     answered = {"role": "tool", "tool_call_id": _CALL["id"], "name": "function-1", "content": "text-2"}
     return Template(
         system_first=keeps("su") and keeps("sua") and keeps("suau"),
+        system_alone=keeps("s") and keeps("sa"),
         system_later=all(map(keeps, _WITH_SYSTEM_LATER)),
         developer="developer" in tokenizer.chat_template and keeps("du"),
         repeats=all(map(keeps, ("uu", "uauu", "uaa", "uaau"))),
@@ -73,11 +75,14 @@ def template_in(model: Path, chat_template: str | None = None) -> Template:
 def settle(turns: Sequence[Turn], template: Template) -> list[Turn]:
     """The same conversation as `template` takes it. Raises Refusal 400 where there is no such order."""
     settled: list[Turn] = []
+    first = next((turn.get("role") for turn in turns if turn.get("role") not in SYSTEM_ROLES), None)
+    opens = template.system_first and (template.system_alone or first == "user")
     # Whether the last one holds only texts of system turns that the user says.
     lent = False
     for turn in turns:
         role = turn.get("role")
-        said = _said_as(role, all(before.get("role") in SYSTEM_ROLES for before in settled), template)
+        opening = all(before.get("role") in SYSTEM_ROLES for before in settled)
+        said = _said_as(role, opens if opening else template.system_later, template)
         borrowed = role in SYSTEM_ROLES and said == "user"
         if said != role:
             turn = {**turn, "role": said}
@@ -94,10 +99,9 @@ def settle(turns: Sequence[Turn], template: Template) -> list[Turn]:
     return settled
 
 
-def _said_as(role: Any, at_start: bool, template: Template) -> Any:
+def _said_as(role: Any, taken: bool, template: Template) -> Any:
     if role == "developer" and not template.developer:
         role = "system"
-    taken = template.system_first if at_start else template.system_later
     return "user" if role in SYSTEM_ROLES and not taken else role
 
 

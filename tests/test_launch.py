@@ -91,6 +91,7 @@ def test_a_gpu_gets_vllms_defaults(base):
     assert flag(made, "--scheduler-cls") == "serve.scheduler.make_scheduler"
     assert flag(made, "--dtype") == "auto"
     of_all = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"}
+    of_all |= {"LLGUIDANCE_LOG_LEVEL"}
     assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_COMPUTE_NANS_IN_LOGITS", *of_all}
 
 
