@@ -15,6 +15,8 @@ from train.command import nearest, option
 from train.errors import UserError
 
 ENVIRONMENT = "COUNSEL_SERVE"
+# What the parent calls the child it started, and where the child says it back.
+INSTANCE, INSTANCE_HEADER = "COUNSEL_INSTANCE", "x-counsel-instance"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

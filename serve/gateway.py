@@ -8,6 +8,7 @@ its text (serve/journal.py). Bodies are parsed on the generating routes alone; s
 import asyncio
 import json
 import logging
+import os
 import re
 import time
 import urllib.parse
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
-from serve.config import ServeConfig, is_loopback
+from serve.config import INSTANCE, INSTANCE_HEADER, ServeConfig, is_loopback
 from serve.journal import Journal
 from serve.keys import ADMIN, USER, Key, KeyRing
 from serve.limits import Limits
@@ -118,7 +119,10 @@ class Gateway:
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         visit = Visit(request_id, scope["method"], _without_last_slash(scope["path"][:MAX_PATH]))
         scope = {**scope, "path": visit.path, "raw_path": visit.path.encode()}
-        reply = Reply(send, [(b"x-request-id", request_id.encode())], visit.path == RESPONSES)
+        extra = [(b"x-request-id", request_id.encode())]
+        if visit.path == "/health":
+            extra.append((INSTANCE_HEADER.encode(), os.environ.get(INSTANCE, "").encode()))
+        reply = Reply(send, extra, visit.path == RESPONSES)
         try:
             if service.keys.open:
                 _refuse_foreign_name(headers)

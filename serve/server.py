@@ -8,9 +8,11 @@ The child's output goes to `<logs>/<port>/server.log`; when it dies, the reason 
 
 import contextlib
 import dataclasses
+import errno
 import http.client
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -35,7 +37,9 @@ SAY_EVERY_S = 5.0
 STOP_S = 15.0
 HEALTH_S = 5.0
 
-Health = Literal["up", "down", "silent"]
+Health = Literal["up", "down", "silent", "unknown"]
+# A fault of whoever asks, which says nothing of who is asked: no file handle, memory or local port left.
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
 
 # What vLLM logs on its way up -> what we say; the last one seen holds.
 _PHASES = (
@@ -64,6 +68,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.ready_s = 0.0
         self._n_starts = 0
+        self._instance = ""
 
     @property
     def base_url(self) -> str:
@@ -103,10 +108,12 @@ class Server:
         # One file for one start, so that a reason found there is of this one; the one before is kept.
         if self.log.is_file():
             self.log.replace(self.log.with_name("server.previous.log"))
+        self._instance = secrets.token_hex(8)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command(),
-                env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()},
+                env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()}
+                | {configs.INSTANCE: self._instance},
                 # It ends with us: serve.entry stops when this pipe closes.
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -150,7 +157,7 @@ class Server:
 
     def health(self, within_s: float) -> Health:
         """What this server's `/health` says."""
-        return health(self.base_url, within_s)
+        return health(self.base_url, within_s, self._instance)
 
     def died(self) -> str | None:
         """Why the child is gone, in one line; None while it runs."""
@@ -185,18 +192,24 @@ class Server:
             print(line, file=sys.stderr, flush=True)
 
 
-def health(url: str, within_s: float) -> Health:
-    """What `/health` at an address says: "up"; "down", it refuses or the engine is dead; or "silent" for `within_s`."""
+def health(url: str, within_s: float, instance: str | None = None) -> Health:
+    """What `/health` at an address says; of the server started as `instance`, where that is given.
+
+    "up"; "down": nobody listens, its engine is dead, or another program has its port; "silent" for `within_s`; or
+    "unknown", where the question could not be asked.
+    """
     address = urllib.parse.urlsplit(url)
     # Not urllib: a proxy set for the way out would be asked for this machine too.
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=within_s)
     try:
         connection.request("GET", "/health")
-        return "up" if connection.getresponse().status == 200 else "down"
+        reply = connection.getresponse()
+        ours = instance is None or reply.getheader(configs.INSTANCE_HEADER) == instance
+        return "up" if reply.status == 200 and ours else "down"
     except TimeoutError:
         return "silent"
-    except (OSError, http.client.HTTPException):
-        return "down"
+    except (OSError, http.client.HTTPException) as error:
+        return "unknown" if isinstance(error, OSError) and error.errno in _OURS else "down"
     finally:
         connection.close()
 

@@ -3,6 +3,8 @@
 The child replays the store's adapters before it opens its port, so whoever waits for `/health` finds everything there.
 """
 
+import contextlib
+import os
 import sys
 import threading
 import time
@@ -29,6 +31,8 @@ def supervise(server: Server, stop: threading.Event) -> None:
     deaths_s: deque[float] = deque()
     health = _Health(server)
     while not stop.wait(POLL_S):
+        if os.getpid() == 1:
+            reap_orphans(server.pid)
         reason = server.died() or health.lost()
         if reason is None:
             continue
@@ -46,9 +50,19 @@ def supervise(server: Server, stop: threading.Event) -> None:
             return
         try:
             server.start()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            # A disk that is full now may have room at the next try.
             print(f"it did not come up: {error}", file=sys.stderr, flush=True)
         health = _Health(server)
+
+
+def reap_orphans(child: int | None) -> None:
+    """Collect what ended and was left to us, as it is to process 1 of a container; never `child`, which we watch."""
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid == child:
+                return
+            os.waitpid(ended.si_pid, 0)
 
 
 class _Health:
@@ -65,6 +79,8 @@ class _Health:
             return None
         said = self.server.health(HEALTH_WAIT_S)
         self._asked_s = time.monotonic()
+        if said == "unknown":
+            return None
         self._silent = self._silent + 1 if said == "silent" else 0
         self._down = self._down + 1 if said == "down" else 0
         if self._down >= DOWN_MISSES:

@@ -2,8 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import errno
+import http.server
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -43,10 +46,11 @@ class Small(Server):
     """A server whose child is no vLLM, but a few lines that answer /health: it is ready in a moment."""
 
     code = (
-        "import http.server, sys\n"
+        "import http.server, os, sys\n"
         "class Handler(http.server.BaseHTTPRequestHandler):\n"
         "    def do_GET(self):\n"
-        "        self.send_response(200); self.end_headers()\n"
+        "        self.send_response(200)\n"
+        "        self.send_header('x-counsel-instance', os.environ['COUNSEL_INSTANCE']); self.end_headers()\n"
         "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler).serve_forever()\n"
     )
 
@@ -234,6 +238,83 @@ def test_a_child_that_answers_no_more_is_killed_and_replaced(tiny_model, tmp_pat
         keeper.result()
         assert server.restarts >= 1
         assert not is_alive(first)
+
+
+class Squatted(Small):
+    """A server whose port another program has: its child hears nothing, and the other one says that all is well."""
+
+    code = "import time; time.sleep(600)"
+
+
+def test_a_stranger_on_the_port_is_not_taken_for_the_server(tiny_model, tmp_path):
+    """Whoever answers /health there was not started by us, so the server never counts as ready."""
+    server = Squatted(tiny_config(tmp_path, tiny_model.path, start_s=3.0), quiet=True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", server.config.port), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        assert httpx.get(f"http://127.0.0.1:{server.config.port}/health").status_code == 200
+        with pytest.raises(UserError, match="not ready after 3 s"):
+            server.start()
+        stranger.shutdown()
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Says that it is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_parent_without_file_handles_takes_no_healthy_server_for_dead(tiny_model, tmp_path):
+    """Where the question cannot be asked, nothing is known, and nothing is killed."""
+    server = Small(tiny_config(tmp_path, tiny_model.path), quiet=True)
+    with contextlib.ExitStack() as after:
+        server.start()
+        after.callback(server.kill)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        after.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        assert server.health(5) == "unknown"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert server.health(5) == "up"
+        server.kill()
+        assert server.health(5) == "down"
+
+
+def test_process_1_collects_what_was_left_to_it_and_not_its_child():
+    """An orphan that ended is no zombie afterwards; the child that is watched still has its own exit status."""
+    code = (
+        "import ctypes, subprocess, sys, psutil\n"
+        "from serve.supervise import reap_orphans\n"
+        "ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us, as to process 1\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(7)'])\n"
+        "subprocess.run(['sh', '-c', 'true & true & exec true'], check=True)\n"
+        "while [orphan for orphan in psutil.Process().children() if orphan.pid != child.pid]:\n"
+        "    reap_orphans(child.pid)\n"
+        "assert child.wait() == 7\n"
+        "reap_orphans(None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_at_a_restart_is_tried_again(tiny_model, tmp_path, monkeypatch, capsys):
+    """What the operating system refuses is a failed start and not the end of the supervisor."""
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.01)
+    server = Doomed(tiny_config(tmp_path, tiny_model.path, restarts=2), quiet=True)
+    with pytest.raises(UserError, match="did not start"):
+        server.start()
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server, "start", full)
+    with pytest.raises(UserError, match="failed 3 times"):
+        supervise.supervise(server, threading.Event())
+    assert capsys.readouterr().err.count("No space left on device") == 2
 
 
 def test_a_server_that_keeps_dying_is_given_up_with_its_reason(tiny_model, tmp_path, monkeypatch, capsys):
