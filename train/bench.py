@@ -161,12 +161,12 @@ def _our_trainer(recipe: Recipe, how: Any, base: Any, rows: list[dict[str, Any]]
     from transformers import AutoTokenizer
 
     from train import sft
-    from train.fast_loss import keep_freed_memory, why_not
+    from train.fast_loss import keep_freed_memory
     from train.run import Run
     from train.trainer import AnswerTrainer
 
     model = sft.load_base(recipe, how, base)
-    if reason := why_not(model, how.device, recipe.max_length):
+    if reason := sft.why_slow(recipe, how, model, lora):
         raise UserError(f"there is no fast path to measure: {reason}")
     keep_freed_memory()
     arguments = sft.trainer_arguments(recipe, how, Run(scratch), validate=False)

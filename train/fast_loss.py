@@ -49,24 +49,18 @@ class AnswerLoss(torch.autograd.Function):
         return ctx.gradient * upstream[0].to(ctx.gradient.dtype), None, None, None, None
 
 
-def why_not(model: Any, device: str, max_length: int) -> str | None:
-    """Why the fast path does not apply to a causal model on `device` with rows of `max_length`; None when it does."""
-    config = model.config.get_text_config()
+def why_not(model: Any, device: str) -> str | None:
+    """Why the fast path is not tried with a causal model on `device`; None when it is (train/fast_proof.py)."""
     if device != "cpu":
         return f"the device is {device}, where TRL's own kernel already scores answer tokens only"
     if getattr(model, "is_quantized", False):
         return "the base is quantised"
+    config = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
         return f"attention is {config._attn_implementation}"
-    attention = [module for module in model.modules() if hasattr(module, "is_causal")]
-    if (getattr(config, "sliding_window", None) or max_length) < max_length and not all(
-        hasattr(module, "sliding_window") for module in attention
-    ):
-        return f"rows may exceed the attention window of {config.sliding_window}, and no layer says whether it slides"
-    for key in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "router_aux_loss_coef",
-                "attn_logit_softcapping", "attention_dropout"):  # fmt: skip
-        if getattr(config, key, None) not in (None, 0.0, 1.0):
-            return f"the model has {key}"
+    # SFTTrainer then adds a loss of the router's to that of the answers.
+    if hasattr(config, "output_router_logits") and getattr(config, "router_aux_loss_coef", 0.0) != 0.0:
+        return f"the model has router_aux_loss_coef {config.router_aux_loss_coef}"
     if getattr(model, "base_model", model) is model:
         return "the model has no separate backbone"
     return None

@@ -3,9 +3,11 @@
 Every row opens with the same system prompt. In a causal model the hidden states of a shared opening do not depend on
 what follows, so one copy serves the whole batch, and its gradient is the sum over the rows: the same numbers for
 fewer tokens. Linear layers and norms see only real tokens; attention goes row by row, each row after the opening.
+
+What a token may see is transformers' own mask of one row, full, sliding or chunked, as the layer asks for it. A layer
+that mixes tokens in another way than by attention would mix the rows: train/fast_proof.py finds that.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +69,22 @@ def as_line(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> Line
 class RowAttention(torch.autograd.Function):
     """Causal attention of each row to the opening and to itself.
 
-    query (K, G, T, D): G query heads to each of K key heads; key, value (K, T, D). Returns (K, G, T, D).
-    window: how many tokens a token sees, itself included, on a sliding layer; None sees all before it.
+    query (K, G, T, D): G query heads to each of K key heads; key (K, T, D), value (K, T, V). Returns (K, G, T, V).
+    hidden (L, L), of the longest row: 0 where a token may look, minus infinity elsewhere.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, scale: float, rows: Rows, window: int | None) -> Any:
-        out = torch.empty_like(query)
+    def forward(ctx: Any, query: Any, key: Any, value: Any, scale: float, rows: Rows, hidden: Any) -> Any:
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
         weights = []
         for start, end, opening in _blocks(rows):
             n = end - start
             keys, values = _with_opening(key, start, end, opening), _with_opening(value, start, end, opening)
             scores = (_heads(query, start, end) @ keys.transpose(1, 2)).float().mul_(scale)
             scores = scores.view(*query.shape[:2], n, opening + n)
-            scores.add_(_hidden(n, opening, window if window is not None and window < opening + n else None))
+            # A row goes on where the opening ends: its token i is at position opening + i. Added, not filled in:
+            # adding runs on all cores.
+            scores.add_(hidden[opening : opening + n, : opening + n])
             share = torch.softmax(scores, dim=-1).to(query.dtype).flatten(1, 2)
             out[:, :, start:end] = (share @ values).view(*query.shape[:2], n, -1)
             weights.append(share)
@@ -114,37 +118,46 @@ class RowAttention(torch.autograd.Function):
 
 
 def register() -> None:
-    """Make `answer_rows` an attention of transformers: sdpa, except where a call brings `rows`."""
+    """Make `answer_rows` an attention of transformers: sdpa, except where a call brings `rows`.
+
+    Such a call raises ValueError where the layer wants what is not done here: another mask, dropout.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     def attend(
-        module: Any, query: Any, key: Any, value: Any, mask: Any, rows: Rows | None = None, **kwargs: Any
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        rows: Rows | None = None,
+        **kwargs: Any,
     ) -> Any:
+        mask = attention_mask
         if rows is None:
             return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        if mask is None or mask.dtype != torch.bool or mask.shape != (1, 1, rows.longest, rows.longest):
+            raise ValueError("a layer makes its own attention mask")
+        if kwargs.get("dropout"):
+            raise ValueError("it has attention dropout")
         _, heads, length, size = query.shape
         grouped = query.reshape(key.shape[1], -1, length, size)
-        # The layer's own attribute: some models say it to the mask only, and not in the call.
-        window = getattr(module, "sliding_window", None)
-        out = RowAttention.apply(grouped, key[0], value[0], kwargs["scaling"], rows, window)
-        return out.view(1, heads, length, size).transpose(1, 2), None
+        hidden = torch.zeros(mask.shape[2:]).masked_fill_(~mask[0, 0], float("-inf"))
+        scale = kwargs.get("scaling") or size**-0.5
+        out = RowAttention.apply(grouped, key[0], value[0], scale, rows, hidden)
+        return out.view(1, heads, length, -1).transpose(1, 2), None
+
+    def mask_of_a_row(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Any:
+        # Only a line of rows has more queries than keys: its 2-D mask, from which keys are counted, is the longest row.
+        if q_length < kv_length:
+            return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **kwargs)
+        kwargs["allow_is_causal_skip"] = False
+        return sdpa_mask(batch_size=batch_size, q_length=kv_length, kv_length=kv_length, **kwargs)
 
     AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@functools.lru_cache(maxsize=64)
-def _hidden(n: int, opening: int, window: int | None) -> torch.Tensor:
-    """(n, opening + n): 0 where a row's token may look; minus infinity on later tokens and beyond `window`.
-
-    A row goes on where the opening ends, so column j is position j and row i is position opening + i.
-    Added, not filled in: adding runs on all cores, and every layer of a kind needs the same table.
-    """
-    table = torch.full((n, opening + n), float("-inf"))
-    hidden = table.triu(opening + 1)
-    return hidden if window is None else hidden + table.tril(opening - window)
+    AttentionMaskInterface.register(ATTENTION, mask_of_a_row)
 
 
 def _blocks(rows: Rows) -> list[tuple[int, int, int]]:

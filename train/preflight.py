@@ -122,13 +122,9 @@ def needed_rank(rank: int) -> int:
 
 def lora_config(recipe: Recipe, folder: Path) -> str:
     """Hold the LoRA config that training will save against the rules of the adapter store."""
-    from peft import LoraConfig
+    from train.sft import adapter_config
 
-    from train.sft import lora_targets
-
-    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout,
-                        target_modules=lora_targets(recipe), task_type="CAUSAL_LM")  # fmt: skip
-    document = json.loads(json.dumps(config.to_dict(), default=list))
+    document = json.loads(json.dumps(adapter_config(recipe).to_dict(), default=list))
     adapter.check_config(document)
     return f"rank {recipe.rank}, alpha {recipe.alpha}: vLLM serves it with --max-lora-rank {needed_rank(recipe.rank)}"
 

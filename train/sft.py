@@ -64,9 +64,8 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     import transformers
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
-    from peft import LoraConfig
 
-    from train.fast_loss import keep_freed_memory, why_not
+    from train.fast_loss import keep_freed_memory
     from train.progress import Progress
     from train.trainer import AnswerTrainer
 
@@ -76,9 +75,8 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     transformers.set_seed(recipe.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base.path)
     model = load_base(recipe, how, base)
-    slow_because = why_not(model, how.device, recipe.max_length) if recipe.fast_cpu else "fast_cpu is off"
-    if recipe.checkpoint_activations:
-        slow_because = slow_because or "activations are checkpointed"
+    lora = adapter_config(recipe)
+    slow_because = why_slow(recipe, how, model, lora)
     fast = slow_because is None
     print(f"path         {'fast CPU' if fast else f'TRL, because {slow_because}'}", file=sys.stderr)
     if how.device == "cpu":
@@ -102,13 +100,7 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
         train_dataset=Dataset.from_list(examples(train_rows, recipe.system)),
         eval_dataset=Dataset.from_list(examples(val_rows, recipe.system)) if val_rows else None,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,
-            lora_dropout=recipe.dropout,
-            target_modules=lora_targets(recipe),
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=lora,
         callbacks=callbacks,
         fast=fast,
     )
@@ -120,6 +112,31 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
     trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
     return trainer, progress
+
+
+def adapter_config(recipe: Recipe) -> Any:
+    """The adapter to train, in PEFT's words."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=lora_targets(recipe),
+        task_type="CAUSAL_LM",
+    )
+
+
+def why_slow(recipe: Recipe, how: Plan, model: Any, lora: Any) -> str | None:
+    """Why TRL's own path trains this model; None where the fast CPU path does, shown to compute the same."""
+    from train.fast_loss import why_not
+    from train.fast_proof import why_unproven
+
+    if not recipe.fast_cpu:
+        return "fast_cpu is off"
+    if recipe.checkpoint_activations:
+        return "activations are checkpointed"
+    return why_not(model, how.device) or why_unproven(model, lora)
 
 
 def load_base(recipe: Recipe, how: Plan, base: catalog.Base) -> Any:

@@ -5,16 +5,14 @@ from typing import Any
 import torch
 from trl import SFTTrainer
 
-from train.fast_lora import fuse_lora
-from train.fast_loss import add_answer_loss, drop_needless_casts
-from train.fast_rows import ATTENTION, as_line, register
+from train.fast_proof import loss_of, speed_up
 
 
 class AnswerTrainer(SFTTrainer):
     """SFTTrainer whose `eval_loss` is the mean over answer tokens, whatever the batches.
 
     The Trainer's own averages over batches, so that it depends on which rows were batched together.
-    fast: the same numbers by train/fast_{loss,rows,lora}.py; see `fast_loss.why_not` for where it applies.
+    fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/fast_proof.py for where it applies.
     rows_left_out: training rows that TRL dropped without a word, since cutting them left no answer token.
     """
 
@@ -24,24 +22,14 @@ class AnswerTrainer(SFTTrainer):
         self.rows_left_out = len(train_dataset) - len(self.train_dataset)
         self._val_sum = self._val_tokens = 0.0
         if fast:
-            causal = self.model.get_base_model()
-            register()
-            causal.set_attn_implementation(ATTENTION)
-            add_answer_loss(causal)
-            fuse_lora(self.model)
-            drop_needless_casts(self.model)
+            speed_up(self.model)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if not self.fast:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        # Rows bring their own attention: an empty (1, 1, 0, 0) mask keeps transformers from building one.
-        mask = torch.empty(1, 1, 0, 0)
-        total = model(
-            input_ids=line.ids, position_ids=line.positions, attention_mask=mask, targets=line.targets, rows=line.rows
-        )
+        total = loss_of(model, inputs)
         count = _answer_tokens(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count).clamp(min=1)
         mode = "train" if self.model.training else "eval"
