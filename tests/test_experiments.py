@@ -87,3 +87,54 @@ def test_leak_experiment_trains_alike_and_goes_on_where_it_stopped(tmp_path, cap
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*/train.json")} == finished
     with pytest.raises(UserError, match="rank is 2"):
         leak_experiment(replace(recipe, rank=2))
+
+
+def test_seeds_added_later_do_not_mix_row_counts(tmp_path, capsys):
+    """Every run of the table trains on as many rows; what was finished on more is trained again, and fewer seeds go
+    on with what is there."""
+    base = tiny_base(tmp_path / "base", "llama")
+    recipe = recipe_for(base, tmp_path, max_rows=None, max_val_rows=99, max_steps=2, store="")
+    config = replace(recipe, val_share=0.2, test_share=0.0).data_config()
+    seeds = sorted(range(1, 9), key=lambda seed: equal_counts(config, (seed,)), reverse=True)
+    more, fewer = seeds[0], seeds[-1]
+    assert equal_counts(config, (more,)) > equal_counts(config, (fewer,))
+
+    alone = leak_experiment(replace(recipe, seeds=(more,)))
+    both = leak_experiment(replace(recipe, seeds=(more, fewer)))
+
+    counts = equal_counts(config, (more, fewer))
+    assert (both["train_rows"], both["held_out_rows"]) == counts < (alone["train_rows"], alone["held_out_rows"])
+    assert {run["rows"] for runs in both["runs"].values() for run in runs} == {counts[0]}
+    assert "trained again" in capsys.readouterr().out
+    again = leak_experiment(replace(recipe, seeds=(more,)))
+    assert again["runs"]["row"] == both["runs"]["row"][:1]
+    assert "trained again" not in capsys.readouterr().out
+
+
+def test_an_experiment_goes_on_with_its_own_data_only(tmp_path):
+    """Another file under the same name is refused, and the rows that the finished runs saw stay."""
+    base = tiny_base(tmp_path / "base", "llama")
+    recipe = recipe_for(base, tmp_path, max_steps=2, seeds=(1,), store="")
+    leak_experiment(recipe)
+    before = (Path(recipe.runs) / "tiny-leak" / "rows.jsonl").read_bytes()
+    lines = Path(recipe.data).read_text().splitlines(keepends=True)
+    Path(recipe.data).write_text("".join(lines[::-1]))
+
+    with pytest.raises(UserError, match="not those that experiment 'tiny-leak' was started with"):
+        leak_experiment(recipe)
+    assert (Path(recipe.runs) / "tiny-leak" / "rows.jsonl").read_bytes() == before
+
+
+def test_overwrite_removes_experiments_only(tmp_path):
+    """A folder that is no experiment is not removed, and neither is one whose data the new one would read."""
+    recipe = recipe_for(tmp_path / "base", tmp_path, overwrite=True)
+    folder = Path(recipe.runs) / "tiny-leak"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no earlier run"):
+        leak_experiment(recipe)
+    (folder / "config.json").write_text("{}")
+    write_jsonl(folder / "rows.jsonl", [row("a", 1)])
+    with pytest.raises(UserError, match=r"data is .* inside the run"):
+        leak_experiment(replace(recipe, data=str(folder / "rows.jsonl")))
+    assert (folder / "notes.txt").read_text() == "mine"

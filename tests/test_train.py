@@ -435,3 +435,132 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     assert document["steps"] == 4
     assert find(tmp_path / "store", "tiny").id == document["adapter"]
     assert len(re.findall(r'"adapter": "tiny@', out)) == 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_merge_replaces_an_earlier_merge_and_nothing_else(finished, tmp_path):
+    """--overwrite refuses the run itself, a folder with a file of one's own, and a link; a second merge replaces."""
+    from train.merge import Merge, merge
+
+    recipe, _ = finished
+    run, other, link, merged = recipe.run_path, tmp_path / "other", tmp_path / "link", tmp_path / "merged"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    link.symlink_to(other)
+    before = contents(run)
+    for out in (run, run / "adapter", other, link, other / "notes.txt"):
+        with pytest.raises(UserError, match="no earlier merge"):
+            merge(Merge(str(run), out=str(out), overwrite=True))
+    assert contents(run) == before
+    assert contents(other) == {"notes.txt": b"mine"}
+
+    merge(Merge(str(run), out=str(merged), dtype="float32"))
+    with pytest.raises(UserError, match="--overwrite"):
+        merge(Merge(str(run), out=str(merged)))
+    merge(Merge(str(run), out=str(merged), overwrite=True))
+    assert read_json(merged / "config.json")["dtype"] == "bfloat16"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "merged", "other"]
+    (merged / "model.gguf").write_bytes(b"converted")
+    with pytest.raises(UserError, match=r"also holds 'model\.gguf'"):
+        merge(Merge(str(run), out=str(merged), overwrite=True))
+
+
+def test_a_merge_that_fails_leaves_the_earlier_one(finished, tmp_path, monkeypatch):
+    """The earlier folder goes only when the new one is whole."""
+    from train import merge as module
+    from train.merge import Merge, merge
+
+    recipe, _ = finished
+    out = tmp_path / "merged"
+    merge(Merge(str(recipe.run_path), out=str(out)))
+    before = contents(out)
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "card_text", full)
+    with pytest.raises(UserError, match="No space left"):
+        merge(Merge(str(recipe.run_path), out=str(out), overwrite=True))
+    assert contents(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_the_merge_reports_on_what_it_wrote(finished, tmp_path):
+    """The largest difference is that of the folder, loaded again, from base and adapter in fp32."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.merge import Merge, merge, next_logits
+
+    recipe, _ = finished
+    done = merge(Merge(str(recipe.run_path), out=str(tmp_path / "merged")))
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(recipe.base, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(plain, str(recipe.run_path / "adapter"))
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    expected = next_logits(adapted, tokenizer, recipe.system) - next_logits(written, tokenizer, recipe.system)
+    assert done["largest_logit_difference"] == pytest.approx(float(expected.abs().max()), abs=1e-5)
+
+
+def test_a_base_whose_layers_mix_rows_is_trained_by_trl(base, tmp_path, capsys):
+    """LFM2 with convolutions: the run says why it does not take the fast path, and its validation loss is exact."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.families import tiny_config
+    from tests.tiny import tiny_tokenizer
+    from train.bench import mean_answer_loss
+    from train.run import Run
+    from train.sft import examples, spread, train
+
+    tokenizer, config = tiny_tokenizer(), tiny_config("lfm2")
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 1024
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for target in (model, tokenizer):
+        target.save_pretrained(tmp_path / "lfm2")
+    recipe = recipe_for(tmp_path / "lfm2", tmp_path, max_steps=2, evaluations=1, samples=0, store="")
+
+    done = train(recipe)
+
+    said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("path"))
+    assert re.match(r"path +TRL, because the fast path's loss is .* the model's own is", said), said
+    assert not done["fast_loss"]
+    rows = examples(spread(Run(recipe.run_path).split("val"), 4), recipe.system)
+    expected = mean_answer_loss(model.to(torch.bfloat16), tokenizer, rows, recipe.max_length)
+    assert done["val_loss_base"] == pytest.approx(expected, rel=2e-2)
+
+
+def test_overwrite_removes_a_run_only(finished, tmp_path):
+    """What is no run stays, and so does a run that holds what the new one is made from."""
+    from train.resume import check_run_directory
+
+    recipe, _ = finished
+    other = tmp_path / "runs" / "tiny"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    run = recipe.run_path
+    inside = {"data": str(run / "data" / "train.jsonl"), "base": str(run / "adapter"), "store": str(run / "adapter")}
+
+    with pytest.raises(UserError, match="no earlier run"):
+        check_run_directory(replace(recipe, runs=str(tmp_path / "runs"), overwrite=True))
+    for key, value in inside.items():
+        with pytest.raises(UserError, match=f"{key} is .* inside the run"):
+            check_run_directory(replace(recipe, overwrite=True, **{key: value}))
+    check_run_directory(replace(recipe, overwrite=True))
+
+
+def test_overwrite_with_bad_data_keeps_the_run(finished, tmp_path):
+    """The earlier run goes when the new one's data is whole, and not before."""
+    from train.resume import open_run_directory
+
+    recipe, _ = finished
+    before = contents(recipe.run_path)
+    with pytest.raises(UserError):
+        open_run_directory(replace(recipe, overwrite=True, data=str(tmp_path / "absent.csv")))
+    assert contents(recipe.run_path) == before

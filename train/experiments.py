@@ -11,22 +11,25 @@ beyond the question split is leak: those held-out questions were in training wit
 """
 
 import dataclasses
-import shutil
+import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from train import data
 from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
-from train.files import write_json, write_jsonl
+from train.errors import UserError
+from train.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
 from train.recipe import Recipe
-from train.resume import check_run_directory
+from train.resume import check_run_directory, refuse_to_replace
 from train.run import Run
 from train.sft import spread, train
 from train.sources import load
 
 SEEDS = (1, 2, 3)
 UNITS = ("row", "question")
+# In the experiment's folder: the rows that all its runs draw on, and how many of them each trains on and is scored on.
+ROWS, COUNTS = "rows.jsonl", "counts.json"
 
 
 def train_seeds(recipe: Recipe) -> dict[str, Any]:
@@ -46,30 +49,45 @@ def train_seeds(recipe: Recipe) -> dict[str, Any]:
 def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     """Train under both splits and several seeds (of split and training); draw gain by split into a PNG.
 
-    A finished run of the experiment is read, not repeated, so that a stopped one can go on. Raises UserError when the
-    experiment of that name was started with other settings.
+    A finished run of the experiment is read, not repeated, so that a stopped one can go on; unless seeds that were
+    added leave fewer rows to every run. Raises UserError when the experiment of that name was started with other
+    settings or other data.
     """
     from train.plot import gains
 
     whole = dataclasses.replace(recipe, name=f"{recipe.name}-leak")
     folder, seeds = whole.run_path, recipe.seeds or SEEDS
-    if recipe.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    check_run_directory(dataclasses.replace(whole, resume=folder.exists(), overwrite=False))
-    write_json(folder / "config.json", whole.document())
+    going_on = folder.exists() and not recipe.overwrite
+    if going_on:
+        check_run_directory(dataclasses.replace(whole, resume=True))
+    elif folder.exists():
+        refuse_to_replace(whole, ("config.json", ROWS))
     held_out = recipe.val_share + recipe.test_share
     source = load(recipe.data, recipe.revision)
     rows = data.clean_rows(source.rows, data.with_columns(recipe.data_config(), source.columns)[0]).rows
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
-    write_jsonl(folder / "rows.jsonl", rows)
+    if not going_on:
+        with replaced_directory(folder) as new:
+            write_json(new / "config.json", whole.document())
+            write_jsonl(new / ROWS, rows)
+    elif read_jsonl(folder / ROWS) != rows:
+        raise UserError(
+            f"the rows of {recipe.data!r} are not those that experiment {whole.name!r} was started with; start again "
+            "with --overwrite, or choose another --name"
+        )
     common = dataclasses.replace(
-        recipe, data=str(folder / "rows.jsonl"), revision="", question_column="question", answer_column="answer",
+        recipe, data=str(folder / ROWS), revision="", question_column="question", answer_column="answer",
         topic_column=DEFAULT_TOPIC_COLUMN, val_share=held_out, test_share=0.0, runs=str(folder), store="", seeds=(),
         evaluations=1, patience=0, samples=0, resume=False, overwrite=True,
     )  # fmt: skip
     n_train, n_val = equal_counts(common.data_config(), seeds)
     n_train, n_val = min(n_train, recipe.max_rows or n_train), min(n_val, recipe.max_val_rows)
+    if going_on and (folder / COUNTS).is_file():
+        # With fewer seeds there may be more rows: what is finished is not to be trained again for that.
+        counts = read_json(folder / COUNTS)
+        n_train, n_val = min(n_train, counts["train_rows"]), min(n_val, counts["held_out_rows"])
+    write_json(folder / COUNTS, {"train_rows": n_train, "held_out_rows": n_val})
     print(f"{2 * len(seeds)} runs, each on {n_train} rows, scored on {n_val} held-out rows", flush=True)
     found: dict[str, list[dict[str, Any]]] = {unit: [] for unit in UNITS}
     for seed in seeds:
@@ -79,7 +97,9 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
                 max_val_rows=n_val,
             )  # fmt: skip
             run = Run(one.run_path)
-            summary = run.summary() if run.complete else train(one)
+            if run.complete and not same_run(run, one):
+                print(f"{unit:<9} seed {seed}  is trained again: it was of other row counts", flush=True)
+            summary = run.summary() if run.complete and same_run(run, one) else train(one)
             figures = {key: summary[key] for key in ("rows", "tokens", "val_loss_base", "val_loss")}
             gain = summary["val_loss_base"] - summary["val_loss"]
             seen = seen_share(run.split("train"), run.split("val"), n_train, n_val)
@@ -103,6 +123,11 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     gains(values, folder / "leak.png")
     write_json(folder / "leak.json", document)
     return document
+
+
+def same_run(run: Run, recipe: Recipe) -> bool:
+    """Whether a finished run is what `recipe` would train: the same settings, and so the same number of rows."""
+    return run.config() == json.loads(json.dumps(recipe.document()))
 
 
 def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:

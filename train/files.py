@@ -120,6 +120,28 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
+@contextlib.contextmanager
+def replaced_directory(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`; when the block ends well it takes that name, and what had it is removed.
+
+    Until then nothing at `path` is touched. Whether it may go is the caller's to say. Raises UserError when the disk
+    refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+            new, old = Path(scratch) / "new", Path(scratch) / "old"
+            new.mkdir()
+            yield new
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose another place"
+        ) from error
+
+
 def _beside(path: Path) -> Path:
     """A hidden name in the folder of `path` that nobody else has."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -8,7 +8,7 @@ from train import catalog
 from train.card import card_text
 from train.command import argument, option
 from train.errors import UserError
-from train.files import new_directory
+from train.files import read_json, replaced_directory, write_json
 from train.postflight import PROBE
 from train.run import open_run
 
@@ -20,13 +20,15 @@ class Merge:
     run: str = argument("finished run: its name under runs/, or its path")
     out: str = option("", "folder to make; by default <run>/merged")
     dtype: str = option("bfloat16", "precision of the merged weights: bfloat16 or float32")
-    overwrite: bool = option(False, "replace the folder if it exists")
+    overwrite: bool = option(False, "replace the folder if it is an earlier merge")
+
+
+# In a merged folder: what it was made of, how it agrees with base and adapter, and the names of its files.
+RECORD = "merge.json"
 
 
 def merge(config: Merge) -> dict[str, Any]:
     """Fold the adapter into the base's weights and save model, tokenizer and card; return what was measured."""
-    import shutil
-
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,8 +37,7 @@ def merge(config: Merge) -> dict[str, Any]:
         raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
     run = open_run(config.run)
     out = Path(config.out) if config.out else run.path / "merged"
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{str(out)!r} exists; replace it with --overwrite or choose another --out")
+    refuse_unless_earlier_merge(out, config.overwrite)
     recipe = run.config()
     base = catalog.resolve(recipe["base"])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
@@ -47,20 +48,37 @@ def merge(config: Merge) -> dict[str, Any]:
     adapted = PeftModel.from_pretrained(plain, str(run.adapter))
     before = next_logits(adapted, tokenizer, recipe["system"])
     merged = adapted.merge_and_unload().to(getattr(torch, config.dtype))
-    after = next_logits(merged, tokenizer, recipe["system"])
-    if out.exists():
-        shutil.rmtree(out)
-    with new_directory(out) as folder:
+    document: dict[str, Any] = {"merged": str(out), "base": base.hub_id, "dtype": config.dtype}
+    with replaced_directory(out) as folder:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card_text(run, merged=True), encoding="utf-8")
-    return {
-        "merged": str(out),
-        "base": base.hub_id,
-        "dtype": config.dtype,
-        "same_next_token": bool(before.argmax() == after.argmax()),
-        "largest_logit_difference": round(float((before - after).abs().max()), 5),
-    }
+        # Of the folder itself, as others will load it.
+        written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=recipe["attention"])
+        after = next_logits(written, tokenizer, recipe["system"])
+        document |= {
+            "same_next_token": bool(before.argmax() == after.argmax()),
+            "largest_logit_difference": round(float((before - after).abs().max()), 5),
+        }
+        files = sorted(path.name for path in folder.iterdir())
+        write_json(folder / RECORD, {"run": run.name, "base": base.hub_id, "dtype": config.dtype, "files": files})
+    return document
+
+
+def refuse_unless_earlier_merge(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless nothing is at `out`, or `overwrite` is given and all that is there came from a merge."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise UserError(f"{str(out)!r} exists; replace it with --overwrite if it is an earlier merge, or choose "
+                        "another --out")  # fmt: skip
+    if out.is_symlink() or not (out / RECORD).is_file():
+        raise UserError(f"{str(out)!r} is no earlier merge (it has no {RECORD}), so it is not replaced; choose another "
+                        "--out, or move it away yourself")  # fmt: skip
+    others = {path.name for path in out.iterdir()} - {RECORD, *read_json(out / RECORD).get("files", [])}
+    if others:
+        raise UserError(f"{str(out)!r} also holds {min(others)!r}, which no merge made, so it is not replaced; choose "
+                        "another --out, or move that away")  # fmt: skip
 
 
 def next_logits(model: Any, tokenizer: Any, system: str) -> Any:

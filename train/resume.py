@@ -6,7 +6,7 @@ from typing import Any
 
 from train import data
 from train.errors import UserError
-from train.files import new_directory, read_json, write_json
+from train.files import read_json, replaced_directory, write_json
 from train.recipe import Recipe
 from train.run import Run
 
@@ -20,6 +20,8 @@ def check_run_directory(recipe: Recipe) -> None:
                 f"run {str(run.path)!r} exists; go on with --resume, replace it with --overwrite, "
                 "or choose another --name"
             )
+        if run.path.exists():
+            refuse_to_replace(recipe, ("config.json", "data/report.json"))
         return
     if run.complete:
         raise UserError(f"run {recipe.name!r} is finished: nothing to resume; --overwrite trains it again")
@@ -35,15 +37,31 @@ def check_run_directory(recipe: Recipe) -> None:
         )
 
 
+def refuse_to_replace(recipe: Recipe, marks: tuple[str, ...]) -> None:
+    """Raise UserError unless --overwrite may remove what is at the recipe's path.
+
+    marks: files that a folder of the kind always holds. Nor may the training need anything that lies in it.
+    """
+    path = recipe.run_path
+    missing = [mark for mark in marks if not (path / mark).is_file()]
+    if path.is_symlink() or missing:
+        what = "a symbolic link" if path.is_symlink() else f"no earlier run (it has no {missing[0]})"
+        raise UserError(
+            f"{str(path)!r} is {what}, so --overwrite does not remove it; choose another --name, or move it away"
+        )
+    for key, value in (("base", recipe.base), ("data", recipe.data), ("store", recipe.store)):
+        if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
+            raise UserError(f"{key} is {value!r}, inside the run that --overwrite would remove; choose another --name, "
+                            "or copy it elsewhere first")  # fmt: skip
+
+
 def open_run_directory(recipe: Recipe) -> None:
     """Make the run's directory, config and data in place; a run that is resumed keeps what it has."""
     path = recipe.run_path
     if recipe.resume:
         return
     splits, report = data.prepare(recipe.data_config())
-    if path.exists():
-        shutil.rmtree(path)
-    with new_directory(path) as folder:
+    with replaced_directory(path) as folder:
         write_json(folder / "config.json", recipe.document())
         data.write(folder, splits, report)
     print(report)
