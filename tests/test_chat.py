@@ -1,0 +1,168 @@
+"""`python -m serve chat` goes on: after Ctrl-C, after a refusal, after the model's context is full."""
+
+import http.server
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from serve.chat import Chat, chat
+from tests.test_layout import ROOT
+from train.errors import UserError
+
+# As vLLM refuses a conversation that is too long, and ours a request beyond a limit.
+TOO_LONG = {"message": "This model's maximum context length is 8 tokens. However, you requested more.", "code": 400}
+TOO_MANY = {"message": "too many requests", "code": "rate_limit_exceeded"}
+CARDS = [{"id": "base", "object": "model"}, {"id": "gentle", "object": "model", "parent": "base"}]
+
+
+class Api(http.server.BaseHTTPRequestHandler):
+    """Lists two models, and answers with what it was asked; `long` is too long, `no` is refused, `wait` waits."""
+
+    def do_GET(self) -> None:
+        self.reply(200, {"object": "list", "data": CARDS})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        said = [message["content"] for message in body["messages"]]
+        self.server.seen.append(said)
+        if len(said) > self.server.n_fitting or said[-1] == "long":
+            return self.reply(400, {"error": TOO_LONG})
+        if said[-1] == "no":
+            return self.reply(429, {"error": TOO_MANY})
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for word in ("you ", "said ", said[-1]):
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
+            chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            self.wfile.flush()
+            if word == "said " and said[-1] == "wait":
+                self.server.hung_up.wait()  # the rest never comes
+                return None
+        self.wfile.write(b"data: [DONE]\n\n")
+        return None
+
+    def reply(self, status: int, document: dict) -> None:
+        payload = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def api():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
+    server.seen, server.n_fitting, server.hung_up = [], 100, threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.hung_up.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def talk(api, monkeypatch):
+    """Say lines to the server; what the command leaves."""
+
+    def say(*lines: str, **options: str):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return chat(Chat(url=api.url, **options)).document
+
+    return say
+
+
+def test_a_conversation_carries_its_turns(talk, api, capsys):
+    """Each line is asked with what was said before; the first adapter answers unless another model is named."""
+    assert talk("hi", "how are you", "", "never read") == {"model": "gentle", "turns": 2}
+    assert api.seen == [["hi"], ["hi", "you said hi", "how are you"]]
+    assert capsys.readouterr().out == "you said hi\nyou said how are you\n"
+    assert talk("hi", model="base", system="be kind")["model"] == "base"
+    assert api.seen[-1] == ["be kind", "hi"]
+
+
+def test_an_unknown_model_is_said_before_the_first_line(talk, api):
+    """With the nearest name; an exact version need not be listed."""
+    with pytest.raises(UserError, match=r"the server has no model 'gentel'; did you mean 'gentle'\?"):
+        talk("hi", model="gentel")
+    assert api.seen == []
+    assert talk("hi", model="gentle@0123456789ab")["turns"] == 1
+
+
+def test_a_refusal_ends_a_turn_not_the_conversation(talk, api, capsys):
+    """What was refused is said, and is not in what is asked next."""
+    assert talk("hi", "no", "so")["turns"] == 2
+    assert api.seen[-1] == ["hi", "you said hi", "so"]
+    assert "the server refused: too many requests" in capsys.readouterr().err
+
+
+def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(talk, api, capsys):
+    """The system text stays; a line that is too long by itself is refused, and what was before stays."""
+    api.n_fitting = 4
+    assert talk("one", "two", "three", "long", "four", system="be kind")["turns"] == 4
+    assert api.seen[2] == ["be kind", "one", "you said one", "two", "you said two", "three"]
+    assert api.seen[3] == ["be kind", "two", "you said two", "three"]
+    said = capsys.readouterr().err
+    assert "the oldest turns no longer fit the model" in said
+    assert "the server refused: This model's maximum context length is 8 tokens" in said
+    assert api.seen[-1] == ["be kind", "three", "you said three", "four"]
+
+
+def command(api, **streams) -> subprocess.Popen:
+    words = [sys.executable, "-m", "serve", "chat", "gentle", "--url", api.url]
+    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "TERM": "xterm"}, **streams)
+
+
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(api):
+    """Stopped where it was, the answer is part of what is asked next."""
+    process = command(api, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.stdin.write(b"wait\n")
+    process.stdin.flush()
+    assert process.stdout.read(len("you said ")) == b"you said "
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(b"and then\n")
+
+    assert process.returncode == 0
+    assert api.seen == [["wait"], ["wait", "you said ", "and then"]]
+    assert json.loads(out.splitlines()[-1]) == {"model": "gentle", "turns": 2}
+
+
+def test_lines_are_edited_in_a_terminal(api):
+    """The left arrow goes back into the line, the up arrow to the last one; Ctrl-C drops a line, Ctrl-D ends."""
+    ours, theirs = pty.openpty()
+    process = command(api, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+
+    def until_prompt(n: int) -> None:
+        nonlocal shown
+        while shown.count(b"you> ") < n:
+            shown += os.read(ours, 1000)
+
+    until_prompt(1)
+    os.write(ours, b"hllo\x1b[D\x1b[D\x1b[De\r")
+    until_prompt(2)
+    os.write(ours, b"\x1b[A!\r")
+    until_prompt(3)
+    process.send_signal(signal.SIGINT)
+    until_prompt(4)
+    os.write(ours, b"\x04")
+
+    assert process.wait() == 0
+    os.close(ours)
+    assert api.seen == [["hello"], ["hello", "you said hello", "hello!"]]
