@@ -190,6 +190,62 @@ def test_an_option_in_a_texts_place_is_still_missing_its_value():
     assert stop.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ada", "--lod"], "unknown option --lod; did you mean --loud?"),
+        (["ada", "--time=2"], "unknown option --time; did you mean --times?"),
+        (["ada", "--zzz", "2"], "unknown option --zzz ("),
+        (["ada", "bob"], "no command 'bob'; known: again"),
+        (["agian", "ada"], "no command 'ada'; known: again"),
+        (["again", "ada", "bob"], "'bob' is one word too many"),
+        (["ada", "--times"], "argument --times: expected one argument"),
+    ],
+)
+def test_a_misspelt_word_is_one_line_with_the_nearest(words, said, capsys):
+    """The usage is one --help away; thirty lines of it hide what was wrong."""
+    with pytest.raises(SystemExit) as stop:
+        main("greet", COMMANDS, words)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert told.startswith("error: ")
+    assert said in told
+    assert told.count("\n") == 1
+    assert "--help lists the options" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "a recipe is needed; known: quiet, warm, or a .yaml file"),
+        (["check"], "a recipe is needed; known: quiet, warm"),
+        (["chek", "warm"], "no command or recipe 'chek'; did you mean 'check'?"),
+        (["wram"], "no command or recipe 'wram'; did you mean 'warm'?"),
+        (["check", "wram"], "no recipe 'wram'; did you mean 'warm'?"),
+        (["warm", "quiet"], "'quiet' is one word too many"),
+        (["warm", "--time", "2"], "unknown option --time; did you mean --times?"),
+    ],
+)
+def test_a_command_with_recipes_does_nothing_without_one(words, said, tmp_path, capsys):
+    """No word at all, or one that is neither a recipe nor a command, starts nothing."""
+    for recipe in ("warm", "quiet"):
+        (tmp_path / f"{recipe}.yaml").write_text("name: ada\n")
+
+    @dataclass(frozen=True)
+    class Named:
+        name: str = option("bob", "who to greet")
+        times: int = option(1, "how often")
+
+    def must_not_run(config: Named) -> Result:
+        raise AssertionError(config)
+
+    kind = Command(Named, must_not_run, "say hello", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main("greet", {"": kind, "check": kind}, words)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_locale_without_utf_8_ends_no_command():
     """Text that people wrote is printed as UTF-8 wherever the command runs."""
     code = (

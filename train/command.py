@@ -72,7 +72,12 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words and words[0] in commands else ""
     parser = _parser(program, name, commands)
-    flags = vars(parser.parse_args(_with_dashed_values(words, commands[name].config)))
+    if not words and commands[name].presets is not None:
+        parser.error(f"a recipe is needed; known: {', '.join(_shipped(commands[name].presets))}, or a .yaml file")
+    known, left_over = parser.parse_known_args(_with_dashed_values(words, commands[name].config))
+    if wrong := _misspelt(getattr(known, "config", None), left_over, name, commands):
+        parser.error(wrong)
+    flags = vars(known)
     json_wanted = flags.pop("json")
 
     def run() -> int:
@@ -89,6 +94,37 @@ def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | No
         return result.exit_status
 
     return exit_status(run)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the list of all options."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help lists the options)\n")
+
+
+def _shipped(presets: Path | None) -> list[str]:
+    return sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
+
+
+def _misspelt(recipe: str | None, left_over: Sequence[str], name: str, commands: Mapping[str, Command]) -> str | None:
+    """What is wrong with a word in a recipe's place, or with words that no option takes, and what was meant perhaps."""
+    command = commands[name]
+    shipped = _shipped(command.presets)
+    if shipped and recipe and recipe not in shipped and Path(recipe).suffix not in (".yaml", ".yml"):
+        others = [] if name else [key for key in commands if key]
+        kinds = "recipe" if name else "command or recipe"
+        return f"no {kinds} {recipe!r}; {nearest(recipe, [*others, *shipped])}, or give a .yaml file"
+    if not left_over:
+        return None
+    word = left_over[0].partition("=")[0]
+    if word.startswith("-"):
+        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command.config)]
+        close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+        return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
+    if not name and not shipped:
+        return f"no command {word!r}; {nearest(word, [key for key in commands if key])}"
+    return f"{word!r} is one word too many"
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -130,10 +166,7 @@ def _yaml_file(given: str | None, presets: Path | None) -> str | None:
     """The YAML file that a word on the command line names: a path, or a preset's stem."""
     if given is None or presets is None or Path(given).suffix in (".yaml", ".yml"):
         return given
-    shipped = {path.stem: str(path) for path in presets.glob("*.yaml")}
-    if given not in shipped:
-        raise UserError(f"no recipe {given!r}; {nearest(given, shipped)}, or give a .yaml file")
-    return shipped[given]
+    return str(presets / f"{given}.yaml")
 
 
 def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
@@ -144,7 +177,7 @@ def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     others = "\n".join(f"  {key:<14} {command.help}" for key, command in commands.items() if key)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m {program} {name}".strip(),
         description=commands[name].help,
         epilog=f"other commands (each has its own --help):\n{others}" if others and not name else None,
@@ -154,7 +187,7 @@ def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argpars
     fields = dataclasses.fields(commands[name].config)
     presets = commands[name].presets
     if presets is not None:
-        shipped = ", ".join(sorted(path.stem for path in presets.glob("*.yaml")))
+        shipped = ", ".join(_shipped(presets))
         parser.add_argument("config", metavar="RECIPE", nargs="?", help=f"YAML file, or one of: {shipped}")
     elif not any(field.name == "config" for field in fields):
         parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
