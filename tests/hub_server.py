@@ -2,14 +2,24 @@
 
 import http.server
 import json
+import re
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`."""
+    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`; while `held`, it never answers."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.seen.append((self.path, self.headers.get("Authorization"), body))
+        if self.server.held is not None:
+            self.server.held.wait()
+            return None
+        if self.path.endswith("/api/validate-yaml"):
+            # As the Hub's check: a base is named by its id.
+            named = re.search(r"^base_model: (.*)$", json.loads(body)["content"], re.MULTILINE)
+            if named and not re.fullmatch(r"[\w.-]+/[\w.-]+", named[1]):
+                return self.reply(400, {"errors": [{"message": '"base_model" must be an id'}], "warnings": []})
+            return self.reply(200, {"errors": [], "warnings": []})
         if self.headers.get("Authorization") != "Bearer hf_secret":
             return self.reply(401, {"error": "Invalid credentials"})
         if self.path.endswith("/api/repos/create"):

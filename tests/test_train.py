@@ -1,5 +1,6 @@
 """`python -m train` on tiny random models: run directory, store, resume, merge, push, card, check."""
 
+import base64
 import http.server
 import json
 import os
@@ -352,7 +353,7 @@ def test_the_merged_folder_answers_as_base_and_adapter(finished, tmp_path):
 @pytest.fixture
 def hub():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen = []
+    server.seen, server.held = [], None
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -377,6 +378,40 @@ def test_push_sends_adapter_tokenizer_and_card(finished, hub, monkeypatch):
     assert sent == {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json",
                     "tokenizer_config.json", "chat_template.jinja"}  # fmt: skip
     assert done["sent"]
+    # The base is a folder of this machine: the card passes the hub's check, and no path leaves.
+    assert any(path.endswith("/api/validate-yaml") for path, _, _ in hub.seen)
+    told = b"".join(base64.b64decode(json.loads(line)["value"].get("content", "")) for line in commit.splitlines())
+    assert b'"base_model_name_or_path": "tiny-llama"' in told
+    assert recipe.base.encode() not in told
+
+
+def test_a_hub_that_never_answers_is_one_line(finished, hub, monkeypatch):
+    """The push ends with a line that says so, and does not wait for ever."""
+    from train import push as pushing
+
+    recipe, _ = finished
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(pushing, "ANSWER_S", 0.2)
+    hub.held = threading.Event()
+    try:
+        with pytest.raises(UserError, match=r"the hub at http://127\.0\.0\.1:\d+ did not answer within 0\.2 s"):
+            pushing.push(pushing.Push(str(recipe.run_path), "org/gentle"))
+    finally:
+        hub.held.set()
+
+
+def test_a_card_that_the_hub_refuses_is_one_line(finished, hub, monkeypatch):
+    """What the hub's check says is told."""
+    from train import push as pushing
+
+    recipe, _ = finished
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(pushing, "card_text", lambda run, merged: "---\nbase_model: /home/ada/base\n---\n")
+
+    with pytest.raises(UserError, match=r"did not take 'org/gentle': ValueError: Invalid metadata.*must be an id"):
+        pushing.push(pushing.Push(str(recipe.run_path), "org/gentle"))
 
 
 def test_dry_run_sends_nothing(finished, hub, monkeypatch, capsys):

@@ -3,7 +3,9 @@
 The token is read from the environment variable HF_TOKEN and shown nowhere; HF_ENDPOINT names another hub.
 """
 
+import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,16 @@ from typing import Any
 from train.card import card_text
 from train.command import argument, option
 from train.errors import UserError
-from train.files import write_text
+from train.files import read_json, write_text
 from train.run import Run, open_run
 
 # Only what a model repository holds: never checkpoints, pickles or the conversations.
 PUBLISHED = (".safetensors", ".json", ".jinja", ".md", ".model", ".txt")
+# Where PEFT and transformers keep the name of what a model was made from: of a local base, a path of this machine.
+ORIGINS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path",
+           "tokenizer_config.json": "name_or_path"}  # fmt: skip
+# For a hub to take a connection, and to go on with an answer. An upload may take as long as it goes on.
+CONNECT_S, ANSWER_S = 10.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def push(config: Push) -> dict[str, Any]:
     token = os.environ.get("HF_TOKEN")
     if not token:
         raise UserError("no token: set HF_TOKEN to a hub token with write access, or look first with --dry-run")
-    return document | {"sent": True, "url": _send(config, folder, list(files), token)}
+    return document | {"sent": True, "url": _send(config, folder, list(files), run.summary()["base"]["name"], token)}
 
 
 def published_folder(run: Run, what: str) -> Path:
@@ -59,19 +66,44 @@ def published_folder(run: Run, what: str) -> Path:
     return folder
 
 
-def _send(config: Push, folder: Path, names: list[str], token: str) -> str:
-    from huggingface_hub import HfApi, errors
+def _send(config: Push, folder: Path, names: list[str], base_name: str, token: str) -> str:
+    import httpx2
+    from huggingface_hub import HfApi, errors, get_session
 
+    # By itself the hub's client waits for ever.
+    get_session().timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
-        hub.create_repo(config.repo, private=not config.public, exist_ok=True)
-        done = hub.upload_folder(
-            repo_id=config.repo,
-            folder_path=folder,
-            allow_patterns=names,
-            commit_message=f"Upload {config.what} of run {Path(config.run).name}",
-        )
-    except (errors.HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200].replace(token, "***")
-        raise UserError(f"the hub refused {config.repo!r}: {reason}; check HF_TOKEN and the name") from error
+        with tempfile.TemporaryDirectory() as staged:
+            _stage(folder, names, base_name, Path(staged))
+            hub.create_repo(config.repo, private=not config.public, exist_ok=True)
+            done = hub.upload_folder(
+                repo_id=config.repo,
+                folder_path=staged,
+                commit_message=f"Upload {config.what} of run {Path(config.run).name}",
+            )
+    except httpx2.TimeoutException as error:
+        raise UserError(f"the hub at {hub.endpoint} did not answer within {ANSWER_S:g} s; try again later") from error
+    except (errors.HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise UserError(
+            f"the hub refused {config.repo!r}: {_reason(error, token)}; check HF_TOKEN and the name"
+        ) from error
+    except (ValueError, KeyError) as error:
+        # Metadata that the hub's check refuses, or an answer that is none of the hub's.
+        raise UserError(f"the hub at {hub.endpoint} did not take {config.repo!r}: {_reason(error, token)}") from error
     return str(done.repo_url)
+
+
+def _stage(folder: Path, names: list[str], base_name: str, staged: Path) -> None:
+    """Put what is to be sent into `staged`: links, but for configs that would tell a path of this machine."""
+    for name in names:
+        origin = ORIGINS.get(name)
+        document = read_json(folder / name) if origin else {}
+        if origin and Path(str(document.get(origin) or "")).is_absolute():
+            (staged / name).write_text(json.dumps(document | {origin: base_name}, indent=2) + "\n", encoding="utf-8")
+        else:
+            (staged / name).symlink_to((folder / name).resolve())
+
+
+def _reason(error: Exception, token: str) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".replace(token, "***")
