@@ -108,6 +108,19 @@ def test_only_markup_is_taken_for_markup(raw, plain):
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["<!--" * 50_000, "<p>-->" + "<!--" * 50_000, "&" + "amp;" * 50_000, "&#38;" + "#38;" * 50_000, "<a " * 50_000,
+     "a." * 50_000, "www." * 50_000, "+1 " * 50_000, "a" * 200_000, " \n" * 50_000],
+    ids=lambda text: text[:9].strip(),
+)  # fmt: skip
+def test_a_pasted_page_of_anything_is_cleaned(text):
+    """Each took minutes to hours where the work grew with the square of the length."""
+    cleaned = clean(text)
+    assert clean(cleaned) == cleaned
+    contacts(cleaned)
+
+
+@pytest.mark.parametrize(
     ("text", "words", "by_hand"),
     [
         ("Talk to your own doctor please.", 6, 6),

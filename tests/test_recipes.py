@@ -120,7 +120,7 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
             "system",
             "the system prompt has 8,001 characters, and an adapter is published with at",
         ),
-        ({"optimizer": "adamm"}, "optimizer", "did you mean"),
+        ({"optimizer": "adamm"}, "optimizer", "did you mean 'adamw_torch'?"),
         ({"optimizer": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
         ({"optimizer": "schedule_free_adamw"}, "optimizer", "does not work here"),
         ({"optimizer": "galore_adamw"}, "optimizer", "does not work here"),

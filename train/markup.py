@@ -27,6 +27,9 @@ _TAG = re.compile(r"<(?P<end>/?)(?P<name>[a-zA-Z][a-zA-Z0-9]*|[a-z]+:[a-z]+)(?P<
 _DECLARATION = re.compile(r"<!--.*?-->|<!doctype[^<>]*>|<!\[[^<>]*\]>|<\?xml[^<>]*>", re.DOTALL | re.IGNORECASE)
 _REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 
+# Escaped a thousand times, a text would be decoded a thousand times over.
+_ESCAPED_OFTEN = re.compile(r"&(?:amp|#38|#[xX]26);(?:(?:amp|#38|#[xX]26);)+")
+
 
 class _Text(HTMLParser):
     """Collects what a browser would show, with a blank line between blocks."""
@@ -61,11 +64,14 @@ def plain_text(text: str) -> str:
     In HTML a line's end is a space and a blank line is one, too; but many texts are typed with line ends and have a tag
     or two. So line ends stay where no block says where lines end, and blank lines stay everywhere.
     """
+    text = _ESCAPED_OFTEN.sub("&amp;", text)
     if "<" not in text:
         return _decoded(text)
     closed = {match["name"].lower() for match in _TAG.finditer(text) if match["end"]}
     tags = {match.start(): match["name"].lower() for match in _TAG.finditer(text) if _is_markup(match, closed)}
-    declarations = {match.start() for match in _DECLARATION.finditer(text)}
+    # Not beyond the last comment's end: each comment that is open would be searched to the end of the text.
+    n_closed = max(text.rfind(">") + 1 if "<!--" not in text else text.rfind("-->") + 3, 0)
+    declarations = {match.start() for match in _DECLARATION.finditer(text, 0, n_closed)}
     if not tags and not declarations:
         return _decoded(text)
     marked = _escaped(text, tags.keys() | declarations)

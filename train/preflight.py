@@ -3,6 +3,7 @@
 Each check is one line, ok or FAIL. `train` runs the same checks first and refuses where one fails.
 """
 
+import difflib
 import json
 import logging
 import math
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 
 from train import adapter, catalog, data, store
 from train.chat import prompt_messages
-from train.command import nearest
 from train.errors import UserError
 from train.hardware import Machine, Plan
 from train.recipe import Recipe
@@ -243,8 +243,10 @@ def optimizer(recipe: Recipe, how: Plan) -> str:
 
     known = [name.value for name in OptimizerNames]
     if recipe.optimizer not in known:
-        raise UserError(f"optimizer is {recipe.optimizer!r}, which transformers does not have; "
-                        f"{nearest(recipe.optimizer, known)}")  # fmt: skip
+        raise UserError(
+            f"optimizer is {recipe.optimizer!r}, which transformers does not have; "
+            f"did you mean {_most_like(recipe.optimizer, known)!r}?"
+        )
     # Nothing is written: the folder is made when something is saved.
     arguments = TrainingArguments(
         output_dir="unused", optim=how.optimizer, use_cpu=how.device == "cpu", report_to="none"
@@ -255,6 +257,15 @@ def optimizer(recipe: Recipe, how: Plan) -> str:
         reason = " ".join(str(error).split())
         raise UserError(f"optimizer {how.optimizer!r} does not work here ({reason}); try adamw_torch_fused") from error
     return how.optimizer
+
+
+def _most_like(word: str, names: list[str]) -> str:
+    """The name most like `word`, as a whole or by its beginning: `adamm` is most like `adamw_torch`."""
+
+    def likeness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in (name, name[: len(word)]))
+
+    return max(names, key=likeness)
 
 
 def disk(runs: Path) -> str:

@@ -20,6 +20,7 @@ SAMPLE = Path(__file__).parent / "sample" / "conversations.jsonl"
 _TABLES = (".csv", ".tsv", ".tab", ".txt")
 _JSON = (".json", ".jsonl", ".ndjson")
 _PACKED = (".gz", ".zip")
+_WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 SUFFIXES = (*_TABLES, *_JSON, ".parquet", *_PACKED)
 
 RawRow = dict[str, Any]
@@ -51,8 +52,15 @@ def load(data: str, revision: str = "") -> Source:
     """
     path = SAMPLE if data == "sample" else Path(data).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES and data.count("/") == 1 and not data.startswith((".", "~", "/")) and not path.exists():
+    if (
+        suffix not in (*SUFFIXES, *_WORKBOOKS)
+        and data.count("/") == 1
+        and not data.startswith((".", "~", "/"))
+        and not path.exists()
+    ):
         source = _from_hub(data, revision)
+    elif suffix in _WORKBOOKS:
+        raise UserError(f"{data!r} is a workbook; save its sheet as CSV UTF-8 and give that")
     elif suffix not in SUFFIXES:
         raise UserError(f"data is {data!r}; it must end in {', '.join(SUFFIXES)}, or be a hub id (org/name) or sample")
     elif not path.is_file():
@@ -114,7 +122,7 @@ def _unzip(content: bytes, name: str) -> tuple[str, bytes]:
             and PurePath(entry.filename).name[0] != "."
         ]
         if "[Content_Types].xml" in names:
-            raise UserError(f"{name!r} is an Excel workbook; save the sheet as CSV UTF-8 and give that")
+            raise UserError(f"{name!r} is an Excel workbook; save its sheet as CSV UTF-8 and give that")
         found = [member for member in names if PurePath(member).suffix.lower() in SUFFIXES]
         if len(found) != 1:
             held = ", ".join(map(repr, (found or names)[:5])) or "no files"
