@@ -210,6 +210,8 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
         ('q,a\n"bad day, and I,That sounds hard\n"Second","It is fine"\n', "line 2 opens a quote"),
         ('"q","a"\n"one","well\n"two","so"\n', "line 2 opens a quote"),
         ('"q","a"\none\ntwo","well"\n', 'line 3 closes a quote that nothing opens'),
+        ('"q","a"\n"one","well"\nI am 6\' 2","so it is"\n', "line 3 closes a quote that nothing opens"),
+        ('q,a\n"one\n\ntwo","well"\nI am\n\n6\' 2",fine\n', "line 7 closes a quote that nothing opens"),
         ('q,a\n"no, never" he said,well\n', "line 2 has text behind a closing quote (' he said,well')"),
         ("q,a\nwhy,well,so\n", "line 2 has more fields than the header; quote the fields that hold commas"),
         ("q;a\nok;yes\nwhy;well;so\n", "line 3 has more fields than the header; quote the fields that hold the sep"),

@@ -88,6 +88,7 @@ class _Record:
     n_quoted: int = 0
     spans_lines: bool = False
     closes_unopened: bool = False
+    has_inches: bool = False
 
 
 def read(text: str, name: str) -> Table:
@@ -143,7 +144,9 @@ def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], lis
         head.fields.pop()
     n_columns = len(head.fields)
     rows, broken = [], []
+    inches: list[_Record] = []
     quoting: Counter[bool] = Counter()
+    before_is_short = False
     for record in records:
         row = record.fields
         while len(row) > n_columns and not row[-1].strip():
@@ -154,14 +157,18 @@ def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], lis
         is_short = len(row) < n_columns
         if is_short and record.spans_lines and dialect.separator in record.source:
             raise _Fault(_opens(record.line, "its field runs on over the ends of rows"))
-        if record.closes_unopened:
-            raise _Fault(f"line {record.line} closes a quote that nothing opens; put the opening quote where the field "
-                         "begins, or remove the closing one")  # fmt: skip
+        if record.closes_unopened or (record.has_inches and (is_short or before_is_short)):
+            raise _Fault(_closes(record.line))
+        before_is_short = is_short
+        if record.has_inches:
+            inches.append(record)
         if record.spans_lines:
             broken.append(record)
-        else:
+        elif not record.has_inches:
             quoting[record.n_quoted == len(row)] += 1
         rows.append(row)
+    if inches and quoting[True] and not quoting[False]:
+        raise _Fault(_closes(inches[0].line))  # where every other field is quoted, this one was
     swallowing = [record for record in broken if _holds_rows(record, dialect, n_columns)]
     # Texts of several lines are usual in some files, and some have a comma in each line. Where all that span lines look
     # like rows, and others are not quoted throughout, it is rows.
@@ -191,8 +198,10 @@ def _records(text: str, dialect: _Dialect, line: int) -> Iterator[_Record]:
                 assert plain is not None  # it may be empty
                 value, at = plain[0], plain.end()
                 bare = (re.sub(r"\\.", "", value, flags=re.DOTALL) if dialect.escape else value).rstrip()
-                if bare.endswith(dialect.quote) and bare.count(dialect.quote) % 2 and not _INCHES.search(bare):
-                    record.closes_unopened = True
+                if bare.endswith(dialect.quote) and bare.count(dialect.quote) % 2:
+                    is_inches = _INCHES.search(bare) is not None
+                    record.has_inches |= is_inches
+                    record.closes_unopened |= not is_inches
             if dialect.escape:
                 value = "" if value == r"\N" else re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
             record.fields.append(value)
@@ -225,6 +234,13 @@ def _check_quote(text: str, quoted: re.Match[str] | None, dialect: _Dialect, lin
 def _opens(line: int, why: str) -> str:
     return (
         f"line {line} opens a quote, and {why}; close it, or where it is part of a text double it and quote the field"
+    )
+
+
+def _closes(line: int) -> str:
+    return (
+        f"line {line} closes a quote that nothing opens; put the opening quote where the field begins, or remove the "
+        "closing one"
     )
 
 
