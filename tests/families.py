@@ -97,6 +97,8 @@ def _small(kind: Any, own: dict[str, Any]) -> Any:
     sizes = {
         key: size for key, size in SIZES.items() if key in usual and (usual[key] is not None or key not in SWITCHES)
     }
+    # Configs are strict about 0 and 0.0.
+    sizes = {key: 0 if size == 0 and type(usual[key]) is int else size for key, size in sizes.items()}
     if "qk_rope_head_dim" in usual:
         sizes["num_key_value_heads"] = SIZES["num_attention_heads"]  # latent attention has as many
     for key in LAYER_KINDS:

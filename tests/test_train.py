@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -281,8 +282,11 @@ def run_command(*words: str, **environment: str) -> subprocess.Popen[str]:
 
 def flags_of(recipe: Recipe) -> list[str]:
     plain = Recipe()
-    changed = {key: value for key, value in vars(recipe).items() if value != getattr(plain, key)}
-    return [f"--{key.replace('_', '-')}={value}" for key, value in changed.items()]
+    changed = {key.replace("_", "-"): value for key, value in vars(recipe).items() if value != getattr(plain, key)}
+    return [
+        (f"--{key}" if value else f"--no-{key}") if isinstance(value, bool) else f"--{key}={value}"
+        for key, value in changed.items()
+    ]
 
 
 @pytest.mark.slow
@@ -303,20 +307,17 @@ def test_a_run_killed_with_9_resumes_to_the_same_losses(base, tmp_path):
 
     train(replace(killed, resume=True))
 
-    def losses(recipe: Recipe) -> list[tuple]:
-        return [(r["step"], r.get("loss"), r.get("val_loss"), r["tokens"])
-                for r in read_jsonl(recipe.run_path / "metrics.jsonl")]  # fmt: skip
-
     assert losses(killed) == losses(whole)
     assert read_json(killed.run_path / "train.json")["val_loss"] == read_json(whole.run_path / "train.json")["val_loss"]
 
 
 def test_resume_refuses_other_settings(base, tmp_path):
     """A resumed run must be the same run: the first changed setting is named."""
-    from train.resume import check_run_directory, open_run_directory
+    from train.resume import check_run_directory, opened_run
 
     recipe = recipe_for(base, tmp_path)
-    open_run_directory(recipe)
+    with opened_run(recipe):
+        pass
 
     check_run_directory(replace(recipe, resume=True))
     with pytest.raises(UserError, match=r"rank is 8, but run 'tiny' was started with 4"):
@@ -459,7 +460,15 @@ def test_seeds_give_mean_and_spread(base, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_one_adapter(base, tmp_path):
     """accelerate launch with two CPU processes: half the steps for the same rows, one adapter, one result line."""
-    recipe = recipe_for(base, tmp_path, samples=0)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train.bench import mean_answer_loss
+    from train.run import Run
+    from train.sft import examples, spread
+
+    # Seven validation rows in threes: the last round of two processes would be filled with five rows seen before.
+    recipe = recipe_for(base, tmp_path, samples=0, max_val_rows=7, val_share=0.2)
     process = run_command("-m", "accelerate.commands.launch", "--config_file", "train/accelerate/ddp.yaml",
                           "--main_process_port", "0",
                           "-m", "train", *flags_of(recipe), OMP_NUM_THREADS="1")  # fmt: skip
@@ -470,6 +479,13 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     assert document["steps"] == 4
     assert find(tmp_path / "store", "tiny").id == document["adapter"]
     assert len(re.findall(r'"adapter": "tiny@', out)) == 1
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, dtype=getattr(torch, read_json(recipe.run_path / "provenance.json")["dtype"])
+    )
+    rows = examples(spread(Run(recipe.run_path).split("val"), 7), recipe.system)
+    assert len(rows) == 7
+    expected = mean_answer_loss(plain, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
+    assert document["val_loss_base"] == pytest.approx(expected, rel=3e-4)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -592,10 +608,124 @@ def test_overwrite_removes_a_run_only(finished, tmp_path):
 
 def test_overwrite_with_bad_data_keeps_the_run(finished, tmp_path):
     """The earlier run goes when the new one's data is whole, and not before."""
-    from train.resume import open_run_directory
+    from train.resume import opened_run
 
     recipe, _ = finished
     before = contents(recipe.run_path)
-    with pytest.raises(UserError):
-        open_run_directory(replace(recipe, overwrite=True, data=str(tmp_path / "absent.csv")))
-    assert contents(recipe.run_path) == before
+    gone = replace(recipe, overwrite=True, data=str(tmp_path / "absent.csv"))
+    with pytest.raises(UserError, match="absent"), opened_run(gone):
+        pass
+    assert contents(recipe.run_path) == before | {".lock": b""}
+
+
+def test_one_process_trains_a_run(base, tmp_path):
+    """While a run is trained, neither --resume nor --overwrite begins; when it has ended, either does."""
+    from train.resume import opened_run
+
+    recipe = recipe_for(base, tmp_path)
+    again = [replace(recipe, resume=True), replace(recipe, overwrite=True)]
+    with opened_run(recipe):
+        before = contents(recipe.run_path)
+        for other in again:
+            with pytest.raises(UserError, match="being trained by another process"), opened_run(other):
+                pass
+        assert contents(recipe.run_path) == before
+    for other in again:
+        with opened_run(other), pytest.raises(UserError, match="another process"), opened_run(again[0]):
+            pass
+
+
+def losses(recipe: Recipe) -> list[tuple]:
+    return [(r["step"], r.get("loss"), r.get("val_loss"), r["tokens"])
+            for r in read_jsonl(recipe.run_path / "metrics.jsonl")]  # fmt: skip
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Press Ctrl-C when that step is logged, once."""
+    from train.progress import Progress
+
+    whole, pressed = Progress.on_log, []
+
+    def on_log(self, args, state, *given, **named):
+        whole(self, args, state, *given, **named)
+        if state.global_step == step and not pressed:
+            pressed.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "on_log", on_log)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_ctrl_c_saves_and_the_line_it_prints_goes_on(base, tmp_path, monkeypatch, capsys, fast):
+    """Stopped in its second epoch and resumed by the command that it names, a run sees the rows of one left alone."""
+    from train.__main__ import COMMANDS
+    from train.command import main
+    from train.sft import train
+
+    same = {"group_by_length": True, "epochs": 2.0, "evaluations": 2, "samples": 0, "store": "", "fast_cpu": fast}
+    whole, stopped = (recipe_for(base, tmp_path, name=name, **same) for name in ("whole", "stopped"))
+    train(whole)
+    interrupt_at(monkeypatch, 10)
+
+    assert main("train", COMMANDS, flags_of(stopped)) == 130
+
+    line = capsys.readouterr().err.splitlines()[-1]
+    # The step that was running when the key was pressed is finished first.
+    assert line.startswith("stopped at step 11 of 16, with a checkpoint; go on with python -m train ")
+    assert main("train", COMMANDS, line.partition("python -m train ")[2].split()) == 0
+    assert losses(stopped) == losses(whole)
+
+
+def test_a_damaged_checkpoint_is_left_out(base, tmp_path, monkeypatch, capsys):
+    """Whichever file of the newest checkpoint is cut short or empty, the one before it is taken, and it is said."""
+    from train.resume import last_checkpoint
+    from train.run import Run
+    from train.sft import train
+
+    recipe = recipe_for(base, tmp_path, samples=0, store="", evaluations=8)
+    interrupt_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    newest = last_checkpoint(Run(recipe.run_path))
+    files = [path.name for path in newest.iterdir()]
+    assert {"optimizer.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"} <= set(files)
+    for number, name in enumerate(files):
+        run = Run(tmp_path / f"copy{number}")
+        shutil.copytree(recipe.run_path, run.path)
+        broken = run.path / "checkpoints" / newest.name / name
+        broken.write_bytes(broken.read_bytes()[: broken.stat().st_size * (number % 2) // 2])
+        capsys.readouterr()
+
+        found = last_checkpoint(run)
+
+        assert found is not None
+        assert found.name < newest.name
+        said = capsys.readouterr().err
+        assert f"{newest.name} is left out" in said
+        assert f"from {found.name}" in said
+
+
+@pytest.mark.parametrize(("changes", "ended"), [({}, 8), ({"epochs": 30.0, "evaluations": 15, "patience": 2,
+                                                          "max_rows": 6, "learning_rate": 0.02}, None)])  # fmt: skip
+def test_a_run_that_had_ended_trains_no_further(base, tmp_path, monkeypatch, changes, ended):
+    """Killed after its last step, or after early stopping, a run is finished with the adapter and figures it had."""
+    from train import sft
+
+    settings = {"samples": 0, "store": "", "max_val_rows": 8, **changes}
+    whole, killed = (recipe_for(base, tmp_path, name=name, **settings) for name in ("whole", "killed"))
+    expected = sft.train(whole)
+
+    def kill(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "finish", kill)
+        with pytest.raises(RuntimeError, match="killed"):
+            sft.train(killed)
+    done = sft.train(replace(killed, resume=True))
+
+    assert expected["steps"] == (ended or expected["steps"]) < 60
+    same = ("steps", "epochs", "best_step", "val_loss", "val_loss_base", "train_loss_last", "tokens", "postflight")
+    assert {key: done[key] for key in same} == {key: expected[key] for key in same}
+    assert losses(killed) == losses(whole)
+    assert done["tokens_per_s"] > 0

@@ -138,8 +138,8 @@ def exit_status(run: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped", file=sys.stderr)
         return 130
 
 
@@ -164,7 +164,7 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
 
 def _yaml_file(given: str | None, presets: Path | None) -> str | None:
     """The YAML file that a word on the command line names: a path, or a preset's stem."""
-    if given is None or presets is None or Path(given).suffix in (".yaml", ".yml"):
+    if given is None or presets is None or Path(given).suffix in (".yaml", ".yml", ".json"):
         return given
     return str(presets / f"{given}.yaml")
 

@@ -1,14 +1,22 @@
 """A run directory before training: may it be made, replaced or continued, and from which checkpoint."""
 
+import contextlib
+import fcntl
+import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from train import data
 from train.errors import UserError
-from train.files import read_json, replaced_directory, write_json
+from train.files import new_directory, read_json, replaced_directory, sha256_of, write_json
 from train.recipe import Recipe
 from train.run import Run
+
+# Written into a checkpoint when all else is on the disk: the SHA-256 of each of its files.
+WHOLE = "whole.json"
 
 
 def check_run_directory(recipe: Recipe) -> None:
@@ -55,27 +63,69 @@ def refuse_to_replace(recipe: Recipe, marks: tuple[str, ...]) -> None:
                             "or copy it elsewhere first")  # fmt: skip
 
 
-def open_run_directory(recipe: Recipe) -> None:
-    """Make the run's directory, config and data in place; a run that is resumed keeps what it has."""
+@contextlib.contextmanager
+def opened_run(recipe: Recipe) -> Iterator[None]:
+    """Make the run's directory, config and data in place, and hold the run against other processes until the end.
+
+    A run that is resumed keeps what it has. Raises UserError when another process trains it.
+    """
     path = recipe.run_path
-    if recipe.resume:
-        return
-    splits, report = data.prepare(recipe.data_config())
-    with replaced_directory(path) as folder:
-        write_json(folder / "config.json", recipe.document())
-        data.write(folder, splits, report)
-    print(report)
+    with contextlib.ExitStack() as held:
+        if path.exists():
+            held.enter_context(_lock(path, recipe.name))
+        if not recipe.resume:
+            splits, report = data.prepare(recipe.data_config())
+            with (replaced_directory if recipe.overwrite else new_directory)(path) as folder:
+                held.enter_context(_lock(folder, recipe.name))
+                write_json(folder / "config.json", recipe.document())
+                data.write(folder, splits, report)
+            print(report)
+        yield
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"run {name!r} is being trained by another process; wait for it to end, or choose another "
+                            "--name") from error  # fmt: skip
+        yield
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole, once its files are on the disk."""
+    sums = {}
+    for path in sorted(checkpoint.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        sums[path.name] = sha256_of(path)
+    write_json(checkpoint / WHOLE, sums)
 
 
 def last_checkpoint(run: Run) -> Path | None:
-    """The newest whole checkpoint; those that a kill cut short are removed. trainer_state.json is written last."""
-    whole = []
-    for folder in (run.path / "checkpoints").glob("checkpoint-*"):
-        try:
-            whole.append((read_json(folder / "trainer_state.json")["global_step"], folder))
-        except UserError:
+    """The newest whole checkpoint, said on stderr; later ones that a kill or a full disk cut short are removed."""
+    folders = (run.path / "checkpoints").glob("checkpoint-*")
+    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        if reason := _damage(folder):
+            print(f"resume       {folder.name} is left out: {reason}", file=sys.stderr)
             shutil.rmtree(folder)
-    return max(whole)[1] if whole else None
+            continue
+        print(f"resume       from {folder.name}", file=sys.stderr)
+        return folder
+    print("resume       from the first step: there is no whole checkpoint", file=sys.stderr)
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is not as it was written; None of a whole checkpoint."""
+    try:
+        sums = read_json(checkpoint / WHOLE)
+        changed = [name for name, found in sums.items() if sha256_of(checkpoint / name) != found]
+    except (UserError, OSError):
+        return "it was not written to its end"
+    return f"{changed[0]} is not as it was written" if changed else None
 
 
 def _as_json(document: dict[str, Any]) -> dict[str, Any]:

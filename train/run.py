@@ -13,6 +13,7 @@ runs/<name>/
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -66,8 +67,13 @@ def open_run(run: str) -> Run:
         known = sorted(p.name for p in RUNS.glob("*") if (p / "train.json").is_file())
         raise UserError(f"no run {run!r}; finished runs: {', '.join(known) or 'none; make one with python -m train'}")
     if not Run(path).complete:
-        raise UserError(f"run {run!r} has no train.json: it did not finish; go on with python -m train --resume")
+        raise UserError(f"run {run!r} has no train.json: it did not finish; {how_to_go_on(Run(path))}")
     return Run(path)
+
+
+def how_to_go_on(run: Run) -> str:
+    """How to resume a run, with the settings that it was started with."""
+    return f"go on with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
 
 
 def provenance() -> dict[str, Any]:

@@ -3,8 +3,10 @@
 Each step leaves its files in the run directory (train/run.py lists them); train.json is written last.
 """
 
+import contextlib
 import logging
 import math
+import os
 import resource
 import shutil
 import sys
@@ -17,13 +19,13 @@ from typing import Any, TypeVar
 from train import catalog, store
 from train.card import card_text
 from train.chat import prompt_messages
-from train.files import new_directory, read_json, read_jsonl, write_json
+from train.files import read_json, read_jsonl, replaced_directory, write_json
 from train.fingerprint import fingerprint
 from train.hardware import Machine, Plan, machine, plan
 from train.preflight import refuse_unless_ready
 from train.recipe import Recipe
-from train.resume import check_run_directory, last_checkpoint, open_run_directory
-from train.run import Run, provenance
+from train.resume import check_run_directory, last_checkpoint, opened_run
+from train.run import Run, how_to_go_on, provenance
 
 Item = TypeVar("Item")
 
@@ -36,25 +38,48 @@ def train(recipe: Recipe) -> dict[str, Any]:
     store.check_name(recipe.name)
     here = machine()
     how = plan(recipe, here)
+    # What a launcher's config file says of precision would overrule the plan, which knows this machine.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if how.dtype == "bfloat16" else "no"
     processes = PartialState(cpu=how.device == "cpu")
-    with processes.main_process_first():
-        if processes.is_main_process:
-            check_run_directory(recipe)
-            if not recipe.resume:
-                refuse_unless_ready(recipe, how, here)
-            base = catalog.resolve(recipe.base)
-            open_run_directory(recipe)
-            write_json(recipe.run_path / "provenance.json", _provenance(recipe, here, how, base))
-            _say(how, here, base)
-    run, base = Run(recipe.run_path), catalog.resolve(recipe.base)
-    trainer, progress = build(recipe, how, base, run)
-    checkpoint = last_checkpoint(run) if recipe.resume else None
+    with contextlib.ExitStack() as held:
+        with processes.main_process_first():
+            if processes.is_main_process:
+                check_run_directory(recipe)
+                if not recipe.resume:
+                    refuse_unless_ready(recipe, how, here)
+                base = catalog.resolve(recipe.base)
+                held.enter_context(opened_run(recipe))
+                write_json(recipe.run_path / "provenance.json", _provenance(recipe, here, how, base))
+                _say(how, here, base)
+        run, base = Run(recipe.run_path), catalog.resolve(recipe.base)
+        trainer, progress = build(recipe, how, base, run)
+        _run_steps(recipe, run, trainer, progress, processes)
+        processes.wait_for_everyone()
+        if not processes.is_main_process:
+            return {}
+        return finish(recipe, how, base, run, trainer, progress, time.monotonic() - started)
+
+
+def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes: Any) -> None:
+    """Train to the end, from the last whole checkpoint on --resume. Raises KeyboardInterrupt where Ctrl-C ended it."""
+    from train.stop import StopAfterStep
+
+    checkpoint = None
+    if recipe.resume:
+        with processes.main_process_first():
+            checkpoint = last_checkpoint(run)
+    if checkpoint and trainer.had_ended_at(checkpoint, recipe.patience):
+        progress.on_train_begin(trainer.args, trainer.state, trainer.control)
+        return
     trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
-        return {}
-    return finish(recipe, how, base, run, trainer, progress, time.monotonic() - started)
+    stop = StopAfterStep()
+    trainer.add_callback(stop)
+    # One process of several would stop a step before the others, which would wait for it.
+    with stop.listening() if processes.num_processes == 1 else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
+                                f"checkpoint; {how_to_go_on(run)}")  # fmt: skip
 
 
 def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any, Any]:
@@ -244,15 +269,14 @@ def finish(
         "rows": len(trainer.train_dataset),
         "rows_left_out": trainer.rows_left_out,
         "tokens": progress.tokens,
-        "tokens_per_s": round(progress.tokens_per_s, 1),
+        "tokens_per_s": round(tokens_per_s(rows), 1),
         "wall_s": round(wall_s, 1),
         "peak_memory_bytes": peak_memory(how.device),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "fast_loss": trainer.fast,
         "downgrades": [item._asdict() for item in how.downgrades],
     }
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    with new_directory(run.adapter) as folder:
+    with replaced_directory(run.adapter) as folder:
         save_adapter(trainer.model, trainer.processing_class, base, folder)
         summary["postflight"] = check_trained(folder, base, trainer.model, trainer.processing_class, recipe)
         (folder / "README.md").write_text(card_text(run, summary=summary), encoding="utf-8")
@@ -265,6 +289,16 @@ def finish(
     write_json(run.path / "train.json", summary)
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     return summary
+
+
+def tokens_per_s(rows: Sequence[dict[str, Any]]) -> float:
+    """Real tokens a second over all steps of metrics.jsonl, whatever process trained them."""
+    before, seconds = 0, 0.0
+    for row in rows:
+        if "loss" in row:
+            seconds += (row["tokens"] - before) / row["tokens_per_s"] if row["tokens_per_s"] else 0.0
+            before = row["tokens"]
+    return before / seconds if seconds else 0.0
 
 
 def save_adapter(model: Any, tokenizer: Any, base: catalog.Base, folder: Path) -> None:

@@ -1,17 +1,42 @@
-"""TRL's SFTTrainer with this project's two changes: an exact validation loss, and a fast path on CPUs."""
+"""TRL's SFTTrainer with this project's changes: exact validation loss, an order that resumes, a fast path on CPUs."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from train.fast_proof import loss_of, speed_up
+from train.resume import seal
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch alone decide.
+
+    transformers' own draws a new order each time it is asked: a run resumed in an epoch would go on in another one,
+    and train some rows twice and others not at all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    # accelerate's data loader calls it before each epoch, as on its own random sampler.
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer whose `eval_loss` is the mean over answer tokens, whatever the batches.
+    """SFTTrainer whose `eval_loss` is the mean over answer tokens, whatever the batches and the processes.
 
-    The Trainer's own averages over batches, so that it depends on which rows were batched together.
+    The Trainer's own averages over batches, so that it depends on which rows were batched together, and with several
+    processes it counts some rows twice.
     fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/fast_proof.py for where it applies.
     rows_left_out: training rows that TRL dropped without a word, since cutting them left no answer token.
     """
@@ -21,6 +46,7 @@ class AnswerTrainer(SFTTrainer):
         self.fast = fast
         self.rows_left_out = len(train_dataset) - len(self.train_dataset)
         self._val_sum = self._val_tokens = 0.0
+        self._val_steps = 0
         if fast:
             speed_up(self.model)
 
@@ -41,20 +67,68 @@ class AnswerTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def had_ended_at(self, checkpoint: Path, patience: int) -> bool:
+        """Whether training had ended at `checkpoint`, by its steps or by early stopping; then loads the best adapter.
+
+        Resumed from there, the Trainer would train on.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
+        stopped_early = 0 < patience <= stopping.get("early_stopping_patience_counter", 0)
+        if state.global_step < state.max_steps and not stopped_early:
+            return False
+        self.state = state
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+        return True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthSampler(together, lengths, self.args.data_seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # In their own order, which `rows_of_its_own` counts on: by length, the Trainer would shuffle them.
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        own = rows_of_its_own(
+            len(self.eval_dataset), self.args.per_device_eval_batch_size, self._val_steps,
+            self.args.world_size, self.args.process_index,
+        )  # fmt: skip
+        self._val_steps += 1
+        inputs["labels"][own:] = -100
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = float(_answer_tokens(inputs["labels"]))
-        self._val_sum += float(result[0]) * tokens
-        self._val_tokens += tokens
+        if tokens:
+            self._val_sum += float(result[0]) * tokens
+            self._val_tokens += tokens
         return result
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         self._val_sum = self._val_tokens = 0.0
+        self._val_steps = 0
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = torch.tensor([self._val_sum, self._val_tokens], device=self.args.device, dtype=torch.float32)
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
         return output
+
+
+def rows_of_its_own(n_rows: int, batch_size: int, step: int, processes: int, process: int) -> int:
+    """How many rows of a process's batch are not repeats: accelerate fills the last round from the first rows."""
+    start = (step * processes + process) * batch_size
+    return min(batch_size, max(0, n_rows - start))
 
 
 def _answer_tokens(labels: Any) -> Any:
