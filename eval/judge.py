@@ -229,7 +229,7 @@ async def ask_missing(config: JudgeConfig, items: Sequence[Item], log: RowLog) -
         async def one(asked: str, item: Item) -> None:
             outcome = await attempt(lambda: client.chat.completions.create(model=config.model, **item.ask.body))
             row: Row = {"judge": config.model, "asked": asked, "kind": item.kind, "question_id": item.question_id}
-            row |= {"model": outcome.response.model if outcome.error is None else None, "server_version": version}
+            row |= {"model": getattr(outcome.response, "model", None), "server_version": version}
             log.append(row | sample_fields(outcome))
             progress.step(config.model)
 

@@ -20,6 +20,7 @@ from eval.samples import NOT_RENDERED, TOO_LONG, Row, RowLog
 from train.errors import UserError
 
 ATTEMPTS = 4
+NO_CHOICE = "the server's reply holds no message"
 _TRIED_AGAIN = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
 
 
@@ -118,7 +119,7 @@ def likelihood_fields(answer: str, span: Span | None, outcome: Outcome | None) -
     row |= {"attempts": outcome.attempts, "error": outcome.error}
     if outcome.error is None:
         try:
-            row["nll_nats"] = span_nll(span, outcome.response.choices[0].prompt_logprobs or [])
+            row["nll_nats"] = span_nll(span, getattr(_first_choice(outcome.response), "prompt_logprobs", None) or [])
         except UserError as error:
             # Of this answer only: one token that a model rules out does not end the evaluation.
             return row | {"error": str(error)}
@@ -129,8 +130,11 @@ def likelihood_fields(answer: str, span: Span | None, outcome: Outcome | None) -
 def sample_fields(outcome: Outcome) -> Row:
     """The fields of a samples.jsonl row that one chat completion fills."""
     fields: Row = {"text": "", "finish_reason": None, "prompt_tokens": None, "completion_tokens": None}
-    if outcome.error is None:
-        choice, usage = outcome.response.choices[0], outcome.response.usage
+    error = outcome.error
+    if error is None:
+        choice, usage = _first_choice(outcome.response), getattr(outcome.response, "usage", None)
+        error = None if getattr(choice, "message", None) else NO_CHOICE
+    if error is None:
         fields = {
             "text": (choice.message.content or "").strip(),
             "finish_reason": choice.finish_reason,
@@ -141,8 +145,14 @@ def sample_fields(outcome: Outcome) -> Row:
     return fields | {
         "latency_s": round(outcome.latency_s, 4),
         "attempts": outcome.attempts,
-        "error": outcome.error,
+        "error": error,
     }
+
+
+def _first_choice(response: Any) -> Any:
+    """The only choice of a reply, None where it has none: the SDK passes on whatever a server sends with status 200."""
+    choices = getattr(response, "choices", None)
+    return choices[0] if choices else None
 
 
 async def attempt(request: Callable[[], Awaitable[Any]]) -> Outcome:

@@ -11,8 +11,9 @@ summary.json
   answers, joined in the order of the questions; null with fewer words. One reply for everyone makes it small |
 | `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`, `missing`}: n questions, 95 % interval; missing: how many
   more it should be over, but for rows that failed and answers without a word |
-| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `missing`, `p_holm`} |
-| `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, for topics of at least `MIN_TOPIC` questions |
+| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `missing`, `p_holm`};
+  `wins` are questions on which `arm` is better, for a metric without a better side those on which it is higher |
+| `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, where n is at least `MIN_TOPIC` |
 | `seen` | question_id to why it may have been seen in training (see eval.neighbours.Seen) |
 | `alarms` | what a reader must know before believing a number |
 | `plan` | how it was made: config.json |
@@ -93,6 +94,8 @@ def paired(
             keys = sorted(key for key in ours if key in theirs)
             if keys:
                 result = difference(as_ratio(ours, keys), as_ratio(theirs, keys), seed)
+                if METRICS[metric].better == "lower":
+                    result = result._replace(wins=result.losses, losses=result.wins)
                 lacking = set().union(*(missing(metric, name, scores, likelihoods) for name in (arm, against)))
                 found.append(
                     {
@@ -105,7 +108,9 @@ def paired(
                     }
                 )
     family = [row for row in found if row["metric"] in PRIMARY]
-    for row, p in zip(family, holm([row["p"] for row in family]), strict=True):
+    # The family is declared before the data are seen: a metric that nobody measured still counts in it.
+    unmeasured = [None] * (len(PRIMARY) * len(pairs) - len(family))
+    for row, p in zip(family, holm([*(row["p"] for row in family), *unmeasured]), strict=False):
         row["p_holm"] = p
     return found
 
@@ -166,7 +171,9 @@ def _diversity(answers: Sequence[Row]) -> float | None:
 def by_topic(
     arms: Sequence[str], topics: Mapping[str, str], scores: Sequence[Row], likelihoods: Sequence[Row], seed: int
 ) -> dict[str, Any]:
-    """Primary metrics of each arm on the questions of one topic; `topics` maps question_id to topic.
+    """Primary metrics of each arm on the questions of one topic, where it has `MIN_TOPIC` of them.
+
+    `topics` maps question_id to topic.
 
     Slices are looked at, not tested: with this many, some differ by chance.
     """
@@ -181,7 +188,7 @@ def by_topic(
                 metric: interval(as_ratio(cells, keys), seed)._asdict()
                 for metric in PRIMARY
                 if (cells := table.get(arm, {}).get(metric))
-                and (keys := sorted(key for key in cells if key in members))
+                and len(keys := sorted(key for key in cells if key in members)) >= MIN_TOPIC
             }
             for arm in arms
         }

@@ -312,6 +312,16 @@ def test_a_reply_without_usage_is_a_reply() -> None:
     assert (fields["text"], fields["prompt_tokens"], fields["completion_tokens"]) == ("well", None, None)
 
 
+@pytest.mark.parametrize(
+    "sent", ["<html>", SimpleNamespace(), SimpleNamespace(choices=[]), SimpleNamespace(choices=None)]
+)
+def test_a_reply_without_a_message_is_a_failed_row(sent: object) -> None:
+    """What a proxy or another server sends with status 200: an error that is asked again, not a traceback."""
+    fields = sample_fields(Outcome(sent, None, 1, 0.1))
+
+    assert (fields["text"], fields["error"]) == ("", "the server's reply holds no message")
+
+
 def test_answers_without_words_are_not_asked_about() -> None:
     """Failed, empty and wordless answers are left out."""
     given = (("well", None), ("", None), ("...", None), ("well", "failed"))

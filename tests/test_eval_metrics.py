@@ -12,7 +12,7 @@ from eval.overlap import bleu, chrf, meteor, rouge
 from eval.samples import failed
 from eval.scoring import CANNED, answer_scores, human_scores, score_rows
 from eval.similarity import Encoder, greedy_match, to_references
-from eval.summary import paired, summarize_arms
+from eval.summary import by_topic, paired, summarize_arms
 from eval.wording import Copying, distinct, distinct_over, reading_grade, words
 from tests.tiny import tiny_tokenizer
 from train.errors import UserError
@@ -121,7 +121,8 @@ def test_minus_infinity_is_an_error_not_a_number() -> None:
 def test_a_token_without_probability_fails_its_own_row() -> None:
     """Whatever the server sends for it, the row has an error that is asked again, and the evaluation goes on."""
     for sent in ([None, {"2": {"logprob": -9999.0}}], [None, {"2": {"logprob": float("nan")}}], [None, None], None):
-        response = SimpleNamespace(choices=[SimpleNamespace(prompt_logprobs=sent)])
+        choice = SimpleNamespace() if sent is None else SimpleNamespace(prompt_logprobs=sent)
+        response = SimpleNamespace(choices=[choice])
         row = likelihood_fields("a", Span([1, 2], 1, "a"), Outcome(response, None, 1, 0.1))
 
         assert row["nll_nats"] is None
@@ -243,6 +244,27 @@ def test_contamination_is_found_and_said_why() -> None:
     assert nearest(TRAIN, ["smoking"])[0]["answer"] == "Set a date and tell people."
 
 
+def test_wins_are_on_the_better_side_and_the_family_is_whole() -> None:
+    """Fewer bits per byte on four questions of five are four wins; p is times four, one for each primary metric."""
+    rows = [
+        {
+            "arm": arm,
+            "question_id": f"q{n}",
+            "answer": 0,
+            "nll_nats": 9.0 - gain * (arm == "one"),
+            "tokens": 9,
+            "bytes": 10,
+        }
+        for arm in ("base", "one")
+        for n, gain in enumerate((1.0, 2.0, 3.0, 4.0, -0.5))
+    ]
+    found = {row["metric"]: row for row in paired([], rows, [("one", "base")], seed=0)}["bits_per_byte"]
+
+    assert (found["wins"], found["ties"], found["losses"]) == (4, 0, 1)
+    assert found["p"] == 4 / 32  # all one way, or the smallest the other way, and both mirrored
+    assert found["p_holm"] == pytest.approx(4 * 4 / 32)
+
+
 def test_arms_are_compared_on_the_answers_that_both_predicted() -> None:
     """Two arms that predict alike; a long answer, cheaper by the byte, was too long for one of them: no difference."""
     rows = [
@@ -254,3 +276,15 @@ def test_arms_are_compared_on_the_answers_that_both_predicted() -> None:
     found = {row["metric"]: row for row in paired([], rows, [("few-shot", "base")], seed=0)}
 
     assert (found["bits_per_byte"]["value"], found["bits_per_byte"]["ties"]) == (0.0, 5)
+
+
+def test_a_slice_of_one_question_is_no_slice() -> None:
+    """A topic of six questions, of which one arm has five and another one: the first has a value, the second none."""
+    topics = {f"q{n}": "work" for n in range(6)}
+    rows = [
+        {"arm": arm, "question_id": f"q{n}", "sample": 0, "scores": {"similarity_max": 0.5 + n / 10}}
+        for arm, n in (*(("one", n) for n in range(5)), ("two", 0))
+    ]
+    found = by_topic(["one", "two"], topics, rows, [], seed=0)["work"]
+
+    assert (found["one"]["similarity_max"]["n"], found["two"]) == (5, {})
