@@ -70,15 +70,15 @@ def choose(offer: Served, run: str, models: Sequence[str], baselines: bool) -> l
     for model in models or (run,):
         if model not in known:
             raise UserError(f"the server has no model {model!r}; it has {offered}")
-        if model in offer.adapters and model in (BASE, offer.base, *YARDSTICKS):
-            raise UserError(
-                f"the adapter {model!r} is called like another arm of every evaluation; publish it under another name"
-            )
     wanted = [known[model] for model in models] or [offer.base, run]
     arms = [Arm(model) for model in dict.fromkeys(wanted)]
     if baselines and offer.base in wanted:
         at = arms.index(Arm(offer.base)) + 1
         arms[at:at] = [Arm(offer.base, NATIVE), Arm(offer.base, FEW_SHOT)]
+    names = [arm.name for arm in arms]
+    for arm in arms:
+        if arm.name in YARDSTICKS or names.count(arm.name) > 1:
+            raise UserError(f"the model {arm.model!r} is called like another arm; serve it under another name")
     return arms
 
 

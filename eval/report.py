@@ -122,7 +122,7 @@ def judged_tables(judged: Mapping[str, Any]) -> list[list[list[str]]]:
             [
                 name,
                 str(each["n"]),
-                str(each["questions"]),
+                str(each.get("questions", "")),
                 *numbers[:2],
                 with_interval(each["alpha"], 2),
                 numbers[2],

@@ -155,6 +155,8 @@ def rate(values: Mapping[str, Sequence[float]], seed: int, pooled: bool = True) 
     elif found.low == found.high:
         # All ties: nothing varies, and no exact bound fits a rate between 0 and 1.
         found = found._replace(low=None, high=None)
+    elif found.low is not None and found.high is not None:
+        found = found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
     return found._asdict()
 
 

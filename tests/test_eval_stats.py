@@ -32,6 +32,12 @@ def test_ties_are_ties_whatever_the_unit() -> None:
 
     assert thirds.low * 3 == pytest.approx(threes.low, rel=1e-9)
     assert thirds.high * 3 == pytest.approx(threes.high, rel=1e-9)
+    for size in (1 / 3, 1e-6, 1e6):
+        few, none = whole[:10] - 1.0, [0.0] * 10
+        assert swap_test(ratio(list(few * size)), ratio(none), seed=0) == swap_test(
+            ratio(list(few)), ratio(none), seed=0
+        )
+        assert difference(ratio(list(few * size)), ratio(none), seed=0).ties == (few == 0).sum()
 
 
 def test_the_interval_of_few_questions_is_students() -> None:
