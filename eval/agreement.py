@@ -22,7 +22,7 @@ import numpy as np
 
 from eval.rubric import PREFERENCE, RUBRIC, TIE
 from eval.samples import Row
-from eval.stats import Interval, resample_counts
+from eval.stats import LEAST_TO_SHOW, Interval, resample_counts
 from train.errors import UserError
 from train.files import read_jsonl
 
@@ -121,7 +121,8 @@ def krippendorff(units: Mapping[str, Sequence[Sequence[Hashable]]], seed: int) -
     """Krippendorff's alpha for nominal labels, with its 95 % percentile bootstrap interval over questions.
 
     `units`: question -> for each labelled answer the labels it has, one per rater. Answers with one label say nothing
-    and are left out; n counts the others. None where fewer than two labels occur. A resample in which a single label
+    and are left out; n counts the others. None where fewer than two labels occur; no bounds below `LEAST_TO_SHOW`
+    questions, whose resamples are too narrow. A resample in which a single label
     occurs shows no agreement beyond chance and counts as 0.
     """
     tables = [[Counter(unit) for unit in each if len(unit) > 1] for each in units.values()]
@@ -134,7 +135,7 @@ def krippendorff(units: Mapping[str, Sequence[Sequence[Hashable]]], seed: int) -
     occurs = np.array([[sum(unit[label] for unit in each) for label in categories] for each in tables], dtype=float)
     value = float(_alpha(unequal.sum(keepdims=True), occurs.sum(axis=0, keepdims=True))[0])
     n = sum(len(each) for each in tables)
-    if len(tables) < 2:
+    if len(tables) < LEAST_TO_SHOW:
         return Interval(value, None, None, n)
     counts = resample_counts(len(tables), seed)
     low, high = np.quantile(_alpha(counts @ unequal, counts @ occurs), [0.025, 0.975])
