@@ -124,7 +124,7 @@ def start(environment: Environment, **_: Any) -> None:
         return
     gevent.killall(Here.jobs)
     Here.begun.clear()
-    client = make_client(SCENARIO.url)
+    client = make_client(SCENARIO.url, SCENARIO.reuse)
     Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
     Here.outbox = Outbox(environment, Here.player, deliver)
     Here.playing = set()

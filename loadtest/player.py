@@ -120,7 +120,7 @@ class Player:
             self._open_rows[key] = row
             body = request_body(self.scenario, arrival.model, messages, arrival.max_tokens)
             limits = Limits(arrival.cancel_s, self.scenario.request_s, self.scenario.silence_s)
-            reply = ask(self._client, body, row, self.start_s, limits)
+            reply = ask(self._client, body, row, self.start_s, limits, gevent.Timeout)
             del self._open_rows[key]
             self._sink(row)
             if not row.ok or turn + 1 == len(arrival.prompts):

@@ -7,13 +7,16 @@ after the start of the run by one monotonic clock, so a step of the wall clock c
   worker          the client process that sent it
   due_s           when it was due: by the plan; for a later turn, the end of the reply before it plus think time;
                   in a closed loop, the moment it was sent
-  sent_s          when the client call began; null: dropped at the in-flight cap
-  first_s         first chunk with any output: text, reasoning or a tool call (the role chunk has none)
+  sent_s          when the request was handed to its connection (made first, where none is open); for one that had no
+                  answer at all, when the client call began; null: dropped at the in-flight cap
+  first_s         first chunk with any output: text, reasoning, a refusal or a call (the role chunk has none)
   content_s       first chunk with visible text
-  last_s          last chunk with output or with the finish reason, which is that of the last token even when the token
-                  has no text (the end of sequence)
+  last_s          last chunk with output; or with the finish reason, where that stands for a token without text (the
+                  end of sequence): the reply did not end at its limit, and has fewer chunks than tokens
   end_s           when the outcome was known
   gaps_s          seconds between successive chunks with output (len = chunks with output - 1)
+  first_tokens    tokens in the first of them: by the usage in it, else by its share of the text; 1 where most chunks
+                  are one token
   prompt_tokens, completion_tokens, cached_tokens    from the server's `usage`; null: the server did not say
   finish          the server's finish_reason
   outcome         see OUTCOMES
@@ -71,6 +74,7 @@ class Row:
     last_s: float | None = None
     end_s: float | None = None
     gaps_s: Sequence[float] = ()
+    first_tokens: int | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
@@ -106,10 +110,11 @@ class Row:
 
     @property
     def tpot_s(self) -> float | None:
-        """Time per output token after the first; None for replies of one token."""
-        if self.first_s is None or self.last_s is None or not self.completion_tokens or self.completion_tokens < 2:
+        """Time per output token after the first chunk; None where no token came after it."""
+        if self.first_s is None or self.last_s is None:
             return None
-        return (self.last_s - self.first_s) / (self.completion_tokens - 1)
+        later = (self.completion_tokens or 0) - (self.first_tokens or 1)
+        return (self.last_s - self.first_s) / later if later > 0 and self.last_s > self.first_s else None
 
     @property
     def e2e_s(self) -> float | None:

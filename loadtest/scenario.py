@@ -39,6 +39,7 @@ class Scenario:
     drain_s: float = option(60.0, "how long running requests may take to end after the last arrival")
     max_in_flight: int = option(2000, "requests in flight at which arrivals are dropped, and counted")
     request_s: float = option(120.0, "longest one request may take")
+    reuse: bool = option(True, "send on connections that earlier requests left open, as browsers and most clients do")
     silence_s: float = option(60.0, "longest a stream may say nothing")
     # Whom
     models: tuple[str, ...] = option((), "models to ask, the hottest first (default: all that the server lists)")

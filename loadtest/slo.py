@@ -75,11 +75,14 @@ def parse_limit(text: str) -> Objective:
 
 
 def is_good(row: Row, limits: Sequence[Objective]) -> bool:
-    """Whether a request came back whole and within every limit; a latency it does not have (one token) is held."""
+    """Whether a request came back whole and within every limit.
+
+    A latency that it does not have is held by a reply of one token; one whose tokens all came at once shows none.
+    """
     if not row.ok:
         return False
     values = ((LATENCIES[limit.metric](row), limit.bound) for limit in limits)
-    return all(value is None or value <= bound for value, bound in values)
+    return all(value <= bound if value is not None else row.completion_tokens == 1 for value, bound in values)
 
 
 def judge(objectives: Sequence[Objective], summary: Mapping[str, Any], rows: Sequence[Row]) -> list[Judged]:

@@ -5,13 +5,14 @@ The typed iterator (`for chunk in client.chat.completions.create(stream=True)`) 
 client without the objects; tests/test_loadtest_stream.py holds it equal to the typed path.
 """
 
-import itertools
+import collections
+import contextlib
 import json
 import math
 import os
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import httpx2
@@ -25,35 +26,78 @@ from serve.client import API_KEY, checked_url
 # idle connections earlier than any common server does keeps that race out of the error counts.
 _IDLE_S = 2.0
 _CONNECT_S = 10.0
-_POOLS = 64
+# How long to wait for the end of a reply whose last event has come.
+_LINGER_S = 1.0
+_TOO_LONG = "the reply took longer than the limit"
+# Where a request's own sending time lies, for whoever reads the response.
+_SENT = "counsel_sent"
+_BOM = b"\xef\xbb\xbf"
+# From this many tokens a chunk on, a server is taken to send several at once.
+_BUNDLED = 1.5
+# Characters of a call that brings nothing but its place in the list.
+_EMPTY_CALL = len(json.dumps({"index": 0, "function": {"arguments": ""}}))
 
 
-class _Pools(httpx2.BaseTransport):
-    """One transport over several connection pools, taken in turn.
+class _Connections(httpx2.BaseTransport):
+    """One connection for each request that runs; the one that was used last is used again.
 
-    A pool looks through all its connections whenever a request begins or ends; with a thousand in flight that alone
-    fills a core. Many small pools do the same work on a fraction of the connections.
+    A common pool looks through all its connections whenever a request begins or ends; with a thousand in flight that
+    alone fills a core. Here each connection is a pool of its own, and the free ones lie on a stack.
     """
 
-    def __init__(self) -> None:
-        # Without a limit: a request that waits for a connection would look like a slow server.
-        limits = httpx2.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
-        verify = ssl.create_default_context()
-        self._pools = [httpx2.HTTPTransport(verify=verify, limits=limits) for _ in range(_POOLS)]
-        self._turn = itertools.cycle(self._pools)
+    def __init__(self, reuse: bool) -> None:
+        self._limits = httpx2.Limits(max_connections=1, max_keepalive_connections=int(reuse), keepalive_expiry=_IDLE_S)
+        self._verify = ssl.create_default_context()
+        self._free: list[httpx2.HTTPTransport] = []
+        self._all: list[httpx2.HTTPTransport] = []
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
-        return next(self._turn).handle_request(request)
+        if not self._free:
+            self._all.append(httpx2.HTTPTransport(verify=self._verify, limits=self._limits))
+            self._free.append(self._all[-1])
+        connection = self._free.pop()
+        # What the client did until here, to make a request of its arguments, is no time of the server.
+        request.extensions[_SENT] = time.monotonic()
+        try:
+            response = connection.handle_request(request)
+        except BaseException:
+            self._free.append(connection)
+            raise
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = _Reply(response.stream, lambda: self._free.append(connection))
+        return response
 
     def close(self) -> None:
-        for pool in self._pools:
-            pool.close()
+        for connection in self._all:
+            connection.close()
 
 
-def make_client(url: str) -> openai.OpenAI:
-    """The process's one client, for all its requests; no retries, which would hide errors and stretch latencies."""
+class _Reply(httpx2.SyncByteStream):
+    """A reply's bytes; once they are closed, `closed` is called."""
+
+    def __init__(self, stream: httpx2.SyncByteStream, closed: Callable[[], None]) -> None:
+        self._stream = stream
+        self._closed: Callable[[], None] | None = closed
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        closed, self._closed = self._closed, None
+        try:
+            self._stream.close()
+        finally:
+            if closed:
+                closed()
+
+
+def make_client(url: str, reuse: bool = True) -> openai.OpenAI:
+    """The process's one client, for all its requests; no retries, which would hide errors and stretch latencies.
+
+    `reuse`: send on a connection that an earlier request has left open, where there is one.
+    """
     # Proxies of the environment are for the internet; a load test names its server.
-    http = httpx2.Client(transport=_Pools(), trust_env=False)
+    http = httpx2.Client(transport=_Connections(reuse), trust_env=False)
     key = os.environ.get(API_KEY) or "none"
     return openai.OpenAI(base_url=checked_url(url), api_key=key, max_retries=0, http_client=http)
 
@@ -98,11 +142,23 @@ class Limits(NamedTuple):
     silence_s: float
 
 
-def ask(client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float, limits: Limits) -> str:
+class _TimeUp(BaseException):
+    """A limit was reached while nothing came. No Exception: the client would take it for a broken connection."""
+
+
+def _no_timer(seconds: float, error: BaseException) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+def ask(
+    client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float, limits: Limits,
+    timer: Callable[[float, BaseException], contextlib.AbstractContextManager[Any]] = _no_timer,
+) -> str:  # fmt: skip
     """Send one request, fill in `row` from what comes back, and return the reply's text.
 
     Never raises for what a server or network does: it becomes the row's outcome. `start_s` is the run's start on
-    `time.monotonic`.
+    `time.monotonic`. `timer` raises its error in the block after so many seconds (gevent.Timeout): without it, limits
+    hold at the next chunk, and at the end of a silence.
     """
     sent = time.monotonic()
     row.sent_s = sent - start_s
@@ -111,11 +167,20 @@ def ask(client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float
     patience_s = max(min(limits.silence_s, stop - sent), 0.001)
     text: list[str] = []
     try:
-        with client.chat.completions.with_streaming_response.create(
-            **body, timeout=httpx2.Timeout(patience_s, connect=min(_CONNECT_S, patience_s))
-        ) as response:
+        with (
+            timer(stop - sent, _TimeUp()),
+            client.chat.completions.with_streaming_response.create(
+                **body, timeout=httpx2.Timeout(patience_s, connect=min(_CONNECT_S, patience_s))
+            ) as response,
+        ):
             row.status = response.status_code
-            _read(sse_data(_until(stop, response.iter_bytes())), row, text, start_s)
+            row.sent_s = response.http_request.extensions.get(_SENT, sent) - start_s
+            pieces = _until(stop, response.iter_bytes())
+            _read(sse_data(pieces), row, text, start_s)
+            row.end_s = time.monotonic() - start_s
+            # A connection can be used again only once its reply was read to the end, which comes after the last event.
+            with contextlib.suppress(httpx2.RequestError, _ReplyError, _TimeUp), timer(_LINGER_S, _TimeUp()):
+                collections.deque(pieces, maxlen=0)
     except openai.APIStatusError as error:
         row.status, row.outcome, row.error = error.status_code, "http_error", _line(error.message)
     except (openai.APITimeoutError, httpx2.TimeoutException) as error:
@@ -126,22 +191,45 @@ def ask(client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float
         row.outcome, row.error = "broken_stream", _line(error)
     except _ReplyError as error:
         row.outcome, row.error = error.outcome, _line(error)
+    except _TimeUp:
+        row.outcome, row.error = "timeout", _TOO_LONG
     now = time.monotonic()
-    row.end_s = now - start_s
+    row.end_s = now - start_s if row.end_s is None else row.end_s
     if row.outcome == "timeout" and now >= hang_up:
         row.outcome, row.error = "cancelled", None
     return "".join(text)
 
 
 def sse_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of each server-sent event, however the bytes are cut; events of several data lines are not OpenAI's."""
-    tail = b""
+    """The data of each server-sent event, however the bytes are cut; also of a last one that nothing ends.
+
+    Lines end as the standard lets them: in LF, CRLF or CR; an event of several data lines is those lines together.
+    """
+    tail, data = b"", []
+    begun = after_cr = False
     for chunk in chunks:
-        lines = (tail + chunk).split(b"\n")
+        if after_cr and chunk:
+            chunk = chunk.removeprefix(b"\n")
+        text = tail + chunk
+        if not begun and len(text) >= len(_BOM):
+            begun, text = True, text.removeprefix(_BOM)
+        if chunk:
+            # The other half of a CRLF may come later; what stands before it is a whole line now.
+            after_cr = chunk.endswith(b"\r")
+        if b"\r" in text:
+            text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        lines = text.split(b"\n")
         tail = lines.pop()
         for line in lines:
             if line.startswith(b"data:"):
-                yield line[5:].strip()
+                data.append(line[5:].strip())
+            elif not line and data:
+                yield b"\n".join(data)
+                data = []
+    if tail.startswith(b"data:"):
+        data.append(tail[5:].strip())
+    if data:
+        yield b"\n".join(data)
 
 
 def _until(stop: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -149,7 +237,7 @@ def _until(stop: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         yield chunk
         if time.monotonic() >= stop:
-            raise _ReplyError("timeout", "the reply took longer than the limit")
+            raise _ReplyError("timeout", _TOO_LONG)
 
 
 class _ReplyError(Exception):
@@ -165,6 +253,8 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) ->
     gaps: list[float] = []
     row.gaps_s = gaps
     last: float | None = None
+    ended_s: float | None = None
+    lengths: list[int] = []
     done = False
     for data in events:
         now = time.monotonic()
@@ -179,25 +269,30 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) ->
             _count(usage, row)
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
-            content = delta.get("content")
-            if content or delta.get("reasoning") or delta.get("reasoning_content") or delta.get("tool_calls"):
+            if length := _output(delta):
                 if last is None:
                     row.first_s = now - start_s
+                    # Servers that count in every chunk say how many tokens the first one brings.
+                    row.first_tokens = row.completion_tokens
                 else:
                     gaps.append(now - last)
                 last = now
+                lengths.append(length)
                 row.last_s = now - start_s
-                if content:
+                if content := delta.get("content"):
                     if row.content_s is None:
                         row.content_s = row.last_s
                     text.append(content)
             if choice.get("finish_reason"):
-                row.finish = choice["finish_reason"]
-                # The end of sequence is a token that `usage` counts and nobody sees: its chunk has no text.
-                if last is not None:
-                    row.last_s = now - start_s
+                row.finish, ended_s = choice["finish_reason"], now - start_s
     if row.finish is None:
         raise _ReplyError("broken_stream", "the stream ended " + ("at [DONE]" if done else "early"))
+    if row.completion_tokens is not None and lengths:
+        row.first_tokens = row.first_tokens or _first_tokens(row.completion_tokens, lengths)
+        # The end of sequence is a token that `usage` counts and nobody sees: its chunk has no text. Where the limit
+        # ended the reply, or each token was seen, the finish reason comes alone, and whenever it comes.
+        if row.finish != "length" and len(lengths) < row.completion_tokens:
+            row.last_s = ended_s
     if row.finish not in WHOLE:
         row.outcome, row.error = "aborted", f"finish_reason is {_line(row.finish)}"
     elif row.first_s is None:
@@ -206,6 +301,28 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) ->
         row.outcome = "no_usage"
     else:
         row.outcome = "ok"
+
+
+def _output(delta: Mapping[str, Any]) -> int:
+    """How much output a delta holds, in characters; 0 where there is none. A call begins with a name, not a text."""
+    texts = [delta.get(key) for key in ("content", "reasoning", "reasoning_content", "refusal")]
+    found = sum(len(text) for text in texts if isinstance(text, str))
+    calls = [*_list(delta.get("tool_calls")), *_list(delta.get("function_call"))]
+    return found + sum(max(len(json.dumps(call)) - _EMPTY_CALL, 1) for call in calls)
+
+
+def _first_tokens(tokens: int, lengths: Sequence[int]) -> int:
+    """How many of a reply's tokens its first chunk held, by its share of the text; 1 where chunks are tokens.
+
+    A few chunks fewer than tokens are no sign of more: a token may have no text, or half a character.
+    """
+    if tokens < _BUNDLED * len(lengths):
+        return 1
+    return min(max(round(tokens * lengths[0] / sum(lengths)), 1), tokens)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _chunk(data: bytes) -> dict[str, Any]:

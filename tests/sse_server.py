@@ -5,8 +5,9 @@
 It is no model: a reply is `max_tokens` times the word "w ", so a test knows what must come back. The first model is
 the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
 It is plain asyncio with bytes made beforehand, because it must outrun the client it measures.
-GET /seen counts what came: {"requests": {model: n}, "hung_up": n}. GET /arrived says when, by the clock that all
-processes of a machine share: [[seconds, last message], ...]. GET /release lets go what `holds` holds.
+GET /seen counts what came: {"requests": {model: n}, "hung_up": n, "connections": n}, connections that asked something.
+GET /arrived says when, by the clock that all processes of a machine share: [[seconds, last message], ...]. GET /release
+lets go what `holds` holds.
 """
 
 import argparse
@@ -91,12 +92,13 @@ class Standin(asyncio.Protocol):
     waiting: dict[str, list[asyncio.Future]]
     whole: Counter
     released: asyncio.Event
-    hung_up = 0
+    hung_up = connections = 0
     arrived: list[tuple[float, str]]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         self.buffer = b""
+        self.asked = False
         self.reply: asyncio.Task | None = None
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -120,6 +122,8 @@ class Standin(asyncio.Protocol):
             return
         body = json.loads(rest[:length])
         Standin.requests[body["model"]] += 1
+        Standin.connections += not self.asked
+        self.asked = True
         if body.get("messages"):
             self.arrived.append((time.monotonic(), body["messages"][-1]["content"]))
         self.reply = asyncio.ensure_future(self.stream(body, Standin.requests[body["model"]]))
@@ -131,7 +135,7 @@ class Standin(asyncio.Protocol):
             cards += [{**cards[0], "id": name, "parent": base} for name in adapters]
             return 200, {"object": "list", "data": cards}
         if path == "/seen":
-            return 200, {"requests": dict(self.requests), "hung_up": self.hung_up}
+            return 200, {"requests": dict(self.requests), "hung_up": self.hung_up, "connections": self.connections}
         if path == "/arrived":
             return 200, {"arrived": self.arrived}
         if path == "/release":

@@ -1,11 +1,13 @@
 """One timed reply over real HTTP: equal to the client's typed path, and every fault a counted outcome."""
 
+import contextlib
 import itertools
 import json
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import httpx2
 import openai
@@ -232,13 +234,148 @@ def test_a_limit_holds_while_chunks_keep_coming(monkeypatch, limits, outcome):
     assert (row.first_s, row.last_s, row.end_s) == pytest.approx((1.3, 1.6, 1.6))
 
 
-def test_events_are_read_however_the_bytes_are_cut():
-    """Cut after every byte, with CRLF, comments and other fields: the same data."""
-    stream = b': hi\r\n\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": "\xc3\xa9"}\n\ndata: [DONE]\n\n'
-    whole = [b'{"a": 1}', '{"b": "é"}'.encode(), b"[DONE]"]
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b': hi\r\n\r\nevent: x\r\ndata: {"a": 1}\r\n\r\ndata:{"b": "\xc3\xa9"}\n\ndata: [DONE]\n\n',
+        b'data: {"a": 1}\r\rdata: {"b": "\xc3\xa9"}\r\rdata: [DONE]\r\r',
+        b'\xef\xbb\xbfdata: {"a": 1}\n\ndata: {"b":\ndata:  "\xc3\xa9"}\n\ndata: [DONE]',
+        b'data: {"a": 1}\r\n\r\nid: 7\r\ndata: {"b": "\xc3\xa9"}\r\n\r\nretry: 5\r\n\r\ndata: [DONE]\r\n',
+    ],
+    ids=["mixed", "cr", "lines", "crlf"],
+)
+def test_events_are_read_however_the_bytes_are_cut(stream):
+    """Every line end, comments, other fields, several data lines, no end at all; whole or byte by byte."""
+    whole = [{"a": 1}, {"b": "é"}]
 
-    assert list(sse_data([stream])) == whole
-    assert list(sse_data(stream[i : i + 1] for i in range(len(stream)))) == whole
+    for pieces in ([stream], [stream[i : i + 1] for i in range(len(stream))], [b"", stream[:20], b"", stream[20:]]):
+        *events, last = sse_data(pieces)
+        assert [json.loads(data) for data in events] == whole
+        assert last == b"[DONE]"
+
+
+def test_a_line_that_ends_in_cr_is_whole_before_more_comes():
+    """What a server that ends its lines in CR has sent is read at once, not with the next event."""
+    came: list[bytes] = []
+
+    def stream() -> Iterator[bytes]:
+        yield b"data: 1\r\r"
+        assert came == [b"1"]
+        yield b"\ndata: 2\r\n\r\n"
+
+    for data in sse_data(stream()):
+        came.append(data)
+    assert came == [b"1", b"2"]
+
+
+def words(n: int) -> dict:
+    return delta("base", {"content": "w " * n})
+
+
+def counted(n: int) -> dict:
+    return {**USAGE, "usage": {"prompt_tokens": 7, "completion_tokens": n}}
+
+
+@pytest.mark.parametrize(
+    ("script", "tpot_s"),
+    [
+        # Five tokens a chunk, 100 ms apart, the first chunk too: 20 ms a token.
+        ([(0.2, words(5)), (0.1, words(5)), (0.1, words(5)), (0.0, END), (0.0, counted(15))], 0.02),
+        # The first chunk has one token.
+        ([(0.2, words(1)), (0.1, words(5)), (0.1, words(5)), (0.0, END), (0.0, counted(11))], 0.02),
+        # All tokens come at once: nothing says how long one takes.
+        ([(0.5, words(16)), (0.0, END), (0.0, counted(16))], None),
+        # One chunk a token, and the finish reason a second late.
+        ([(0.2, words(1)), *[(0.02, words(1))] * 9, (1.0, END), (0.0, counted(10))], 0.02),
+        # The limit ended it: no token without text comes with the finish reason.
+        ([(0.2, words(2)), (0.04, words(2)), (1.0, delta("base", {}, "length")), (0.0, counted(4))], 0.02),
+        # One of ten tokens has no text of its own: that is no chunk of two.
+        ([(0.2, words(1)), *[(0.02, words(1))] * 7, (0.04, words(1)), (0.0, END), (0.0, counted(10))], 0.02),
+        # The server counts in each chunk.
+        ([(0.2, {**words(1), "usage": counted(4)["usage"]}), (0.12, words(9)), (0.0, END), (0.0, counted(10))], 0.02),
+    ],
+    ids=["five", "one-then-five", "at-once", "late-finish", "late-length", "hidden-token", "usage"],
+)  # fmt: skip
+def test_time_per_token_is_over_the_tokens_after_the_first_chunk(monkeypatch, script, tpot_s):
+    """However many tokens a chunk holds, and whenever the finish reason comes."""
+    assert told(monkeypatch, script).tpot_s == (None if tpot_s is None else pytest.approx(tpot_s))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [{"refusal": "no "}, {"function_call": {"name": "f", "arguments": "{"}}, {"reasoning": "t"},
+     {"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}]}],
+    ids=["refusal", "function_call", "reasoning", "tool_calls"],
+)  # fmt: skip
+def test_whatever_a_model_says_is_output(monkeypatch, output):
+    """Its refusal and its calls are a first token as its text is."""
+    row = told(monkeypatch, [(0.1, ROLE), (0.1, delta("base", output)), (0.1, END), (0.0, USAGE)])
+
+    assert (row.outcome, row.ttft_s) == ("ok", pytest.approx(0.2))
+
+
+@pytest.mark.parametrize("before", ["headers", "chunk"])
+@pytest.mark.parametrize(
+    ("limits", "outcome"), [(Limits(None, 0.4, 600), "timeout"), (Limits(0.4, 600, 600), "cancelled")]
+)
+def test_a_limit_holds_while_nothing_comes(monkeypatch, limits, outcome, before):
+    """A timer that goes off in the middle of a silence of an hour, before the answer or within it: that is the end."""
+    clock = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("loadtest.stream.time", clock)
+    set_to: list[tuple[float, BaseException]] = []
+
+    def timer(seconds: float, error: BaseException) -> contextlib.nullcontext:
+        set_to.append((seconds, error))
+        return contextlib.nullcontext()
+
+    def silence() -> None:
+        clock.now_s = 100.0 + set_to[0][0]
+        raise set_to[0][1]
+
+    def chunks() -> Iterator[bytes]:
+        yield b"data: " + json.dumps(WORD).encode() + b"\n\n"
+        silence()
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        if before == "headers":
+            silence()
+        return httpx2.Response(200, content=chunks())
+
+    http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=http) as client:
+        row = Row(0, 0, "base", 0, 0.0)
+        ask(client, request_body(Scenario(), "base", [], 10), row, 99.0, limits, timer)
+
+    assert (row.outcome, row.end_s) == (outcome, pytest.approx(1.4))
+
+
+@pytest.mark.parametrize(("reuse", "connections"), [(True, 1), (False, 6)])
+def test_connections_are_used_again_unless_told_not_to(reuse, connections):
+    """Six requests one after the other, failed ones among them: one connection, or each its own."""
+    with standin("base", "x.status-503") as url:
+        with make_client(url, reuse) as client:
+            for model in ("base", "x.status-503", "base", "base", "x.status-503", "base"):
+                ask(client, request_body(Scenario(), model, [], 3), Row(0, 0, model, 0, 0.0), 0.0, PATIENT)
+        assert seen(url)["connections"] == connections
+
+
+def test_the_clients_own_work_is_no_time_of_the_server(monkeypatch):
+    """Making the request takes 30 ms here: it was sent after them, and they are in the lag after being due."""
+    clock = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr("loadtest.stream.time", clock)
+    with standin("base") as url, make_client(url) as client:
+        made = client._build_request
+
+        def slowly(*given: Any, **named: Any) -> Any:
+            clock.now_s += 0.03
+            return made(*given, **named)
+
+        monkeypatch.setattr(client, "_build_request", slowly)
+        row = Row(0, 0, "base", 0, due_s=1.0)
+        ask(client, request_body(Scenario(), "base", [], 3), row, 99.0, PATIENT)
+
+    assert (row.outcome, row.sent_s, row.lag_s) == ("ok", pytest.approx(1.03), pytest.approx(0.03))
+    assert row.ttft_s == pytest.approx(0.0)
 
 
 def seen(url: str) -> dict:
