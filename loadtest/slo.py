@@ -128,8 +128,14 @@ def _value_of(metric: str, found: Mapping[str, Any], rows: Sequence[Row]) -> tup
 
 def rows_needed(metric: str) -> int:
     """The fewest requests that carry a metric: a percentile needs two beyond it; a rate needs 20."""
+    percent = percent_of(metric)
+    return math.ceil(200 / (100 - percent)) if percent else 20
+
+
+def percent_of(metric: str) -> int:
+    """Which percentile a metric is; 0 for what is none."""
     match = _PERCENTILE.fullmatch(metric)
-    return math.ceil(200 / (100 - int(match["percent"]))) if match else 20
+    return int(match["percent"]) if match else 0
 
 
 def _bound(text: str, number: str) -> float:

@@ -50,11 +50,16 @@ class _Connections(httpx2.BaseTransport):
         self._verify = ssl.create_default_context()
         self._free: list[httpx2.HTTPTransport] = []
         self._all: list[httpx2.HTTPTransport] = []
+        # Here, because the first one imports what it needs, and no request should wait for that.
+        self._add()
+
+    def _add(self) -> None:
+        self._all.append(httpx2.HTTPTransport(verify=self._verify, limits=self._limits))
+        self._free.append(self._all[-1])
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         if not self._free:
-            self._all.append(httpx2.HTTPTransport(verify=self._verify, limits=self._limits))
-            self._free.append(self._all[-1])
+            self._add()
         connection = self._free.pop()
         # What the client did until here, to make a request of its arguments, is no time of the server.
         request.extensions[_SENT] = time.monotonic()

@@ -46,8 +46,9 @@ def summarise(rows: list[Row], warmup_s: float, good: Callable[[Row], bool]) -> 
     return summarise_in(rows, (), warmup_s, Window(0, 100), good)
 
 
-def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1) -> list[dict]:
-    return [{"worker": 0, "t_s": float(t), "hub_lag_s": hub_lag_s, "cpu": cpu} for t in range(n)]
+def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1, **more: float) -> list[dict]:
+    calm = {"worker": 0, "hub_lag_s": hub_lag_s, "hub_lag_p50_s": 0.0002, "cpu": cpu}
+    return [{**calm, **more, "t_s": float(t)} for t in range(n)]
 
 
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2.5), (90, 3.7), (100, 4)])
@@ -158,7 +159,8 @@ def test_failed_requests_are_slower_than_any_bound():
 
 def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario) -> set[str]:
     """The names of the checks that fail."""
-    found = check_client(Scenario(duration_s=40, **scenario), planned or len(rows), rows, watched, 0.1)
+    ttft_s = {"p50": 0.1, "p95": 0.1, "p99": 0.1}
+    found = check_client(Scenario(duration_s=40, **scenario), planned or len(rows), rows, watched, ttft_s)
     return {check.name for check in found if not check.held}
 
 
@@ -177,8 +179,54 @@ def test_each_broken_promise_makes_a_run_invalid():
     # Twenty arrivals sent twice are no forty.
     assert broken([reply(n % 20, n) for n in range(40)], seconds(40)) == {"sent_share"}
     assert broken(good, seconds(40, hub_lag_s=0.06)) == {"hub_lag_s"}
+    assert broken(good, seconds(40, hub_lag_p50_s=0.006)) == {"hub_lag_p50_s"}
     assert broken(good, seconds(40, cpu=0.97)) == {"client_cpu"}
+    assert broken(good, seconds(40, clock_error_s=0.03)) == {"clock_error_s"}
     assert broken(good, seconds(40), workers=2) == {"workers"}
+
+
+def test_one_bad_process_of_many_is_seen():
+    """Of thirty processes one has no processor left, or wakes late: a thirtieth of all seconds, and it is named."""
+    good = [reply(n, n) for n in range(40)]
+
+    def crowd(**bad: float) -> list[dict]:
+        return [second for worker in range(30) for second in seconds(40, worker=worker, **(bad if worker == 7 else {}))]
+
+    assert broken(good, crowd(cpu=0.97)) == {"client_cpu"}
+    assert broken(good, crowd(hub_lag_s=0.06)) == {"hub_lag_s"}
+    assert broken(good, crowd()) == set()
+
+
+def test_the_client_is_watched_as_far_out_as_objectives_look():
+    """Late in one of forty seconds: it cannot move a 95th percentile, and a 99th it can."""
+    good = [reply(n, n) for n in range(40)]
+    watched = [*seconds(39), {**seconds(40)[-1], "hub_lag_s": 0.9}]
+
+    assert broken(good, watched, slo=("ttft_p95_s <= 1",)) == set()
+    assert broken(good, watched, slo=("ttft_p99_s <= 1",)) == {"hub_lag_s"}
+
+
+def test_a_fast_server_needs_a_quick_client():
+    """20 ms late in reading is nothing to a TTFT of 2 s, and all of one of 20 ms."""
+    good = [reply(n, n) for n in range(40)]
+
+    def held(ttft_s: float) -> bool:
+        of = dict.fromkeys(("p50", "p95", "p99"), ttft_s)
+        checks = check_client(Scenario(duration_s=40), 40, good, seconds(40, hub_lag_s=0.02, hub_lag_p50_s=0.003), of)
+        return all(check.held for check in checks)
+
+    assert held(2.0)
+    assert not held(0.02)
+
+
+def test_a_cap_that_a_slow_server_fills_is_no_fault_of_the_client():
+    """Thirty of forty arrivals are dropped in time, since ten never come back: the run may be judged, and is missed."""
+    rows = [reply(n, n) for n in range(10)]
+    rows += [Row(n, 0, "base", 0, n, end_s=n, outcome="dropped") for n in range(10, 40)]
+
+    assert broken(rows, seconds(40)) == set()
+    judged = judge([parse_objective("ttft_p90_s <= 9")], summarise(rows, 0, anything), rows)
+    assert (judged[0].held, judged[0].n) == (False, 40)
 
 
 def test_a_closed_run_that_was_ended_early_is_not_believed():
