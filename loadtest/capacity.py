@@ -1,11 +1,14 @@
 """`python -m loadtest find-capacity`: the highest rate at which a server still holds its objectives.
 
 Rates are doubled from the lowest until one fails, then the gap is halved (by ratio) until it is small. Each rate is
-run several times with different seeds, and holds when every run passes: one lucky run must not raise the answer.
+run several times with different seeds, and holds when every run passes: one lucky run must not raise the answer. A run
+lasts as long as its objectives need requests: 200 for a p99, at 0.5 requests/s, are seven minutes. One that is invalid
+is made again with another seed; a rate at which that is invalid too bounds the search like one that missed.
 """
 
 import dataclasses
 import html
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,10 +16,12 @@ from typing import Any, NamedTuple
 
 from loadtest.charts import curves
 from loadtest.figures import curve_point, rounded
+from loadtest.mix import shares
 from loadtest.play import play
-from loadtest.prepare import results_directory
+from loadtest.prepare import ask_models, results_directory
 from loadtest.report import page, section
 from loadtest.scenario import Scenario
+from loadtest.slo import parse_objective, rows_needed
 from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
 from train.command import Result, option
@@ -28,7 +33,8 @@ from train.files import write_json, write_text
 class Capacity(Scenario):
     """A scenario whose rate is searched for."""
 
-    lowest: float = option(0.5, "rate to begin with, requests/s")
+    rate: str = option("0.5", "rate to begin with, requests/s")
+    lowest: float | None = option(None, "rate to begin with (default: rate)")
     highest: float = option(256.0, "rate at which to stop raising")
     repeats: int = option(2, "runs per rate; all must pass")
     precision: float = option(0.1, "stop when the lowest failing rate is within this part of the highest held one")
@@ -43,8 +49,14 @@ class Capacity(Scenario):
             )
         if self.web or self.join:
             raise UserError("find-capacity plays many runs on its own; it takes neither --web nor --join")
-        if not 0 < self.lowest <= self.highest or self.repeats < 1 or self.precision <= 0:
+        if self.lowest is None and "(" in self.rate:
+            raise UserError(f"rate is {self.rate!r}; find-capacity sets it itself: give the --lowest to begin with")
+        if not 0 < self.begin <= self.highest or self.repeats < 1 or self.precision <= 0:
             raise UserError("find-capacity needs 0 < lowest <= highest, repeats of at least 1 and a precision above 0")
+
+    @property
+    def begin(self) -> float:
+        return float(self.rate) if self.lowest is None else self.lowest
 
 
 class Found(NamedTuple):
@@ -74,8 +86,28 @@ def search(holds: Callable[[float], bool], lowest: float, highest: float, precis
     return Found(held, failed)
 
 
-class _Invalid(Exception):
-    """A probe that cannot be believed: the search cannot go on from it."""
+def long_enough_s(rate: float, requests: int, options: Capacity) -> float:
+    """Seconds of arrivals that hold so many requests of clients that stay, also where chance gives fewer (3 sigma)."""
+    if options.arrivals != "constant":
+        requests += math.ceil(3 * requests**0.5)
+    needed_s = requests / max(rate * (1 - options.cancel_share), 1e-9)
+    return max(options.duration_s, options.warmup_s + math.ceil(needed_s))
+
+
+def requests_needed(options: Capacity) -> int:
+    """The most requests that one of the objectives needs; one of a model, as many of that model."""
+    objectives = [parse_objective(text) for text in options.slo]
+    most = max(rows_needed(objective.metric) for objective in objectives)
+    if not any(objective.scope for objective in objectives):
+        return most
+    models = ask_models(options)
+    given = shares(options.mix, models.names, models.base, options.base_share)
+
+    def least(scope: str) -> float:
+        own = [share for name, share in given.items() if scope in ("*", name) and share > 0]
+        return min(own, default=1.0) if scope else 1.0
+
+    return math.ceil(max(rows_needed(objective.metric) / least(objective.scope) for objective in objectives))
 
 
 def find_capacity(options: Capacity) -> Result:
@@ -88,33 +120,31 @@ def find_capacity(options: Capacity) -> Result:
         raise UserError(f"{str(out)!r} exists; choose another --out")
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Scenario)}
     points: list[dict[str, Any]] = []
-    outcomes: dict[float, bool] = {}
+    not_believed: dict[float, str] = {}
+    requests = requests_needed(options)
+
+    def probe(rate: float, seed: int, name: str) -> dict[str, Any]:
+        duration_s = long_enough_s(rate, requests, options)
+        print(f"{rate:.4g} requests/s for {duration_s:g} s, {name} of {options.repeats}", file=sys.stderr)
+        own = {"rate": f"{rate!r}", "seed": seed, "duration_s": duration_s, "out": str(out / f"rate-{rate:.4g}-{name}")}
+        summary = play(Scenario(**{**fields, **own}))
+        points.append({**curve_point(rate, summary["all"]), "verdict": summary["verdict"], "dir": summary["dir"]})
+        return summary
 
     def holds(rate: float) -> bool:
-        passed = True
         for repeat in range(options.repeats):
-            name = f"rate-{rate:.4g}-{repeat + 1}"
-            print(f"{rate:.4g} requests/s, run {repeat + 1} of {options.repeats}", file=sys.stderr)
-            own = {"rate": f"{rate!r}", "seed": options.seed + repeat, "out": str(out / name)}
-            summary = play(Scenario(**{**fields, **own}))
-            points.append({**curve_point(rate, summary["all"]), "verdict": summary["verdict"], "dir": summary["dir"]})
+            summary = probe(rate, options.seed + repeat, f"run-{repeat + 1}")
             if summary["verdict"] == "invalid":
-                raise _Invalid(summary["invalid"][0])
-            passed = passed and summary["verdict"] == "passed"
-            if not passed:
-                break
-        outcomes[rate] = passed
-        return passed
+                print(f"not to be believed: {summary['invalid'][0]}; once more", file=sys.stderr)
+                summary = probe(rate, options.seed + options.repeats + repeat, f"run-{repeat + 1}-again")
+            if summary["verdict"] == "invalid":
+                not_believed[rate] = summary["invalid"][0]
+            if summary["verdict"] != "passed":
+                return False
+        return True
 
-    invalid = ""
-    try:
-        found = search(holds, options.lowest, options.highest, options.precision)
-    except _Invalid as error:
-        invalid = str(error)
-        found = Found(
-            max((rate for rate, held in outcomes.items() if held), default=None),
-            min((rate for rate, held in outcomes.items() if not held), default=None),
-        )
+    found = search(holds, options.begin, options.highest, options.precision)
+    invalid = not_believed.get(found.failed, "") if found.failed is not None else ""
     points.sort(key=lambda point: point["offered"])
     document = rounded(
         {"dir": str(out), "held": found.held, "failed": found.failed, "invalid": invalid, "objectives": options.slo,
@@ -128,8 +158,10 @@ def find_capacity(options: Capacity) -> Result:
 
 
 def _sentence(found: Found, invalid: str) -> str:
+    if invalid and found.held is None:
+        return f"not to be believed at {found.failed:.4g} requests/s, the lowest tried: {invalid}"
     if invalid:
-        return f"not to be believed beyond {found.held or 0:.4g} requests/s: {invalid}"
+        return f"capacity: at least {found.held:.4g} requests/s (at {found.failed:.4g} not to be believed: {invalid})"
     if found.held is None:
         return f"the objectives are missed even at {found.failed:.4g} requests/s"
     beyond = "the highest rate tried" if found.failed is None else f"missed at {found.failed:.4g}"

@@ -1,7 +1,9 @@
 """What is made of finished runs: capacity search, server metrics, cold starts, the report, scenarios."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,19 +42,79 @@ def test_the_capacity_search_says_when_all_or_nothing_held():
     assert search(lambda rate: True, 1, 9, 0.1) == Found(9, None)
 
 
-def test_an_unbelievable_probe_leaves_what_was_found_before_it(monkeypatch, tmp_path):
-    """4 holds twice, 8 passes once and misses once, and between them the client gives out: held 4, failed 8."""
-    verdicts = iter(["passed", "passed", "passed", "missed", "invalid"])
+@pytest.fixture
+def found(monkeypatch, tmp_path, capsys):
+    """What find-capacity finds where the verdict on each run is this function's, of its rate and of its seed."""
 
-    def played(scenario):
-        rows = [reply(n, n) for n in range(20)]
-        found = summarise(rows, 0, anything)
-        return {**found, "verdict": next(verdicts), "invalid": ["the client was late"], "dir": scenario.out}
+    def run(verdict: Callable[[float, int], str], **options: Any) -> tuple[int, dict[str, Any], str, list[Scenario]]:
+        played: list[Scenario] = []
 
-    monkeypatch.setattr(capacity, "play", played)
-    found = capacity.find_capacity(Capacity(slo=("ttft_p50_s <= 1",), lowest=4, out=str(tmp_path / "out")))
+        def play(scenario: Scenario) -> dict[str, Any]:
+            played.append(scenario)
+            told = verdict(float(scenario.rate), scenario.seed)
+            figures = summarise([reply(n, n) for n in range(20)], 0, anything)
+            return {**figures, "verdict": told, "invalid": ["the client was late"], "dir": scenario.out}
 
-    assert (found.exit_status, found.document["held"], found.document["failed"]) == (4, 4, 8)
+        monkeypatch.setattr(capacity, "play", play)
+        options = {"slo": ("ttft_p50_s <= 1",), "out": str(tmp_path / "out"), **options}
+        result = capacity.find_capacity(Capacity(**options))
+        return result.exit_status, result.document, capsys.readouterr().out, played
+
+    return run
+
+
+def test_an_unbelievable_run_is_made_again(found):
+    """The first run at 4 is invalid, and with another seed it passes; 8 is missed: the search goes on between."""
+
+    def verdict(rate: float, seed: int) -> str:
+        return "invalid" if (rate, seed) == (4, 0) else "passed" if rate < 6 else "missed"
+
+    status, document, text, _ = found(verdict, lowest=4, precision=0.1)
+
+    assert (status, document["invalid"]) == (0, "")
+    assert document["held"] < 6 <= document["failed"] <= 1.1 * document["held"]
+    assert "capacity: 5." in text
+
+
+def test_a_client_that_gives_out_bounds_what_is_known(found):
+    """Beyond 11 requests/s no run can be believed: at least that is the answer, as near as the precision."""
+    status, document, text, _ = found(lambda rate, seed: "passed" if rate <= 11 else "invalid", lowest=4)
+
+    assert status == 4
+    assert document["held"] <= 11 < document["failed"] <= 1.1 * document["held"]
+    assert "capacity: at least 10." in text
+    assert "not to be believed: the client was late" in text
+
+
+def test_a_client_that_gives_out_at_once_says_where(found):
+    """Not even the lowest rate can be believed: no capacity, and no talk of 0 requests/s."""
+    status, document, text, played = found(lambda rate, seed: "invalid")
+
+    assert (status, document["held"], document["failed"]) == (4, None, 0.5)
+    assert "not to be believed at 0.5 requests/s, the lowest tried: the client was late" in text
+    assert len(played) == 2
+
+
+def test_every_run_is_long_enough_for_its_objectives(found):
+    """A p99 needs 200 requests: at 0.5 requests/s 400 s of constant arrivals, at 8 the 60 that are asked for."""
+    _, _, _, played = found(
+        lambda rate, seed: "passed", slo=("ttft_p99_s <= 1",), arrivals="constant", warmup_s=10, highest=8, repeats=1
+    )
+
+    assert [(float(each.rate), each.duration_s) for each in played] == [
+        (0.5, 410), (1, 210), (2, 110), (4, 60), (8, 60),
+    ]  # fmt: skip
+    assert {each.warmup_s for each in played} == {10}
+
+
+def test_the_search_begins_at_the_rate_of_the_scenario(found):
+    """A plain rate is where it begins; one with a shape is refused, unless it is told where."""
+    _, _, _, played = found(lambda rate, seed: "missed", rate="3")
+
+    assert [float(each.rate) for each in played] == [3.0]
+    with pytest.raises(UserError, match="give the --lowest to begin with"):
+        Capacity(slo=("ttft_p50_s <= 1",), rate="steps(1, 2)")
+    assert Capacity(slo=("ttft_p50_s <= 1",), rate="steps(1, 2)", lowest=1).begin == 1
 
 
 def test_a_capacity_needs_an_objective():
