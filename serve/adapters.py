@@ -7,6 +7,7 @@ reach only what the store holds. The gateway lets admins alone through to them.
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import time
@@ -31,6 +32,9 @@ from train.store import Manifest
 from train.trial import Trial
 
 log = logging.getLogger("vllm.counsel")
+
+# Half precision differs by a hundredth of it; a base that is computed otherwise by more.
+APART_NATS = 0.5
 
 
 class AdaptersPlugin:
@@ -180,6 +184,10 @@ class VllmEngine:
         tokens = tuple(trial.tokens)
         if tokens not in self._base_shows:
             self._base_shows[tokens] = await self._log_probabilities(trial.tokens, None)
+            apart = math.dist(self._base_shows[tokens], trial.base) / math.sqrt(len(trial.base))
+            if apart > APART_NATS:
+                log.warning("the base reads the trial text %.2f nats a token apart from transformers' own: "
+                            "nothing can be said of adapters on it", apart)  # fmt: skip
         shown = await self._log_probabilities(trial.tokens, request)
         if not trial.applied(self._base_shows[tokens], shown):
             raise Refusal(500, f"{manifest.id} does not answer as it was trained to: this server leaves out its layers")
@@ -232,7 +240,7 @@ def _cards(state: Any) -> list[dict[str, Any]]:
         "max_model_len": state.openai_serving_models.model_config.max_model_len,
     }
     versions = plane.servable()
-    current = [m for m in versions if plane.meaning(m.name) == m]
+    current = [m for m in versions if plane.means(m)]
     cards = [_card(base, manifest, manifest.name, plane) for manifest in current]
     return [base, *cards, *(_card(base, manifest, manifest.id, plane) for manifest in versions)]
 
@@ -244,6 +252,8 @@ def _card(base: dict[str, Any], manifest: Manifest, served_name: str, plane: Pla
         "root": manifest.id,
         "parent": base["id"],
         "version": manifest.version,
+        # Another than the version where the current one cannot be served here.
+        "current": plane.shelves[manifest.name].current,
         "state": plane.state(manifest),
     }
 
@@ -254,7 +264,7 @@ def _states(plane: Plane) -> list[dict[str, Any]]:
         {
             "id": manifest.id,
             "current": shelf.current == manifest.version,
-            "meant_by_name": plane.meaning(shelf.name) == manifest,
+            "meant_by_name": plane.means(manifest),
             "pinned": shelf.pinned,
             "state": plane.state(manifest),
             "in_flight": plane.in_flight(manifest),
@@ -274,6 +284,10 @@ async def _load(plane: Plane, name: str, path: str, load_inplace: bool) -> None:
     manifest = await _published(plane, path)
     if name not in (manifest.name, manifest.id):
         raise Refusal(400, f"lora_name is {name!r}, but {path!r} holds {manifest.id}", param="lora_name")
+    current = plane.shelves[manifest.name].current
+    if name == manifest.name and current != manifest.version:
+        message = f"{name!r} means {name}@{current} in the store: roll back to {manifest.id} there, or load it as such"
+        raise Refusal(400, message, param="lora_name")
     plane.withdrawn.discard(manifest.id)
     plane.failed.pop(manifest.id, None)
     if manifest.id in plane.residents and not load_inplace:
@@ -282,6 +296,8 @@ async def _load(plane: Plane, name: str, path: str, load_inplace: bool) -> None:
     if reason is not None:
         raise Refusal(400, f"{manifest.id} cannot be served: {reason}", param="lora_path")
     plane.release(await plane.acquire(manifest))
+    if name == manifest.name:
+        plane.turn(manifest)
 
 
 async def _published(plane: Plane, path: str) -> Manifest:

@@ -35,6 +35,11 @@ class Journal:
 
 
 def _write(file: logging.FileHandler, row: dict[str, Any]) -> None:
+    place = Path(file.baseFilename)
+    if not place.exists():
+        # Somebody cleared the folder: the open file is nowhere now, and what is written to it is lost.
+        place.parent.mkdir(parents=True, exist_ok=True)
+        file.close()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
     # In ASCII: half a surrogate pair, which a caller may send, has no UTF-8, and its line would be missing.
     file.emit(logging.makeLogRecord({"msg": json.dumps({"time_utc": now, **row})}))

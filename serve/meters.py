@@ -30,6 +30,7 @@ class Meters:
         self.resident = Gauge("counsel_adapter_resident", "1 while an adapter is in the engine", ["adapter"])
         self.events = Counter("counsel_adapter_events", "load, unload, evict, fail", ["adapter", "event"])
         self.load_s = Histogram("counsel_adapter_load_seconds", "from asked for to servable", buckets=_FIRST_S)
+        self._gone: set[str] = set()
 
     def adapter_event(self, event: str, manifest: Manifest, seconds: float) -> None:
         """Count what the plane did with an adapter; drop every series of one that is gone from the store."""
@@ -44,8 +45,12 @@ class Meters:
             )
             for meter in by_adapter:
                 meter.remove_by_labels({"adapter": manifest.id})
+            self._gone.add(manifest.id)
             return
-        self.events.labels(manifest.id, event).inc()
+        if event == "load":
+            self._gone.discard(manifest.id)
+        if manifest.id not in self._gone:  # what ends after its removal brings no series back
+            self.events.labels(manifest.id, event).inc()
         if event == "load":
             self.load_s.observe(seconds)
             self.resident.labels(manifest.id).set(1)
@@ -54,6 +59,8 @@ class Meters:
 
     def answered(self, adapter: str, status: int, tally: Tally, ttft_s: float | None, streamed: bool) -> None:
         """Count one answered request and what the engine did for it, to the end or to where it was cut."""
+        if adapter in self._gone:
+            return
         self.requests.labels(adapter, str(status)).inc()
         self.prompt_tokens.labels(adapter).inc(tally.prompt_tokens)
         self.completion_tokens.labels(adapter).inc(tally.completion_tokens)

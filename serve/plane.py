@@ -6,11 +6,13 @@ for nothing else, ever, so a swap only changes what `name` means: running reques
 the new version, and then the old one is unloaded.
 
 Only the plane loads and unloads, and it never holds more adapters than the engine's host cache. So the engine never
-evicts by itself, and never reads an adapter's files in the middle of a step.
+evicts by itself, and never reads an adapter's files in the middle of a step. What is published is loaded beforehand
+where there is room, or where its name is in the engine already; one after the other, so that requests' loads pass.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -31,6 +33,8 @@ POLL_S = 0.25
 SETTLE_S = 0.5
 ROOM_WAIT_S = 30.0
 RETRY_S = 1.0
+# The longest name and version, and as much again for what was mistyped.
+MAX_SEARCHED = 160
 
 
 class Engine(Protocol):
@@ -47,6 +51,7 @@ class Resident:
 
     manifest: Manifest
     loading: asyncio.Task[None] = field(repr=False)
+    room_wait_s: float = 0.0
     in_flight: int = 0
     idle_since_s: float = field(default_factory=time.monotonic)
     retiring: bool = False
@@ -79,9 +84,12 @@ class Plane:
         self.withdrawn: set[str] = set()
         self.failed: dict[str, str] = {}
         self.residents: dict[str, Resident] = {}
-        self._stamps: dict[str, int] = {}
+        # Each name's folder: when it changed last, and whether it was read once more since.
+        self._stamps: dict[str, tuple[int, bool]] = {}
+        self._place = (0, 0)
         self._complaints: dict[str, str] = {}
-        self._behind, self._swapping = set[str](), set[str]()
+        self._behind: dict[str, None] = {}
+        self._catching_up: asyncio.Task[None] | None = None
         self._refreshing, self._one_load = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -98,11 +106,26 @@ class Plane:
         return self.failed.get(manifest.id)
 
     def meaning(self, name: str) -> Manifest | None:
-        """The version that `name` means now: the newest that is loaded, or the current one to be loaded."""
+        """The version that `name` means now.
+
+        The one that is loaded for it; else the current one; where that cannot be served, the last that it meant and
+        that can be.
+        """
         shelf = self.shelves.get(name)
         if shelf is None:
             return None
-        return shelf.versions.get(self.serving.get(name, "")) or shelf.versions.get(shelf.current or "")
+        current = shelf.versions.get(shelf.current or "")
+        standing = shelf.versions.get(self.serving.get(name, ""))
+        earlier = [shelf.versions[version] for version in reversed(shelf.history)]
+        wanted = [version for version in (standing, current, *earlier) if version is not None]
+        # One that an admin unloaded is not stood in for.
+        found = (m for m in wanted if m.id in self.withdrawn or self.why_not(m) is None)
+        return next(found, current)
+
+    def means(self, manifest: Manifest) -> bool:
+        """Whether its name means this version now."""
+        meant = self.meaning(manifest.name)
+        return meant is not None and meant.id == manifest.id
 
     def servable(self) -> list[Manifest]:
         """Every version that may be asked for, by name and age."""
@@ -125,24 +148,30 @@ class Plane:
     async def resolve(self, model: str) -> Manifest:
         """The version that `model` (`name` or `name@version`) means. Raises Refusal: 404 with the nearest names."""
         manifest = self._find(model)
-        if manifest is None:
-            # It may have been published a moment ago.
+        if manifest is None and await asyncio.to_thread(self._is_new, model.partition("@")[0]):
+            # It was published a moment ago.
             await self.refresh()
             manifest = self._find(model)
         if manifest is None:
             known = [self.base_name, *{m.name for m in self.servable()}]
             if "@" in model:
                 known += [m.id for m in self.servable()]
-            raise Refusal(
-                404,
-                f"the model {model!r} does not exist; {nearest(model, known)}",
-                param="model",
-                code="model_not_found",
-            )
+            # A name longer than any that could be meant is not searched for, nor told in full.
+            hint = await asyncio.to_thread(nearest, model, known) if len(model) <= MAX_SEARCHED else "it is too long"
+            shown = model if len(model) <= MAX_SEARCHED else model[:MAX_SEARCHED] + "..."
+            raise Refusal(404, f"the model {shown!r} does not exist; {hint}", param="model", code="model_not_found")
         reason = self.why_not(manifest)
         if reason is not None:
             raise Refusal(404, f"the model {model!r} is not served: {reason}", param="model", code="model_not_found")
         return manifest
+
+    def _is_new(self, name: str) -> bool:
+        """Whether the store holds something under `name` that was not read yet; one look, however large the store."""
+        try:
+            shelves.check_name(name)
+            return (self.store / name).stat().st_mtime_ns != self._stamps.get(name, (0, False))[0]
+        except (UserError, OSError):
+            return False
 
     def _find(self, model: str) -> Manifest | None:
         name, _, version = model.partition("@")
@@ -153,15 +182,27 @@ class Plane:
 
     # Requests
 
-    async def acquire(self, manifest: Manifest) -> Resident:
-        """Hold a version in the engine, loading it if need be. Pair with `release`. Raises Refusal when it cannot."""
-        resident = self.residents.get(manifest.id) or self._admit(manifest)
-        resident.in_flight += 1
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.release, resident)
-            # Shielded: a caller who hangs up must not cancel the load that others wait for.
-            await asyncio.shield(resident.loading)
-            undo.pop_all()
+    async def acquire(self, manifest: Manifest, room_wait_s: float | None = None) -> Resident:
+        """Hold a version in the engine, loading it if need be. Pair with `release`. Raises Refusal when it cannot.
+
+        room_wait_s: how long to wait where all places are busy; by default ROOM_WAIT_S.
+        """
+        wait_s = ROOM_WAIT_S if room_wait_s is None else room_wait_s
+        while True:
+            resident = self.residents.get(manifest.id) or self._admit(manifest, wait_s)
+            resident.in_flight += 1
+            with contextlib.ExitStack() as undo:
+                undo.callback(self.release, resident)
+                try:
+                    # Shielded: a caller who hangs up must not cancel the load that others wait for.
+                    await asyncio.shield(resident.loading)
+                except Refusal as refusal:
+                    # It joined a load that would not wait for room, as it would itself.
+                    if refusal.status == 503 and resident.room_wait_s < wait_s:
+                        continue
+                    raise
+                undo.pop_all()
+            break
         shelf = self.shelves.get(manifest.name)
         if shelf is not None and shelf.current == manifest.version:
             # From now on its name means it until the next one is loaded, and not just published.
@@ -175,26 +216,31 @@ class Plane:
 
     # Loading
 
-    def _admit(self, manifest: Manifest) -> Resident:
-        resident = Resident(manifest, asyncio.create_task(self._load(manifest)))
+    def _admit(self, manifest: Manifest, room_wait_s: float) -> Resident:
+        resident = Resident(manifest, asyncio.create_task(self._load(manifest, room_wait_s)), room_wait_s)
         # The failure is told to each who waits; when all of them hung up, to nobody.
         resident.loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.residents[manifest.id] = resident
         return resident
 
-    async def _load(self, manifest: Manifest) -> None:
+    async def _load(self, manifest: Manifest, room_wait_s: float) -> None:
         started_s = time.monotonic()
         with contextlib.ExitStack() as undo:
             # However it fails, nothing that is not in the engine may look as if it were.
             undo.callback(self.residents.__delitem__, manifest.id)
             try:
                 async with self._one_load:
-                    await self._make_room(manifest, give_up_s=started_s + ROOM_WAIT_S)
+                    await self._make_room(manifest, give_up_s=started_s + room_wait_s)
                     await self.engine.load(manifest, shelves.version_dir(self.store, manifest))
-            except Refusal as refusal:
+            except Exception as error:
                 self.on_event("fail", manifest, time.monotonic() - started_s)
-                log.warning("could not load %s: %s", manifest.id, refusal.message)
-                raise
+                if isinstance(error, Refusal):
+                    if error.status != 503 or room_wait_s > 0:  # what nobody waits for is tried again and again
+                        log.warning("could not load %s: %s", manifest.id, error.message)
+                    raise
+                # A fault of ours, or of the machine: told in full, and to who waits as a refusal like any other.
+                log.exception("could not load %s", manifest.id)
+                raise Refusal(500, f"{manifest.id} could not be loaded: {type(error).__name__}") from error
             undo.pop_all()
         self.on_event("load", manifest, time.monotonic() - started_s)
 
@@ -222,24 +268,28 @@ class Plane:
 
     def _pinned(self, manifest: Manifest) -> bool:
         shelf = self.shelves.get(manifest.name)
-        return shelf is not None and shelf.pinned and self.meaning(manifest.name) == manifest
+        return shelf is not None and shelf.pinned and self.means(manifest)
 
     async def retire(self, served_id: str) -> None:
-        """Unload a version once its running requests have ended."""
+        """Unload a version once its running requests have ended; return when it is done, whoever asked for it first."""
         resident = self.residents.get(served_id)
-        if resident is None or resident.retiring:
+        if resident is None:
+            return
+        if resident.retiring:
+            while self.residents.get(served_id) is resident and resident.retiring:
+                await asyncio.sleep(0.05)
             return
         resident.retiring = True
-        while resident.idle_s < SETTLE_S:
-            await asyncio.sleep(0.05)
-        if self.residents.get(served_id) is not resident:
-            return
-        manifest = resident.manifest
-        if self.meaning(manifest.name) == manifest and self.why_not(manifest) is None:
-            # Its name was rolled back to it while it drained.
+        try:
+            while resident.idle_s < SETTLE_S:
+                await asyncio.sleep(0.05)
+            if self.residents.get(served_id) is not resident:
+                return
+            # Its name may have been rolled back to it while it drained.
+            if not self.means(resident.manifest) or self.why_not(resident.manifest) is not None:
+                await self._unload(resident, "unload")
+        finally:
             resident.retiring = False
-        else:
-            await self._unload(resident, "unload")
 
     # The store
 
@@ -255,7 +305,11 @@ class Plane:
         """Follow the store for ever: what is published is loaded, what is replaced or removed is unloaded."""
         while True:
             await asyncio.sleep(POLL_S)
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                # Whatever it was, the next look may go well, and nobody else would look.
+                log.exception("could not follow the store")
 
     async def refresh(self, swap: bool = True) -> None:
         """Read what changed in the store since the last time, and act on it if `swap`."""
@@ -272,41 +326,72 @@ class Plane:
                     self.shelves.pop(name, None)
                     self.serving.pop(name, None)
                 if swap:
-                    self._behind.add(name)
                     self._follow(before, shelf)
-            self._catch_up()
+                self._tell_unserved(shelf)
+            if swap and self._behind and (self._catching_up is None or self._catching_up.done()):
+                self._catching_up = self._spawn(self._catch_up())
 
     def _read_changes(self) -> dict[str, Shelf]:
         changed: dict[str, Shelf] = {}
         try:
+            about = self.store.stat()
             seen = shelves.names(self.store)
         except OSError as error:
-            self._complain(str(self.store), error)
+            # Away for a moment, or for good: either way no reason to stop serving what was read.
+            if self._stamps:
+                self._complain(str(self.store), str(error))
             return changed
+        place = (about.st_dev, about.st_ino)
+        if not seen and self._stamps and place != self._place:
+            self._complain(str(self.store), "it is another folder now, and empty")
+            return changed
+        self._place = place
+        self._complaints.pop(str(self.store), None)
         for name in seen:
             folder = self.store / name
             try:
                 stamp = folder.stat().st_mtime_ns
-                if self._stamps.get(name) == stamp:
+                before, settled = self._stamps.get(name, (0, False))
+                if stamp == before and settled:
                     continue
-                changed[name] = shelves.read_shelf(self.store, name)
+                # A folder may change again within one tick of the clock: it is read once more at the next look.
+                self._stamps[name] = (stamp, stamp == before)
+                shelf = shelves.read_shelf(self.store, name)
             except (UserError, OSError) as error:
-                self._complain(name, error)
+                self._complain(name, str(error))
                 continue
-            self._complaints.pop(name, None)
-            # A folder changed within the clock's grain may change again unseen: read it once more next time.
-            fresh = time.time_ns() - stamp < 100_000_000
-            self._stamps[name] = -1 if fresh else stamp
+            known = self.shelves.get(name)
+            # A version that cannot be read for the moment is not one that was removed.
+            kept = {version: known.versions[version] for version in shelf.broken if known and version in known.versions}
+            if shelf.broken:
+                self._complain(name, "; ".join(shelf.broken.values()))
+            else:
+                self._complaints.pop(name, None)
+            if kept or (shelves.CURRENT in shelf.broken and known):
+                current = shelf.current or (known.current if known else None)
+                shelf = dataclasses.replace(shelf, versions={**kept, **shelf.versions}, current=current)
+            if shelf != known or stamp != before:
+                changed[name] = shelf
         for name in set(self._stamps) - set(seen):
             del self._stamps[name]
             changed[name] = Shelf(name, None, {}, pinned=False)
         return changed
 
-    def _complain(self, name: str, error: Exception) -> None:
+    def _complain(self, name: str, what: str) -> None:
         """Log what is wrong once, not four times a second until it is mended."""
-        if self._complaints.get(name) != str(error):
-            self._complaints[name] = str(error)
-            log.warning("left %s in the store as it was: %s", name, error)
+        if self._complaints.get(name) != what:
+            self._complaints[name] = what
+            log.warning("left %s in the store as it was: %s", name, what)
+
+    def _tell_unserved(self, shelf: Shelf) -> None:
+        current = shelf.versions.get(shelf.current or "")
+        reason = self.why_not(current) if current else None
+        if current is None or reason is None:
+            self._complaints.pop(f"{shelf.name} is current", None)
+            return
+        meant = self.meaning(shelf.name)
+        goes_on = f"{meant.id} goes on" if meant and meant.id != current.id else "its name is not served"
+        self._complain(f"{shelf.name} is current", f"{current.id} cannot be served: {reason}; {goes_on}")
 
     def _follow(self, before: Shelf | None, after: Shelf) -> None:
         for version, manifest in (before.versions if before else {}).items():
@@ -318,47 +403,73 @@ class Plane:
         if before is not None and before.current != after.current:
             # Publishing or rolling back anew ends an admin's unload.
             self.withdrawn.discard(current.id)
+        self._behind[after.name] = None
 
-    def _catch_up(self) -> None:
-        """Swap in what changed, and again what there was no room for."""
-        for name in list(self._behind - self._swapping):
-            shelf = self.shelves.get(name)
-            current = shelf.versions.get(shelf.current or "") if shelf else None
-            if current is None or self.serving.get(name) == current.version or self.why_not(current) is not None:
-                self._behind.discard(name)
-            else:
-                self._swapping.add(name)
-                self._spawn(self._swap(current))
+    async def _catch_up(self) -> None:
+        """Load what changed, one name after the other, and again what there was no room for."""
+        while self._behind:
+            for name in list(self._behind):
+                shelf = self.shelves.get(name)
+                current = shelf.versions.get(shelf.current or "") if shelf else None
+                if current is None or self.why_not(current) is not None:
+                    self._behind.pop(name, None)
+                elif not self._is_due(current):
+                    # Loaded when it is asked for. Nothing of its name is in the engine to stay with until then.
+                    self._behind.pop(name, None)
+                    self.serving.pop(name, None)
+                else:
+                    await self._try_serving(current, room_wait_s=0.0)
+                    if self.serving.get(name) == current.version:
+                        self._behind.pop(name, None)
+                        self.turn(current)
+            if self._behind:
+                await asyncio.sleep(RETRY_S)
+
+    def _is_due(self, current: Manifest) -> bool:
+        """Whether a version is loaded before anybody asks for it: not where it would turn another name out."""
+        resident = any(held.manifest.name == current.name for held in self.residents.values())
+        return resident or self._pinned(current) or len(self.residents) < self.capacity
+
+    def turn(self, current: Manifest) -> None:
+        """Let a name mean its current version, which is in the engine, and let go of the others when they are idle."""
+        if self.shelves[current.name].current != current.version:
+            return
+        self.serving[current.name] = current.version
+        for served_id, resident in self.residents.items():
+            if resident.manifest.name == current.name and served_id != current.id and not resident.retiring:
+                self._spawn(self.retire(served_id))
 
     async def _forget(self, manifest: Manifest) -> None:
         await self.retire(manifest.id)
+        shelf = self.shelves.get(manifest.name)
+        if shelf is not None and manifest.version in shelf.versions:
+            return  # published again meanwhile
         self.withdrawn.discard(manifest.id)
         self.failed.pop(manifest.id, None)
         self.on_event("gone", manifest, 0.0)
 
-    async def _swap(self, manifest: Manifest) -> None:
-        old = self.meaning(manifest.name)
-        await self._try_serving(manifest)
-        if self.serving.get(manifest.name) != manifest.version and self.why_not(manifest) is None:
-            await asyncio.sleep(RETRY_S)
-        self._swapping.discard(manifest.name)
-        if old is not None and old != manifest and self.meaning(manifest.name) == manifest:
-            await self.retire(old.id)
-
-    async def _try_serving(self, manifest: Manifest) -> None:
+    async def _try_serving(self, manifest: Manifest, room_wait_s: float | None = None) -> None:
         """Load a version and let its name mean it; when that fails, keep the reason and what the name meant."""
         try:
-            resident = await self.acquire(manifest)
+            resident = await self.acquire(manifest, room_wait_s)
         except Refusal as refusal:
             if refusal.status != 503:
                 self.failed[manifest.id] = refusal.message
+                if (shelf := self.shelves.get(manifest.name)) is not None:
+                    self._tell_unserved(shelf)
             return
         self.release(resident)
         shelf = self.shelves.get(manifest.name)
         if shelf is not None and shelf.current == manifest.version:
             self.serving[manifest.name] = manifest.version
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a change of the store was not followed to its end", exc_info=task.exception())

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 
@@ -116,6 +117,17 @@ def test_what_an_admin_tried_is_written_down_however_it_is_spelled(tmp_path):
     """Half a surrogate pair in a name must not keep a line out of the audit."""
     Journal(tmp_path).audit(target="\ud800")
     assert json.loads((tmp_path / "audit.jsonl").read_text())["target"] == "\ud800"
+
+
+def test_a_line_is_written_where_its_folder_was_deleted(tmp_path):
+    """Somebody clears the logs of a running server: the next line is in a new file, and no request fails."""
+    log = Journal(tmp_path / "logs")
+    log.request(number=1)
+    shutil.rmtree(tmp_path / "logs")
+    log.request(number=2)
+    log.audit(number=3)
+    found = [json.loads((tmp_path / "logs" / name).read_text())["number"] for name in ("requests.jsonl", "audit.jsonl")]
+    assert found == [2, 3]
 
 
 def test_strangers_cannot_fill_the_disk(tmp_path, monkeypatch):

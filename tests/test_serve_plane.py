@@ -3,18 +3,25 @@
 import asyncio
 import dataclasses
 import hashlib
+import json
+import os
+import shutil
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 
-from serve.adapters import VllmEngine
+from serve.adapters import VllmEngine, _load, _unload
+from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
 from tests.tiny import tiny_manifest
 from tests.waiting import HANG_S
-from train.files import write_json, write_text
+from train import store as shelves
+from train.files import write_json
 from train.store import Manifest
 
 
@@ -32,12 +39,15 @@ class Notes:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.refuses: set[str] = set()
+        self.breaks: set[str] = set()
         self.on_unload: Callable[[], object] = lambda: None
 
     async def load(self, manifest: Manifest, path: Path) -> None:
         await asyncio.sleep(0.01)
         if manifest.id in self.refuses:
             raise Refusal(500, "no")
+        if manifest.id in self.breaks:
+            raise KeyError("sha256")
         self.told.append(f"+{manifest.name}")
 
     async def unload(self, manifest: Manifest) -> None:
@@ -133,7 +143,7 @@ def shelve(store: Path, manifest: Manifest, *, pinned: bool = False) -> None:
     write_json(store / manifest.name / manifest.version / "manifest.json", dataclasses.asdict(manifest))
     if pinned:
         (store / manifest.name / "pinned").touch()
-    write_text(store / manifest.name / "current", manifest.version)
+    shelves._make_current(store, manifest)
 
 
 async def until(promise: Callable[[], bool]) -> None:
@@ -266,3 +276,294 @@ def test_a_version_removed_while_it_loads_is_no_fault_of_the_server(tmp_path, re
         elif gone:
             folder.rmdir()
         assert asyncio.run(refusal()).status == expected
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"nonsense", b""], ids=["bytes", "unknown", "empty"])
+def test_a_broken_current_is_one_complaint_and_the_others_go_on(tmp_path, caplog, damage):
+    """The watch survives it, the name stays what it was, new names are still found, and a start does not fail."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("a"))
+        await plane.start()
+        (tmp_path / "a" / "new").write_bytes(damage)
+        (tmp_path / "a" / "new").replace(tmp_path / "a" / "current")
+        watching = asyncio.create_task(plane.watch())
+        shelve(tmp_path, tiny_manifest("b"))
+        await until(lambda: plane.state(tiny_manifest("b")) == "loaded" if "b" in plane.shelves else False)
+        assert await plane.resolve("a") == tiny_manifest("a")
+        assert not watching.done()
+        watching.cancel()
+        again, _ = plane_of(4, tmp_path)
+        await again.start()
+        assert await again.resolve("b") == tiny_manifest("b")
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("spoiled", [{"sha256": None}, {"sha256": "0" * 64, "bytes": "many"}, 3])
+def test_a_manifest_that_lacks_what_loading_needs_keeps_nobody_from_starting(tmp_path, spoiled):
+    """It is told as broken when it is read, not when it is loaded."""
+
+    async def scene() -> None:
+        shelve(tmp_path, tiny_manifest("good"))
+        shelve(tmp_path, tiny_manifest("odd"))
+        path = tmp_path / "odd" / ("0" * 12) / "manifest.json"
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({**document, "files": {"adapter_model.safetensors": spoiled}}))
+        plane, _ = plane_of(4, tmp_path)
+        await plane.start()
+        assert await plane.resolve("good") == tiny_manifest("good")
+        with pytest.raises(Refusal, match="does not exist"):
+            await plane.resolve("odd")
+
+    asyncio.run(scene())
+
+
+def test_a_load_that_ends_in_a_fault_blocks_no_name(tmp_path, caplog):
+    """Not a refusal but an exception: it is told in the log, and the name moves on with its next version."""
+
+    async def scene() -> None:
+        plane, notes = plane_of(4, tmp_path)
+        one, two, three = (tiny_manifest("a", digit * 12) for digit in "123")
+        shelve(tmp_path, one)
+        await plane.start()
+        notes.breaks.add(two.id)
+        shelve(tmp_path, two)
+        watching = asyncio.create_task(plane.watch())
+        await until(lambda: plane.why_not(two) is not None)
+        assert await plane.resolve("a") == one
+        shelve(tmp_path, three)
+        await until(lambda: plane.meaning("a") == three)
+        assert not watching.done()
+        watching.cancel()
+
+    asyncio.run(scene())
+    assert any(record.exc_info and "could not load" in record.getMessage() for record in caplog.records)
+    assert any("cannot be served" in r.getMessage() and "goes on" in r.getMessage() for r in caplog.records)
+
+
+def test_after_a_restart_a_name_means_its_last_version_that_can_be_served(tmp_path, caplog):
+    """Rank 8, then rank 128 on a server for 16: said in the log, and rank 8 answers, before and after a restart."""
+
+    async def scene() -> list[Manifest]:
+        good, large = tiny_manifest("a", "1" * 12), tiny_manifest("a", "2" * 12, rank=128)
+        shelve(tmp_path, good)
+        plane, _ = plane_of(4, tmp_path)
+        await plane.start()
+        shelve(tmp_path, large)
+        await plane.refresh()
+        again, _ = plane_of(4, tmp_path)
+        await again.start()
+        assert again.shelves["a"].current == large.version
+        return [await plane.resolve("a"), await again.resolve("a")]
+
+    assert {found.version for found in asyncio.run(scene())} == {"1" * 12}
+    said = [record.getMessage() for record in caplog.records]
+    assert (
+        len([line for line in said if "rank 128 is above this server's --max-rank 16; a@111111111111 goes on" in line])
+        == 2
+    )
+
+
+def test_an_unloaded_version_is_not_stood_in_for_by_an_older_one(tmp_path):
+    """Who unloads a name wants it gone, not answered by what it meant last month."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        for digit in "12":
+            shelve(tmp_path, tiny_manifest("a", digit * 12))
+        await plane.start()
+        await _unload(plane, "a")
+        with pytest.raises(Refusal, match="unloaded by an admin"):
+            await plane.resolve("a")
+
+    asyncio.run(scene())
+
+
+def test_many_names_published_at_once_turn_nobody_out(tmp_path):
+    """300 new names, room for 8, 4 taken: four are loaded, none is unloaded, and a request's load is not the 300th."""
+
+    async def scene() -> tuple[list[str], int]:
+        plane, notes = plane_of(8, tmp_path)
+        for n in range(4):
+            shelve(tmp_path, tiny_manifest(f"old{n}"))
+        await plane.start()
+        for n in range(300):
+            shelve(tmp_path, tiny_manifest(f"new{n}"))
+        await plane.refresh()
+        asked = await plane.resolve("new299")
+        plane.release(await plane.acquire(asked))
+        place = notes.told.index("+new299") - 4
+        await until(lambda: plane._catching_up.done())
+        return notes.told, place
+
+    told, place = asyncio.run(scene())
+    assert len(told) == 8
+    assert not any(word.startswith("-") for word in told)
+    assert place <= 1
+
+
+def test_a_name_in_the_engine_gets_its_new_version_also_where_there_is_no_room(tmp_path):
+    """It takes the place of an idle one; names that nobody asked for wait until somebody does."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(2, tmp_path)
+        for name in ("a", "b"):
+            shelve(tmp_path, tiny_manifest(name))
+        await plane.start()
+        new = tiny_manifest("a", "1" * 12)
+        shelve(tmp_path, new)
+        shelve(tmp_path, tiny_manifest("c"))
+        watching = asyncio.create_task(plane.watch())
+        await until(lambda: plane.meaning("a") == new and plane.state(new) == "loaded")
+        assert plane.state(tiny_manifest("c")) == "published"
+        watching.cancel()
+
+    asyncio.run(scene())
+
+
+def test_a_version_published_again_is_the_same_version(tmp_path):
+    """Removed and published anew with another time: its pin holds, it stays in the engine, and it is not gone."""
+
+    async def scene() -> list[str]:
+        events: list[str] = []
+        plane, notes = plane_of(1, tmp_path, lambda event, manifest, _s: events.append(event))
+        first = tiny_manifest("a")
+        again = dataclasses.replace(first, created_utc="2026-06-01T00:00:00.000000+00:00")
+        shelve(tmp_path, first, pinned=True)
+        await plane.start()
+        for seen_between in (False, True):
+            shutil.rmtree(tmp_path / "a")
+            if seen_between:
+                await plane.refresh()
+            shelve(tmp_path, again, pinned=True)
+            await plane.refresh()
+            await until(lambda: not plane._tasks and plane._behind == {})
+            assert plane.means(again)
+            assert plane._pinned(plane.residents[again.id].manifest)
+        return [*notes.told, *events]
+
+    assert asyncio.run(scene()) == ["+a", "load"]
+
+
+def test_a_store_that_is_away_for_a_moment_unloads_nothing(tmp_path):
+    """Renamed, or unmounted to leave an empty folder: what was read goes on, and what changed meanwhile is seen."""
+
+    async def scene() -> list[str]:
+        store = tmp_path / "store"
+        plane, notes = plane_of(4, store)
+        shelve(store, tiny_manifest("a"))
+        await plane.start()
+        store.rename(tmp_path / "away")
+        await plane.refresh()
+        store.mkdir()
+        await plane.refresh()
+        assert await plane.resolve("a") == tiny_manifest("a")
+        store.rmdir()
+        (tmp_path / "away").rename(store)
+        shelve(store, tiny_manifest("b"))
+        await plane.refresh()
+        await until(lambda: plane.state(tiny_manifest("b")) == "loaded")
+        return notes.told
+
+    assert asyncio.run(scene()) == ["+a", "+b"]
+
+
+def test_a_second_unload_ends_when_the_first_does(tmp_path):
+    """It says that the adapter is gone only when it is."""
+
+    async def scene() -> None:
+        plane, notes = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("a"))
+        await plane.start()
+        held = await plane.acquire(tiny_manifest("a"))
+        unloads = [asyncio.create_task(plane.retire(held.manifest.id)) for _ in range(2)]
+        plane.withdrawn.add(held.manifest.id)
+        await until(lambda: plane.state(held.manifest) == "draining")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(unload.done() for unload in unloads)
+        plane.release(held)
+        await unloads[1]
+        assert notes.told == ["+a", "-a"]
+        await unloads[0]
+
+    asyncio.run(scene())
+
+
+def test_an_unknown_name_is_answered_without_reading_the_store(tmp_path, monkeypatch):
+    """Also one of 1 MB: the store is not read for it, and it is not told back in full."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("gentle"))
+        await plane.start()
+        monkeypatch.setattr(plane, "_read_changes", lambda: pytest.fail("the store was read"))
+        with pytest.raises(Refusal, match="did you mean 'gentle'"):
+            await plane.resolve("gentel")
+        for name in ("x" * 1_000_000, "gentle@" + "0" * 1_000_000, "../etc", "\ud800"):
+            with pytest.raises(Refusal, match="does not exist") as refused:
+                await plane.resolve(name)
+            assert len(refused.value.message) < 1000
+
+    asyncio.run(scene())
+
+
+def test_stamps_ahead_of_the_clock_are_read_once(tmp_path, monkeypatch):
+    """A file server's clock may be ahead of ours: what did not change is not read at every look."""
+    reads: list[str] = []
+    whole = shelves.read_shelf
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("a"))
+        ahead_ns = time.time_ns() + 3600 * 10**9
+        os.utime(tmp_path / "a", ns=(ahead_ns, ahead_ns))
+        reads.clear()
+        await plane.start()
+        for _ in range(5):
+            await plane.refresh()
+
+    monkeypatch.setattr(shelves, "read_shelf", lambda store, name: reads.append(name) or whole(store, name))
+    asyncio.run(scene())
+    assert reads == ["a", "a"]
+
+
+def test_loading_a_name_makes_it_mean_what_was_loaded_or_is_refused(tmp_path):
+    """vLLM's load route: an older version is not what the name means, and is not said to be."""
+
+    async def scene() -> None:
+        plane, notes = plane_of(4, tmp_path)
+        old, new = tiny_manifest("a", "1" * 12), tiny_manifest("a", "2" * 12)
+        shelve(tmp_path, old)
+        await plane.start()
+        notes.refuses.add(new.id)
+        shelve(tmp_path, new)
+        await plane.refresh()
+        await until(lambda: plane.why_not(new) is not None)
+        assert plane.means(old)
+        with pytest.raises(Refusal, match="roll back to a@111111111111"):
+            await _load(plane, "a", old.id, load_inplace=False)
+        notes.refuses.clear()
+        await _load(plane, "a", new.id, load_inplace=False)
+        assert plane.means(new)
+
+    asyncio.run(scene())
+
+
+def test_no_series_of_a_removed_version_comes_back():
+    """A request that ends after it, and a load that fails after it, are counted no more."""
+    meters = Meters()
+    manifest = tiny_manifest("removed-in-a-test")
+
+    def series() -> list[str]:
+        return [line for line in generate_latest().decode().splitlines() if manifest.id in line]
+
+    meters.adapter_event("load", manifest, 0.1)
+    assert series()
+    meters.adapter_event("gone", manifest, 0.0)
+    meters.adapter_event("unload", manifest, 0.0)
+    meters.adapter_event("fail", manifest, 0.0)
+    meters.answered(manifest.id, 200, 1, 1, 0.1, 0.2, streamed=True)
+    assert series() == []

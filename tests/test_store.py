@@ -1,14 +1,18 @@
 """The adapter store: what may enter it, and what each of its commands leaves on disk."""
 
+import concurrent.futures
 import json
 import os
 import shutil
+import stat
 import struct
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_adapter, tiny_base
 from train import store as shelves
@@ -29,6 +33,23 @@ def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tiny_adapter(base.path, folder / str(seed), seed=seed) for seed in (1, 2)]
 
 
+@pytest.fixture(scope="module")
+def kept(base: Base, made: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("kept") / "store"
+    for folder in made:
+        shelves.publish(store, "gentle", folder, base)
+    return store
+
+
+@pytest.fixture
+def stocked(kept: Path, tmp_path: Path) -> tuple[Path, shelves.Manifest, shelves.Manifest]:
+    """A store that a test may spoil, and the two versions of `gentle` in it: the one before, and the current."""
+    store = Path(shutil.copytree(kept, tmp_path / "stocked"))
+    shelf = shelves.read_shelf(store, "gentle")
+    before, current = shelf.history
+    return store, shelf.versions[before], shelf.versions[current]
+
+
 @pytest.fixture
 def adapter(made: list[Path], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
@@ -47,6 +68,22 @@ def test_publishing_makes_a_whole_version_and_the_name_means_it(base, made, tmp_
     assert shelves.find(tmp_path / "store", "gentle") == manifest
     assert shelves.find(tmp_path / "store", manifest.id) == manifest
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["gentle"]
+    assert len(manifest.trial["tokens"]) == len(manifest.trial["adapter"]) + 1
+
+
+def test_the_manifest_holds_what_peft_makes_of_the_trial_text(base, made, stocked):
+    """The log-probability of each token, with the adapter and without, as PEFT computes it in float32."""
+    _, manifest, _ = stocked
+    ids = torch.tensor([manifest.trial["tokens"]])
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+
+    def read(model: torch.nn.Module) -> list[float]:
+        with torch.no_grad():
+            return [model(ids[:, :n]).logits[0, -1].log_softmax(-1)[ids[0, n]].item() for n in range(1, ids.shape[1])]
+
+    assert read(model) == pytest.approx(manifest.trial["base"], abs=1e-4)
+    tuned = PeftModel.from_pretrained(model, made[0]).eval()
+    assert read(tuned) == pytest.approx(manifest.trial["adapter"], abs=1e-4)
 
 
 def test_a_version_is_its_content(base, made, tmp_path):
@@ -78,9 +115,125 @@ def test_rollback_remove_and_garbage_collection_keep_what_they_promise(base, mad
     assert list(store.iterdir()) == []
 
 
+def test_a_rollback_goes_to_what_the_name_meant_before(base, made, stocked):
+    """A, B, A again, then back: B, and then A. What a name meant is not the order in which contents were made."""
+    store, a, b = stocked
+    assert shelves.publish(store, "gentle", made[0], base) == a
+    assert shelves.read_shelf(store, "gentle").history == (a.version, b.version, a.version)
+    assert shelves.rollback(store, "gentle") == b
+    assert shelves.rollback(store, "gentle") == a
+    with pytest.raises(UserError, match="no version before"):
+        shelves.rollback(store, "gentle")
+    # A store of before there was a history: the order of publishing is all there is.
+    (store / "gentle" / "history").unlink()
+    (store / "gentle" / "current").write_text(b.version)
+    assert shelves.rollback(store, "gentle") == a
+
+
+def test_what_is_published_can_be_read_by_whom_the_umask_lets(base, adapter, tmp_path):
+    """A server under another account reads it, also where the trainer's files were its own (0600)."""
+    (adapter / WEIGHTS).chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        manifest = shelves.publish(tmp_path / "store", "gentle", adapter, base)
+    finally:
+        os.umask(before)
+    folder = shelves.version_dir(tmp_path / "store", manifest)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def _zeroed(folder: Path) -> None:
+    size = (folder / WEIGHTS).stat().st_size
+    (folder / WEIGHTS).write_bytes(bytes(size))
+
+
+DAMAGES = {
+    "zeroed weights": _zeroed,
+    "deleted weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "cut config": lambda folder: os.truncate(folder / CONFIG, 10),
+    "broken manifest": lambda folder: (folder / "manifest.json").write_text("{"),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest in bytes": lambda folder: (folder / "manifest.json").write_bytes(b"\xff"),
+    "current in bytes": lambda folder: (folder.parent / "current").write_bytes(b"\xff\xfe"),
+    "a file in its place": lambda folder: (shutil.rmtree(folder), folder.write_text("x")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_publishing_again_mends_what_is_damaged(damage, base, made, stocked):
+    """Every file is again as its manifest says, and the name means it."""
+    store, before, manifest = stocked
+    DAMAGES[damage](shelves.version_dir(store, manifest))
+    again = shelves.publish(store, "gentle", made[1], base)
+    assert again.version == manifest.version
+    assert shelves.find(store, "gentle") == again
+    assert shelves.damage(store, again) is None
+    shelf = shelves.read_shelf(store, "gentle")
+    assert (set(shelf.versions), shelf.broken) == ({before.version, again.version}, {})
+
+
+@pytest.mark.parametrize("damage", ["broken manifest", "no manifest", "manifest in bytes"])
+def test_what_is_damaged_can_be_removed_and_collected_and_stepped_back_from(damage, stocked):
+    """One bad version is one complaint: every command goes on with the others."""
+    store, good, bad = stocked
+    DAMAGES[damage](shelves.version_dir(store, bad))
+    with pytest.raises(UserError, match="damaged"):
+        shelves.find(store, bad.id)
+    assert shelves.collect_garbage(store, keep=5) == []
+    assert shelves.rollback(store, "gentle") == good
+    assert shelves.collect_garbage(store, keep=5) == [bad.id]
+    DAMAGES[damage](shelves.version_dir(store, good))
+    assert shelves.remove(store, "gentle") == [good.id]
+
+
+def test_the_same_content_for_another_base_is_another_version(made, stocked, tmp_path):
+    """Its manifest says the base it was published for, and the one before stays what it was."""
+    store, first, _ = stocked
+    second = shelves.publish(store, "gentle", made[0], resolve(str(tiny_base(tmp_path / "other", seed=1))))
+    assert first.version != second.version
+    assert shelves.find(store, first.id).base["fingerprint"] != shelves.find(store, "gentle").base["fingerprint"]
+
+
+def test_writers_at_once_take_turns(base, made, stocked):
+    """Two publishers of one content, a publish beside a removal, a rollback beside a removal: each ends well or says
+    in one line what it found, and what is left is whole."""
+    store, _, _ = stocked
+    jobs = [lambda: shelves.publish(store, "gentle", made[0], base)] * 4
+    jobs += [lambda: shelves.remove(store, "gentle"), lambda: shelves.rollback(store, "gentle")] * 2
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        errors = [job.exception() for job in [pool.submit(job) for job in jobs]]
+    assert [error for error in errors[:4] if error] == []
+    assert all(error is None or isinstance(error, UserError) for error in errors)
+    shelf = shelves.read_shelf(store, "gentle")
+    assert shelf.broken == {}
+    assert all(shelves.damage(store, manifest) is None for manifest in shelf.versions.values())
+    assert list(store.glob(".*")) == []
+
+
+def test_a_name_that_is_a_link_is_refused(base, made, tmp_path):
+    """Nothing is written behind it, and it is no adapter."""
+    store = tmp_path / "store"
+    store.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (store / "gentle").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="symbolic link"):
+        shelves.publish(store, "gentle", made[0], base)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert shelves.names(store) == []
+    with pytest.raises(UserError, match="no adapter"):
+        shelves.remove(store, "gentle")
+
+
 def _rewrite_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def _without(folder: Path, field: str) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config[field]
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def _rewrite_weights(folder: Path, change) -> None:
@@ -116,6 +269,27 @@ BREACHES = {
     "no such rank": (lambda f: _rewrite_config(f, r=4096), "from 1 to 512"),
     "alpha zero": (lambda f: _rewrite_config(f, lora_alpha=0), "lora_alpha"),
     "NaN": (lambda f: _rewrite_weights(f, lambda w: {k: v / 0 * 0 for k, v in w.items()}), "NaN or infinity"),
+    "huge": (
+        lambda f: _rewrite_weights(f, lambda w: {k: torch.full_like(v, 3e38) for k, v in w.items()}),
+        "NaN or inf",
+    ),
+    "huge where it is scaled": (lambda f: _rewrite_config(f, lora_alpha=1e300), "NaN or infinity in"),
+    "no targets": (lambda f: _without(f, "target_modules"), "target_modules is None"),
+    "null targets": (lambda f: _rewrite_config(f, target_modules=None), "target_modules is None"),
+    "fewer targets": (lambda f: _rewrite_config(f, target_modules=["q_proj"]), "target_modules leaves out"),
+    "alpha as text": (lambda f: _rewrite_config(f, alpha_pattern={"q_proj": "16"}), "lora_alpha is '16'"),
+    "NaN alpha": (lambda f: _rewrite_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
+    "broken pattern": (lambda f: _rewrite_config(f, alpha_pattern={"(q_proj": 3}), "which is no pattern"),
+    "pattern as text": (lambda f: _rewrite_config(f, rank_pattern="q_proj"), "rank_pattern is 'q_proj'"),
+    "rank by another pattern": (lambda f: _rewrite_config(f, rank_pattern={"q_proj": 4}), "PEFT cannot put"),
+    "rsLoRA as text": (lambda f: _rewrite_config(f, use_rslora="false"), "use_rslora is 'false'"),
+    "vLLM's own field": (lambda f: _rewrite_config(f, vllm_lora_scaling_factor=0), "vllm_lora_scaling_factor is 0"),
+    "field of a later PEFT": (lambda f: _rewrite_config(f, use_new_idea={"x": 1}), "use_new_idea"),
+    "Arrow": (lambda f: _rewrite_config(f, arrow_config={"top_k": 1}), "arrow_config"),
+    "float8": (
+        lambda f: _rewrite_weights(f, lambda w: {k: v.to(torch.float8_e4m3fn) for k, v in w.items()}),
+        "is F8_E4M3",
+    ),
     "zero effect": (
         lambda f: _rewrite_weights(f, lambda w: {k: v * 0 if "lora_B" in k else v for k, v in w.items()}),
         "exactly as the base",
@@ -158,6 +332,28 @@ def test_a_bad_adapter_is_refused_and_nothing_is_left(breach, base, adapter, tmp
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "store").exists() or list((tmp_path / "store").iterdir()) == []
     assert not Path("pwned").exists()
+
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What PEFT's versions and other trainers write beside it, which changes nothing.
+KINDRED = {
+    "an early PEFT, Unsloth, LLaMA-Factory": {
+        **{"fan_in_fan_out": False, "enable_lora": None, "merge_weights": False, "bias": "none", "loftq_config": {}},
+        **{"unsloth_fixed": True, "peft_version": "0.18.0@git", "auto_mapping": {"base_model_class": "X"}},
+        **{"modules_to_save": None, "init_lora_weights": "gaussian", "layers_pattern": None, "use_dora": False},
+    },
+    "a pattern of ranks": {"r": 128, "rank_pattern": dict.fromkeys(MODULES, 8)},
+    "nulls": {"alpha_pattern": None, "rank_pattern": None, "use_rslora": None, "bias": None, "init_lora_weights": None},
+    "a regex": {"target_modules": r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDRED)
+def test_what_other_trainers_write_is_published(kind, base, adapter, tmp_path):
+    """Its rank is what vLLM will count: the largest in the config."""
+    _rewrite_config(adapter, **KINDRED[kind])
+    manifest = shelves.publish(tmp_path / "store", "gentle", adapter, base)
+    assert manifest.rank == KINDRED[kind].get("r", 8)
 
 
 def test_a_system_text_has_its_bound(base, adapter, tmp_path):

@@ -97,6 +97,9 @@ def _attach(model: Any, folder: Path) -> Any:
         config = LoraConfig.from_pretrained(folder)
         # How the training began is of no account now, and some beginnings take long.
         config.init_lora_weights = True
+        # Some write null for none.
+        config.bias = config.bias or "none"
+        config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
         with warnings.catch_warnings(action="ignore"):
             tuned = PeftModel.from_pretrained(model, folder, config=config).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
