@@ -1,0 +1,128 @@
+"""What a stranger without a key may hold on a connection, over real sockets to a real uvicorn."""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from serve import connections
+from serve.connections import BoundedConnection
+from serve.launch import HEAD_BYTES
+from tests.waiting import until
+
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+
+
+async def echo(scope, receive, send):
+    """Answers with the length of what it was sent, once it has all of it."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size, more = size + len(message["body"]), message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"5")]})
+    await send({"type": "http.response.body", "body": b"%5d" % size})
+
+
+@contextlib.contextmanager
+def serving(**limits: float) -> Iterator[tuple[str, int]]:
+    with contextlib.ExitStack() as after:
+        for name, value in limits.items():
+            after.callback(setattr, connections, name, getattr(connections, name))
+            setattr(connections, name, value)
+        listener = after.enter_context(socket.create_server(("127.0.0.1", 0)))
+        config = uvicorn.Config(
+            echo, http=BoundedConnection, h11_max_incomplete_event_size=HEAD_BYTES, lifespan="off", log_level="error"
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        after.callback(thread.join)
+        after.callback(setattr, server, "should_exit", True)
+        until(lambda: server.started)
+        yield listener.getsockname()
+
+
+def said(wire: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := wire.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def answer(wire: socket.socket) -> bytes:
+    """One answer on a connection that is kept: head, and a body of five bytes."""
+    got = b""
+    while len(got.partition(b"\r\n\r\n")[2]) < 5:
+        part = wire.recv(65536)
+        assert part, got
+        got += part
+    return got
+
+
+def test_a_header_without_end_is_cut_off():
+    """The server closes after some 64 KiB, whatever else comes: 100 MB are never taken."""
+    with serving() as address, socket.create_connection(address) as wire:
+        wire.sendall(HEAD + b"X: ")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 100 << 20:
+                wire.sendall(b"a" * 65536)
+                sent += 65536
+        # What the kernel's buffers hold has been sent too.
+        assert sent < 50 << 20
+        assert said(wire)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
+
+
+def test_a_head_of_ordinary_size_passes():
+    """Long cookies and tokens of some 30 KB are no attack."""
+    with serving() as address, socket.create_connection(address) as wire:
+        wire.sendall(HEAD + b"Cookie: " + b"a" * 30_000 + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
+        assert said(wire).endswith(b"    2")
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [b"", HEAD, HEAD + b"Content-Length: 10\r\n\r\nabc", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
+    ids=["nothing", "half a head", "half a body", "half a chunk"],
+)
+def test_who_does_not_go_on_is_hung_up_on(begun):
+    """A connection that sends nothing, or stops half way, is closed by the server and not by us."""
+    with serving(HEAD_S=0.2, BODY_S=0.2) as address, socket.create_connection(address) as wire:
+        wire.sendall(begun)
+        assert said(wire) == b""
+
+
+def test_one_address_has_a_bounded_number_of_connections():
+    """The one too many is closed at once; when one ends, another may come."""
+    with serving(PER_ADDRESS=2) as address, contextlib.ExitStack() as after:
+        first, second = (after.enter_context(socket.create_connection(address)) for _ in range(2))
+        until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 2)
+        with socket.create_connection(address) as third:
+            assert said(third) == b""
+        first.close()
+        until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 1)
+        with socket.create_connection(address) as fourth:
+            fourth.sendall(HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nhi")
+            assert said(fourth).endswith(b"    2")
+        second.close()
+    until(lambda: not BoundedConnection.open_by_address)
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_an_offer_to_speak_another_protocol_is_passed_over(offer, later):
+    """Java's HttpClient offers h2c with every request: its body arrives whole, at once or after the head."""
+    upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + offer + b"\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
+    with serving() as address, socket.create_connection(address) as wire:
+        for _ in range(2):
+            head, body = HEAD + upgrade + b"Content-Length: 20\r\n\r\n", b"x" * 20
+            for part in (head, body) if later else (head + body,):
+                wire.sendall(part)
+            assert answer(wire).endswith(b"   20")
