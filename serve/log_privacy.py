@@ -22,9 +22,10 @@ def register() -> None:
     if getattr(make, "counsel", False):
         return
 
-    def make_private(name: str, level: int, *rest: Any, **named: Any) -> logging.LogRecord:
+    def make_private(name: str | None, level: int | str, *rest: Any, **named: Any) -> logging.LogRecord:
         record = make(name, level, *rest, **named)
-        if level >= logging.WARNING and name.startswith(_SEE_REQUESTS):
+        # logging.makeLogRecord asks for one without name and level.
+        if name and isinstance(level, int) and level >= logging.WARNING and name.startswith(_SEE_REQUESTS):
             _strip(record)
         return record
 

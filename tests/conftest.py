@@ -100,10 +100,14 @@ class Served:
 
     def send(self, key: str, **fields: object) -> http.client.HTTPConnection:
         """Send a chat request and return at once, without waiting for its answer; closing the connection hangs up."""
+        return self.send_to("/v1/chat/completions", key, {}, **fields)
+
+    def send_to(self, path: str, key: str, headers: dict[str, str], **fields: object) -> http.client.HTTPConnection:
+        """The same for another route, with further headers."""
         address = urllib.parse.urlsplit(self.base_url)
         connection = http.client.HTTPConnection(address.hostname, address.port)
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(fields), headers)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
+        connection.request("POST", path, json.dumps(fields), headers)
         return connection
 
     @contextlib.contextmanager

@@ -139,3 +139,37 @@ def test_a_bound_cannot_be_passed_by_spelling_a_number_otherwise(value):
         weight(CHAT, {"n": value}, 100, 1000)
     with pytest.raises(Refusal, match=r"max_tokens is .* whole number"):
         ready(CHAT, {"max_tokens": value}, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "n"),
+    [
+        # 64 prompts of 4,000 tokens, 21 log-probabilities for each: 5.4 million.
+        (COMPLETIONS, {"prompt": [[5] * 4000] * 64, "echo": True, "logprobs": 20, "max_tokens": 1}, 269),
+        (COMPLETIONS, {"prompt": [[5] * 4000] * 64, "prompt_logprobs": 20, "max_tokens": 1}, 269),
+        (COMPLETIONS, {"prompt": ["x" * 4000] * 64, "prompt_logprobs": 20, "max_tokens": 1}, 269),
+        (COMPLETIONS, {"prompt": [[5] * 4000] * 64, "prompt_logprobs": 0, "max_tokens": 1}, 64),
+        # As lm-eval asks, and as one prompt of a perplexity is asked.
+        (COMPLETIONS, {"prompt": [[5] * 1024] * 32, "echo": True, "logprobs": 1, "max_tokens": 1}, 32),
+        (COMPLETIONS, {"prompt": "x" * 900_000, "echo": True, "logprobs": 20, "max_tokens": 1}, 5),
+        (COMPLETIONS, {"prompt": "x", "n": 64, "logprobs": 20, "max_tokens": 1000}, 68),
+        (CHAT, {"messages": [{"content": "x" * 4000}], "prompt_logprobs": 20, "max_tokens": 1}, 5),
+        (CHAT, {"n": 64, "logprobs": True, "top_logprobs": 20, "max_tokens": 1000}, 68),
+        (CHAT, {"n": 64, "logprobs": True, "max_tokens": 1000}, 64),
+        (RESPONSES, {"input": "hi", "top_logprobs": 20, "max_output_tokens": 10}, 1),
+    ],
+)
+def test_a_request_weighs_what_it_makes_the_server_hold(path, body, n):
+    """One answer's weight is 20,000 log-probabilities: tokens times candidates, of the prompt and of the answer."""
+    assert weight(path, body, 1000, 4096) == n
+
+
+def test_null_and_empty_lists_are_taken_as_not_given():
+    """As other stacks send them as a matter of course; -1 is no bound, and a whole number may have a point."""
+    sent = {"model": "x", "tools": [], "tool_choice": "auto", "stop": None, "bad_words": None, "stream": None}
+    sent |= {"stream_options": {"include_usage": True}, "max_tokens": -1, "max_completion_tokens": 5.0}
+    assert ready(COMPLETIONS, sent, None) == {"model": "x", "max_completion_tokens": 5}
+    kept = {"tools": [{}], "tool_choice": "auto", "stream": True, "stream_options": {"include_usage": True}}
+    assert ready(COMPLETIONS, kept, None) == kept
+    # Without tools this cannot be done: vLLM says so.
+    assert ready(COMPLETIONS, {"tools": [], "tool_choice": "required"}, None) == {"tool_choice": "required"}

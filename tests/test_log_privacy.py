@@ -1,0 +1,34 @@
+"""Log records of modules that see requests carry no words of a request; all others stay as they are."""
+
+import subprocess
+import sys
+
+from tests.test_layout import ROOT
+
+CODE = """
+import logging
+from serve import log_privacy
+logging.basicConfig(format="%(name)s: %(message)s")
+log_privacy.register(); log_privacy.register()
+sees, other = logging.getLogger("vllm.entrypoints.chat"), logging.getLogger("vllm.v1.worker")
+sees.warning("refused: %s", "canary")
+try:
+    raise ValueError("canary")
+except ValueError:
+    sees.exception("failed")
+other.error("out of %s", "memory")
+assert logging.makeLogRecord({"msg": "as it was"}).getMessage() == "as it was"
+"""
+
+
+def test_what_a_module_that_sees_requests_fills_in_is_left_out():
+    """Its program text, the kind of error and the place stay; another module's words do too."""
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[:2] == [
+        "vllm.entrypoints.chat: refused: %s",
+        "vllm.entrypoints.chat: failed (ValueError)",
+    ]
+    assert "line 9, in <module>" in done.stderr
+    assert "vllm.v1.worker: out of memory" in done.stderr
+    assert "canary" not in done.stderr
