@@ -19,10 +19,6 @@ _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.C
 class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
     """vLLM's CPU platform with LoRA grouped by adapter, compiled layer by layer, or eager with vLLM's C++ kernels."""
 
-    # vLLM marks small functions, such as the count behind `logprobs`, to be compiled when a request first needs them:
-    # seconds in which every answer stands still, and the engine's end where there is no compiler. They run as written.
-    simple_compile_backend = "eager"
-
     @classmethod
     def get_punica_wrapper(cls) -> str:
         return "serve.cpu_lora.GroupedPunicaWrapper"

@@ -7,6 +7,7 @@ an adapter that was read waits in host memory until a step needs it, and what th
 
 from typing import Any
 
+import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -56,6 +57,14 @@ class CounselCpuWorker(CPUWorker):
         for layer in slots.modules.values():
             if isinstance(layer, BaseLinearLayerWithLoRA):
                 layer.punica_wrapper.know(layer.lora_a_stacked, layer.lora_b_stacked, layer.output_slices)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        # vLLM marks small functions, such as the count behind `logprobs`, to be compiled when a request first needs
+        # them: seconds in which every answer stands still, and the engine's end where there is no compiler. From here
+        # on what is compiled is used, and what is not runs as it is written.
+        torch.compiler.set_stance("eager_on_recompile")
+        return times
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None or lora_request.load_inplace:

@@ -37,6 +37,9 @@ def engine_of(base, **options):
         kept.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
         # To ask the engine's process which adapter stands in which slot.
         kept.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        if options.get("enforce_eager"):
+            # Whatever asks for a compiler ends the engine, as on a machine without one.
+            kept.setenv("CXX", "/nowhere/g++")
         started = vllm.LLM(
             str(base), dtype="float32", enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=8,
             max_model_len=256, max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32,
@@ -191,3 +194,32 @@ def test_a_request_that_overflows_ends_alone_with_an_error(engine, model, huge):
             expected = greedy_ids(base, None if pick is None else paths[pick], asked(question), N_TOKENS)
             assert list(output.outputs[0].token_ids) == expected, (question, pick)
     assert_answers_are_pefts(engine, model)
+
+
+def frames(worker):
+    """How much torch has compiled or looked at for it so far. Runs in the engine."""
+    import torch
+
+    return dict(torch._dynamo.utils.counters["frames"])
+
+
+def test_no_request_compiles_anything(engine, model):
+    """Every way to sample, asked for the first time: what is not compiled when the engine is ready never is."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    before = engine.collective_rpc(frames)
+    ways = (
+        {}, {"seed": 3}, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 5, "top_p": 0.5, "seed": 3}, {"min_p": 0.1}, {"n": 3},
+        {"logprobs": 0}, {"logprobs": 20}, {"prompt_logprobs": 3}, {"temperature": 0, "logprobs": 1},
+        {"repetition_penalty": 1.3}, {"frequency_penalty": 1, "presence_penalty": 1}, {"logit_bias": {5: 9}},
+        {"allowed_token_ids": [5, 6]}, {"bad_words": ["lonely"]}, {"min_tokens": 3}, {"stop": ["e"]},
+        {"structured_outputs": StructuredOutputsParams(choice=["yes", "no"])},
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": [*range(5, 5 + length)]} for length in range(3, 3 + len(ways))]
+    for prompt, way in zip(prompts, ways, strict=True):
+        engine.generate([prompt], SamplingParams(max_tokens=4, **way), use_tqdm=False)
+    sampling = [SamplingParams(max_tokens=4, **way) for way in ways]
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    assert {output.outputs[0].finish_reason for output in outputs} <= {"stop", "length"}
+    assert engine.collective_rpc(frames) == before
