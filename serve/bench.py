@@ -40,6 +40,7 @@ from train.command import Command, Result, main, option
 from train.errors import UserError
 from train.files import write_json
 from train.layers import targets
+from train.processor import processor
 from train.run import provenance
 
 ADAPTERS = tuple(f"a{i}" for i in range(16))
@@ -193,7 +194,7 @@ def bench(config: BenchConfig) -> Result:
     write_json(out / "bench.json", report)
     _print_table(rows)
     _plot(rows, out / "bench.png")
-    return Result(summary)
+    return Result({"processor": str(processor()), **summary})
 
 
 def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[list[str], dict[str, str]]]:

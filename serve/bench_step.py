@@ -35,6 +35,7 @@ from serve.client import make_async_client
 from train.catalog import resolve
 from train.command import Command, Result, main, option
 from train.files import read_json
+from train.processor import processor
 
 CELLS = (Cell(-1, 1), Cell(4, 32))
 PROFILED_S = 1.0
@@ -80,7 +81,7 @@ def bench_step(config: BenchStep) -> Result:
         finally:
             arm.kill()
     _print_table(found)
-    return Result({"steps": found})
+    return Result({"processor": str(processor()), "steps": found})
 
 
 def by_kind(events: list[dict[str, Any]]) -> dict[str, float]:

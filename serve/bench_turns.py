@@ -27,6 +27,7 @@ from train import store as shelves
 from train.catalog import resolve
 from train.command import Command, Result, main, option
 from train.files import write_json
+from train.processor import processor
 from train.run import provenance
 
 ARMS = ("unbounded", "turns")
@@ -91,7 +92,7 @@ def bench_turns(config: BenchTurns) -> Result:
         summary[str(slots)] = _summary(found)
         write_json(out / "bench.json", {"config": vars(config), "summary": summary, **provenance()})
     _print_table(summary)
-    return Result({"processor": provenance()["processor"], "slots": summary})
+    return Result({"processor": str(processor()), "slots": summary})
 
 
 async def _measure(url: str, slots: int, seconds: float) -> Measured:

@@ -24,6 +24,7 @@ from typing import Any
 
 from train.command import Command, Result, main, option
 from train.errors import UserError
+from train.processor import processor
 from train.recipe import Recipe
 
 
@@ -72,6 +73,7 @@ def bench(config: Bench) -> Result:
             "val_loss_ratio": round(statistics.median(ratios), 5),
             "val_loss_ratio_range": [round(min(ratios), 5), round(max(ratios), 5)],
             "n": len(pairs),
+            "processor": str(processor()),
             "tokens_per_s": {arm: [run["tokens_per_s"] for run in runs] for arm, runs in found.items()},
             "peak_memory_bytes": {arm: max(run["peak_memory_bytes"] for run in runs) for arm, runs in found.items()},
             "rows": config.rows,
