@@ -485,7 +485,7 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     rows = examples(spread(Run(recipe.run_path).split("val"), 7), recipe.system)
     assert len(rows) == 7
     expected = mean_answer_loss(plain, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
-    assert document["val_loss_base"] == pytest.approx(expected, rel=3e-4)
+    assert document["val_loss_base"] == pytest.approx(expected, rel=1.5e-3)  # bfloat16
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -729,3 +729,106 @@ def test_a_run_that_had_ended_trains_no_further(base, tmp_path, monkeypatch, cha
     assert {key: done[key] for key in same} == {key: expected[key] for key in same}
     assert losses(killed) == losses(whole)
     assert done["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("limit", [25_000, 50_000])
+def test_a_full_disk_is_one_line(base, tmp_path, limit):
+    """A checkpoint that does not fit, by the adapter or by the optimizer's state, ends the run with what to do."""
+    import resource
+
+    from train.sft import train
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write the checkpoint of step 2 .*--resume"):
+            train(recipe_for(base, tmp_path, samples=0, store=""))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_validation_rows_without_an_answer_are_said(base, tmp_path, capsys):
+    """Cut to nothing, they are counted; where none is left the run is refused before it begins."""
+    from train.data import DataConfig, prepare
+    from train.sft import train
+
+    # A question's place depends on its text alone: long ones stay where they are in validation.
+    rows = [
+        {
+            "Context": f"question {n}" + " and so on" * 100 * (n % 5 == 0),
+            "Response": f"breathe and talk {n} to a friend",
+        }
+        for n in range(100)
+    ]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, rows)
+    splits, _ = prepare(DataConfig(data=str(path), val_share=0.3, test_share=0.0))
+    val = {row["question"] for row in splits["val"]}
+    write_jsonl(path, [row for n, row in enumerate(rows) if n % 5 or row["Context"] in val])
+    recipe = recipe_for(base, tmp_path, data=str(tmp_path / "rows.jsonl"), max_length=200, max_steps=2, evaluations=1,
+                        max_val_rows=99, samples=0, store="", val_share=0.3, test_share=0.0)  # fmt: skip
+
+    done = train(recipe)
+
+    val = read_jsonl(recipe.run_path / "data" / "val.jsonl")
+    left_out = sum(len(row["question"]) > 900 for row in val)
+    assert done["val_rows_left_out"] == left_out > 0
+    assert f"{left_out} of {len(val)} validation rows left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"each of the \d+ validation rows"):
+        train(replace(recipe, name="short", max_length=20))
+
+
+def test_seeds_go_on_and_need_no_validation(base, tmp_path):
+    """With --resume finished seeds are read, others trained; without validation rows there is no mean."""
+    from train.experiments import train_seeds
+
+    recipe = recipe_for(base, tmp_path, seeds=(1,), samples=0, max_steps=2, evaluations=1, store="", val_share=0.0)
+    first = train_seeds(recipe)
+    assert (first["val_loss_mean"], first["val_loss_sd"], first["val_losses"]) == (None, None, [])
+    before = contents(tmp_path / "runs" / "tiny-s1")
+
+    both = train_seeds(replace(recipe, seeds=(1, 2), resume=True))
+
+    assert both["n"] == 2
+    assert contents(tmp_path / "runs" / "tiny-s1") == before
+    assert (tmp_path / "runs" / "tiny-s2" / "train.json").is_file()
+    with pytest.raises(UserError, match="rank is 8"):
+        train_seeds(replace(recipe, seeds=(1, 2), resume=True, rank=8))
+
+
+def test_the_card_says_what_this_run_was(finished, tmp_path):
+    """Rows trained on, the split's kind, no folders, no empty system turn, 4 bits beside another downgrade."""
+    from train.card import card_text
+    from train.run import Run
+
+    recipe, _ = finished
+    run = Run(tmp_path / "tiny")
+    shutil.copytree(recipe.run_path, run.path)
+    summary, config, report = (read_json(run.path / name) for name in ("train.json", "config.json", "data/report.json"))
+    assert "trained on 24 |" in card_text(run)
+    assert "on questions that were not in training" in card_text(run)
+    paged = {"asked": "paged_adamw_8bit", "used": "adamw_torch_fused", "because": "of this"}
+    write_json(run.path / "config.json", config | {"system": "", "split": "row", "load_4bit": True})
+    write_json(run.path / "train.json", summary | {"downgrades": [paged]})
+    write_json(run.path / "data" / "report.json", report | {"source": "patients/anna/talks.csv"})
+
+    card = card_text(run)
+
+    assert 'messages = [{"role": "user", "content": "Work overwhelms me."}]' in card
+    assert "trained without a system text" in card
+    assert "on questions that were not in training" not in card
+    assert "4-bit base" in card
+    assert "anna" not in card
+    assert "| data | talks.csv" in card
+    paged["asked"] = "a 4-bit base"
+    write_json(run.path / "train.json", summary | {"downgrades": [paged]})
+    assert ", 4-bit base" not in card_text(run)
+
+
+def test_what_is_published_names_no_folder_of_this_machine(finished):
+    """The adapter's config names a local base by its folder's name, and its tokenizer pads on no side."""
+    recipe, _ = finished
+    adapter = recipe.run_path / "adapter"
+    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
+    assert read_json(adapter / "tokenizer.json")["padding"] is None
+    assert str(Path(recipe.base).parent) not in (adapter / "tokenizer_config.json").read_text()

@@ -1,11 +1,16 @@
 """The model card of a run: what it is, what it is not for, how it was made, how it scored. Written from its files."""
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
-from train.chat import NOTICE
+from train.chat import NOTICE, prompt_messages
 from train.files import read_json
 from train.run import Run
+
+# Endings of data files, compressed ones too: a hub id (org/name) may hold a dot, but none of these after it.
+FILE_KINDS = ("csv", "tsv", "txt", "json", "jsonl", "ndjson", "parquet", "gz", "zip", "bz2", "xz", "zst")
 
 _HEAD = """---
 {base_model}library_name: {library}
@@ -103,15 +108,16 @@ def _start(base: dict[str, str], recipe: dict[str, Any], merged: bool) -> list[s
         "",
         *load,
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
-        f"system = {recipe['system']!r}",
-        'messages = [{"role": "system", "content": system}, {"role": "user", "content": "Work overwhelms me."}]',
+        f"messages = {json.dumps(prompt_messages('Work overwhelms me.', recipe['system']), ensure_ascii=False)}",
         "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
         ")",
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))",
         "```",
         "",
-        "It was trained with this system text; leave it out and the answers change.",
+        "It was trained with this system text; leave it out and the answers change."
+        if recipe["system"]
+        else "It was trained without a system text; add one and the answers change.",
         "",
     ]
 
@@ -123,14 +129,14 @@ def _training(
     rows = [
         ("data", f"{_public(report['source'])}{revision}, sha256 {report['source_sha256'][:16]}"),
         ("rows", f"{report['rows_in']} read, {report['rows_out']} kept; train {report['rows']['train']}, "
-                 f"validation {report['rows']['val']}, test {report['rows']['test']}"),
+                 f"validation {report['rows']['val']}, test {report['rows']['test']}; trained on {done['rows']}"),
         ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
         ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}, dropout {recipe['dropout']}, "
                  f"targets {', '.join(recipe['targets'])}; {done['trainable_parameters']:,} trainable parameters"),
         ("optimiser", f"{recipe['optimizer']}, peak learning rate {recipe['learning_rate']:g}, {recipe['schedule']}"),
         ("batch", f"{recipe['batch_size']} rows x {recipe['accumulation']}"),
         ("length", f"{done['steps']} steps, {done['epochs']:.2f} epochs, {done['tokens']:,} tokens"),
-        ("precision", provenance["dtype"] + (", 4-bit base" if recipe["load_4bit"] and not done["downgrades"] else "")),
+        ("precision", provenance["dtype"] + (", 4-bit base" if _kept_4bit(recipe, done) else "")),
         ("machine", f"{provenance['machine']['name']}; {done['tokens_per_s']:.0f} tokens/s"),
         ("versions", ", ".join(f"{name} {version}" for name, version in provenance["versions"].items()
                                if name in ("torch", "transformers", "trl", "peft"))),
@@ -146,11 +152,17 @@ def _training(
 
 
 def _scores(run: Run, done: dict[str, Any]) -> list[str]:
+    by_row = run.config()["split"] == "row"
+    unseen = (
+        "on rows that were not in training, though most of their questions were: the split is by row"
+        if by_row
+        else "on questions that were not in training"
+    )
     lines = ["## Evaluation", ""]
     if done["val_loss"] is not None:
         lines += [
             f"Validation loss per answer token, in nats: {done['val_loss_base']:.4f} before, {done['val_loss']:.4f} "
-            f"after (step {done['best_step']}), on questions that were not in training.",
+            f"after (step {done['best_step']}), {unseen}.",
             "",
         ]
     found = sorted((run.path / "eval").glob("*/summary.json"))
@@ -189,6 +201,11 @@ def _provenance(run: Run) -> dict[str, Any]:
     return read_json(run.path / "provenance.json")
 
 
+def _kept_4bit(recipe: dict[str, Any], done: dict[str, Any]) -> bool:
+    return bool(recipe["load_4bit"]) and not any("4-bit" in item["asked"] for item in done["downgrades"])
+
+
 def _public(source: str) -> str:
     """A hub id as it is; of a file only its name, since folders may name people."""
-    return source if source == "sample" or not source.startswith((".", "/", "~")) else source.rsplit("/", 1)[-1]
+    is_file = Path(source).suffix.lower().lstrip(".") in FILE_KINDS or source.startswith((".", "/", "~"))
+    return Path(source).name if is_file else source

@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import datetime
 import difflib
+import errno
 import io
 import json
 import math
@@ -137,6 +138,13 @@ def exit_status(run: Callable[[], int]) -> int:
         return run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # Full, read-only or closed to this account: nothing that a traceback would explain better.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space, or choose a place that may be "
+              "written", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)

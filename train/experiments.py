@@ -21,7 +21,7 @@ from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
 from train.errors import UserError
 from train.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
 from train.recipe import Recipe
-from train.resume import check_run_directory, refuse_to_replace
+from train.resume import check_run_directory, refuse_other_settings, refuse_to_replace
 from train.run import Run
 from train.sft import spread, train
 from train.sources import load
@@ -33,17 +33,31 @@ ROWS, COUNTS = "rows.jsonl", "counts.json"
 
 
 def train_seeds(recipe: Recipe) -> dict[str, Any]:
-    """One run per seed; the mean and the sample standard deviation of their best validation losses."""
-    runs = [train(recipe.with_seed(seed)) for seed in recipe.seeds]
-    losses = [run["val_loss"] for run in runs]
+    """One run per seed; the mean and the sample standard deviation of their best validation losses.
+
+    With `resume` a finished run is read, one that was stopped goes on, and one that was not begun is trained. Without
+    validation rows there is no loss to report, and its fields are None.
+    """
+    runs = [_of_seed(recipe.with_seed(seed)) for seed in recipe.seeds]
+    losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
     return {
         "runs": [run["run"] for run in runs],
         "adapters": [run["adapter"] for run in runs],
         "n": len(runs),
-        "val_loss_mean": round(statistics.fmean(losses), 5),
+        "val_loss_mean": round(statistics.fmean(losses), 5) if losses else None,
         "val_loss_sd": round(statistics.stdev(losses), 5) if len(losses) > 1 else None,
         "val_losses": losses,
     }
+
+
+def _of_seed(recipe: Recipe) -> dict[str, Any]:
+    run = Run(recipe.run_path)
+    if not recipe.resume or not run.path.exists():
+        return train(dataclasses.replace(recipe, resume=False))
+    if not run.complete:
+        return train(recipe)
+    refuse_other_settings(recipe)
+    return run.summary()
 
 
 def leak_experiment(recipe: Recipe) -> dict[str, Any]:

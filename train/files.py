@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from train.errors import UserError
 
 
@@ -137,10 +139,10 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(old)
             new.rename(path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; free some space or choose another place"
-        ) from error
+    # A SafetensorError holds the disk's own words.
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {str(path)!r}: {reason}; free some space or choose another place") from error
 
 
 def _beside(path: Path) -> Path:

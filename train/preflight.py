@@ -327,6 +327,12 @@ def _count_targets(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
 def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
     from train.sft import spread
 
+    val = row_lengths(recipe, folder, spread(found["splits"]["val"], recipe.max_val_rows))
+    if val.scored and not any(val.scored):
+        raise UserError(
+            f"each of the {len(val.scored)} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
+            "raise max_length"
+        )
     lengths = found["lengths"] = row_lengths(recipe, folder, spread(found["splits"]["train"], recipe.max_rows))
     cut = sum(n > recipe.max_length for n in lengths.whole)
     empty = sum(n == 0 for n in lengths.scored)

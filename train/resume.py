@@ -35,7 +35,12 @@ def check_run_directory(recipe: Recipe) -> None:
         raise UserError(f"run {recipe.name!r} is finished: nothing to resume; --overwrite trains it again")
     if not (run.path / "config.json").is_file():
         raise UserError(f"no run to resume at {str(run.path)!r}; leave --resume out to start it")
-    before, now = run.config(), _as_json(recipe.document())
+    refuse_other_settings(recipe)
+
+
+def refuse_other_settings(recipe: Recipe) -> None:
+    """Raise UserError when the run at the recipe's path was started with other settings."""
+    before, now = Run(recipe.run_path).config(), _as_json(recipe.document())
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         key = changed[0]

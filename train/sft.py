@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from train import catalog, store
 from train.card import card_text
 from train.chat import prompt_messages
+from train.errors import UserError
 from train.files import read_json, read_jsonl, replaced_directory, write_json
 from train.fingerprint import fingerprint
 from train.hardware import Machine, Plan, machine, plan
@@ -133,6 +134,14 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     if trainer.rows_left_out:
         print(f"rows         {trainer.rows_left_out} of {len(train_rows)} training rows left out: their prompt alone "
               f"fills {recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
+    if trainer.val_rows_left_out:
+        print(f"rows         {trainer.val_rows_left_out} of {len(val_rows)} validation rows left out: their prompt "
+              f"alone fills {recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
+    if trainer.val_rows_left_out == len(val_rows) > 0:
+        raise UserError(
+            f"each of the {len(val_rows)} validation rows has a prompt that alone fills {recipe.max_length} tokens, so "
+            "there is nothing to choose a checkpoint by; raise max_length"
+        )
     rows_per_step = recipe.batch_size * recipe.accumulation * trainer.args.world_size
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
     trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
@@ -268,6 +277,7 @@ def finish(
         "val_loss": state.best_metric,
         "rows": len(trainer.train_dataset),
         "rows_left_out": trainer.rows_left_out,
+        "val_rows_left_out": trainer.val_rows_left_out,
         "tokens": progress.tokens,
         "tokens_per_s": round(tokens_per_s(rows), 1),
         "wall_s": round(wall_s, 1),
@@ -304,9 +314,13 @@ def tokens_per_s(rows: Sequence[dict[str, Any]]) -> float:
 def save_adapter(model: Any, tokenizer: Any, base: catalog.Base, folder: Path) -> None:
     """Save weights, config and tokenizer, with the base's public identity in place of a path of this machine."""
     for config in model.peft_config.values():
-        config.base_model_name_or_path = base.hub_id
+        # Of a local folder only its name: its path is this machine's, and push would publish it.
+        config.base_model_name_or_path = base.name if Path(base.hub_id).is_absolute() else base.hub_id
     # Said explicitly: left to itself PEFT asks the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # transformers keeps in tokenizer.json how a batch was last padded: for samples, on the left.
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(str(folder))
 
 

@@ -4,12 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
+from train.errors import UserError
 from train.fast_proof import loss_of, speed_up
 from train.resume import seal
+
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -38,11 +42,12 @@ class AnswerTrainer(SFTTrainer):
     The Trainer's own averages over batches, so that it depends on which rows were batched together, and with several
     processes it counts some rows twice.
     fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/fast_proof.py for where it applies.
-    rows_left_out: training rows that TRL dropped without a word, since cutting them left no answer token.
+    rows_left_out, val_rows_left_out: rows that TRL dropped without a word, since cutting them left no answer token.
     """
 
-    def __init__(self, *args: Any, train_dataset: Any, fast: bool, **kwargs: Any) -> None:
-        super().__init__(*args, train_dataset=train_dataset, **kwargs)
+    def __init__(self, *args: Any, train_dataset: Any, fast: bool, eval_dataset: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self.val_rows_left_out = len(eval_dataset) - len(self.eval_dataset) if eval_dataset is not None else 0
         self.fast = fast
         self.rows_left_out = len(train_dataset) - len(self.train_dataset)
         self._val_sum = self._val_tokens = 0.0
@@ -68,7 +73,17 @@ class AnswerTrainer(SFTTrainer):
         return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch's writer has no error of its own kind.
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            step = self.state.global_step
+            raise UserError(
+                f"cannot write the checkpoint of step {step} ({reason}); free some space, then go on with --resume"
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
