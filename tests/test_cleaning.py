@@ -174,6 +174,8 @@ HELPLINES = [
     "In Singapore you can call 1800-221-4444, in Hong Kong the Samaritans at +852 2896 0000.",
     "In India the helpline iCall is at 9152987821; in Japan there is 0120-783-556.",
     "See https://988lifeline.org/chat, www.samaritans.org or mail jo@samaritans.org any time.",
+    "In France there is SOS Amiti\u00e9, 09 72 39 40 50, in the Netherlands www.113.nl and elsewhere suicide.org.",
+    "Lists for every country: https://www.opencounseling.com/suicide-hotlines and https://findahelpline.com/countries/de.",
     "For the years 2010 2019-2020 the same pattern held, on 01.02.2020 10:30 and 2021-08-12 15:30.",
 ]
 

@@ -98,9 +98,9 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
 
     assert "ok    read as    a table, semicolon between fields, UTF-8; 'context' taken for 'Context'" in said
     dropped = next(line for line in said if "dropped" in line)
-    assert dropped.startswith("ok    dropped    1 link, such as row 5: ")
+    assert dropped.startswith("ok    dropped    link: 1 (contacts: mask keeps these), such as row 5: ")
     assert "https://help.example.com/x" in dropped
-    assert "ok    masked     1 rows with [link] in place of one" in masked
+    assert "ok    masked     link: 1" in masked
 
 
 @pytest.mark.parametrize(

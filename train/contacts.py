@@ -41,16 +41,17 @@ _FREE_PHONE = re.compile(
 )
 _SERVICE = (
     r"(?:life|help|hot|warm|crisis[ -]?|text)[ -]?lines?\b|crisis (?:cent(?:er|re)|team|service)s?\b|samaritans"
-    r"|befrienders|childline|suicide prevention|seelsorge|krisen(?:dienst|telefon)"
+    r"|befrienders|childline|suicide prevention|sos amiti\u00e9|seelsorge|krisen(?:dienst|telefon)"
 )
 _SERVICE_BEFORE = re.compile(rf"(?:{_SERVICE})(?P<between>[^.!?\n]{{0,60}})\Z", re.IGNORECASE)
 _SERVICE_BEHIND = re.compile(rf"(?P<between>[^.!?\n]{{0,30}}?)(?:{_SERVICE})", re.IGNORECASE)
 _OWN = re.compile(r"\b(?:me|my|mine|us|our)\b", re.IGNORECASE)
 _HELP_SITE = re.compile(
-    r"(?:lifeline|helpline|hotline|crisistextline|crisisline|suicideprevention|samaritans|befrienders|telefonseelsorge"
-    r"|thetrevorproject|kidshelpphone|childline|\b988|\brainn|\bnami|\biasp)[a-z0-9-]*\.",
+    r"(?:lifeline|helpline|hotline|crisistextline|crisisline|suicide|samaritans|beyondblue|befrienders|telefonseelsorge"
+    r"|thetrevorproject|kidshelpphone|childline|\b988|\brainn|\bnami|\biasp)[a-z0-9-]*\.|\b113\.nl",
     re.IGNORECASE,
 )
+_HELP_PAGE = re.compile(r"/\S*(?:hot|help|life|crisis[_-]?)lines?\b", re.IGNORECASE)
 _HOST = re.compile(r"(?:https?:/*)?([^/?#]*)", re.IGNORECASE)
 
 
@@ -98,7 +99,8 @@ def _is_help(text: str, contact: Contact) -> bool:
     found = text[contact.start : contact.end]
     if contact.kind == LINK:
         host = _HOST.match(found)
-        return host is not None and _HELP_SITE.search(host[1]) is not None
+        assert host is not None  # it may be empty
+        return bool(_HELP_SITE.search(host[1]) or _HELP_PAGE.search(found, host.end()))
     if contact.kind == EMAIL:
         return _HELP_SITE.search(found.partition("@")[2]) is not None
     if _FREE_PHONE.match(found):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from train import adapter, catalog, data, store
 from train.chat import prompt_messages
+from train.contacts import EMAIL, LINK, PHONE
 from train.errors import UserError
 from train.hardware import Machine, Plan
 from train.recipe import Recipe
@@ -107,9 +108,10 @@ def _what_became_of_rows(report: data.Report) -> Iterator[Finding]:
     """How the file was read, and of each reason to drop or mask the number of rows, and examples."""
     yield Finding("read as", True, report.read_as)
     for reason, n in report.dropped.items():
-        yield Finding("dropped", True, f"{n} {reason}, such as {'; '.join(report.examples[reason])}")
+        choice = " (contacts: mask keeps these)" if reason in (EMAIL, LINK, PHONE) else ""
+        yield Finding("dropped", True, f"{reason}: {n}{choice}, such as {'; '.join(report.examples[reason])}")
     for kind, n in report.masked.items():
-        yield Finding("masked", True, f"{n} rows with [{kind}] in place of one")
+        yield Finding("masked", True, f"{kind}: {n}")
 
 
 def needed_rank(rank: int) -> int:
