@@ -193,6 +193,7 @@ def test_helplines_stay_whole(answer):
         ("See https://help.example.com/reset?x=1#top.", "See [link].", "link"),
         ("See [here](https://example.org/a_(b)), ok", "See [here]([link]), ok", "link"),
         ("Lewiswww.Example.Com", "Lewis[link]", "link"),
+        ("my own site, suicidetherapy.com", "my own site, [link]", "link"),
         ("visit mypractice.com, EXAMPLE.ORG or bit.ly/x1", "visit [link], [link] or [link]", "link"),
         ("\u8bf7\u770bexample.com\u5427", "\u8bf7\u770b[link]\u5427", "link"),
         ("Write to Anna.B+x@mail.example.co.uk!", "Write to [e-mail address]!", "e-mail address"),

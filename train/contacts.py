@@ -47,8 +47,8 @@ _SERVICE_BEFORE = re.compile(rf"(?:{_SERVICE})(?P<between>[^.!?\n]{{0,60}})\Z", 
 _SERVICE_BEHIND = re.compile(rf"(?P<between>[^.!?\n]{{0,30}}?)(?:{_SERVICE})", re.IGNORECASE)
 _OWN = re.compile(r"\b(?:me|my|mine|us|our)\b", re.IGNORECASE)
 _HELP_SITE = re.compile(
-    r"(?:lifeline|helpline|hotline|crisistextline|crisisline|suicide|samaritans|beyondblue|befrienders|telefonseelsorge"
-    r"|thetrevorproject|kidshelpphone|childline|\b988|\brainn|\bnami|\biasp)[a-z0-9-]*\.|\b113\.nl",
+    r"(?:lifeline|helpline|hotline|crisistextline|crisisline|suicideprevention|samaritans|beyondblue|befrienders|telefonseelsorge"
+    r"|thetrevorproject|kidshelpphone|childline|\b988|\brainn|\bnami|\biasp)[a-z0-9-]*\.|\b113\.nl|\bsuicide\.org",
     re.IGNORECASE,
 )
 _HELP_PAGE = re.compile(r"/\S*(?:hot|help|life|crisis[_-]?)lines?\b", re.IGNORECASE)
