@@ -1,5 +1,6 @@
 """Likelihood is measured where training trains: eval's token ids against those that TRL makes of the same row."""
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,21 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '### assistant: ' }}{% endif %}"
     ),
     "rewriting": TURNS.replace("BODY", "{{ '(' + m.content | replace('\n', ' ') | upper + ')' }}"),
+}
+# The families' own, as TRL ships them.
+SHIPPED = (
+    "qwen3",
+    "qwen3_5_think",
+    "llama3_2",
+    "gemma3",
+    "phi3_5",
+    "deepseek_r1_distill",
+    "gptoss",
+    "glm4moe",
+    "lfm2_v2",
+)
+TEMPLATES |= {
+    f"trl {name}": (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8") for name in SHIPPED
 }
 RENDERED = {"rewriting": lambda answer: answer.replace("\n", " ").upper()}
 
