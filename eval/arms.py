@@ -59,7 +59,7 @@ def choose(offer: Served, run: str, models: Sequence[str], baselines: bool) -> l
     """The arms to run: the base first, then its baselines, then the adapters, `models` choosing among what is offered.
 
     When `models` is empty: the base and the adapter that has the run's name. Raises UserError for a model that is not
-    served, or an adapter whose name would mix it with another arm.
+    served, or one whose name would mix it with another arm.
     """
     offered = ", ".join([BASE, *offer.adapters])
     if not models and run not in offer.adapters:
@@ -78,7 +78,7 @@ def choose(offer: Served, run: str, models: Sequence[str], baselines: bool) -> l
     names = [arm.name for arm in arms]
     for arm in arms:
         if arm.name in YARDSTICKS or names.count(arm.name) > 1:
-            raise UserError(f"the model {arm.model!r} is called like another arm; serve it under another name")
+            raise UserError(f"the model {arm.name!r} is called like another arm; serve it under another name")
     return arms
 
 
