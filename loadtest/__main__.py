@@ -12,15 +12,17 @@ the server, was measured; 1 an error, 2 wrong usage.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loadtest.capacity import Capacity, find_capacity
 from loadtest.compare import Compare, compare
 from loadtest.launch import run_worker
-from loadtest.play import play
+from loadtest.play import judge, play
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import table, verdict_text
 from loadtest.verdict import EXIT_STATUS
 from train.command import Command, Result, argument, main, option
+from train.files import read_json
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,30 @@ class Worker:
     master: str = option("127.0.0.1:5557", "HOST:PORT that the run was given as --join")
 
 
+@dataclass(frozen=True)
+class Report:
+    """A run whose files are there."""
+
+    dir: str = argument("results directory of the run")
+
+
 def run(scenario: Scenario) -> Result:
     """Play, then print the table and the verdict."""
-    summary = play(scenario)
+    return _shown(play(scenario))
+
+
+def report(options: Report) -> Result:
+    """Judge the rows that are there, and write the report."""
+    directory = Path(options.dir)
+    before = directory / "summary.json"
+    if not before.exists():
+        return _shown(judge(directory, stopped="it did not come to its end"))
+    known = read_json(before)
+    return _shown(judge(directory, known["server"]["note"], known.get("stopped", "")))
+
+
+def _shown(summary: dict[str, Any]) -> Result:
+    """Print the table and the verdict."""
     print(table(summary))
     print(verdict_text(summary))
     print(f"report: {Path(summary['dir']) / 'report.html'}")
@@ -52,6 +75,7 @@ COMMANDS = {
     "": Command(Scenario, run, "load a running server with a mix of models, measure every request, and judge"),
     "find-capacity": Command(Capacity, find_capacity, "search for the highest rate that holds the objectives"),
     "compare": Command(Compare, compare, "say whether run B is better or worse than run A, with intervals"),
+    "report": Command(Report, report, "judge the rows of a run again, or of one that was killed, and write its report"),
     "worker": Command(Worker, work, "send requests for a run that another machine leads (--join)"),
 }
 

@@ -86,6 +86,10 @@ def search(holds: Callable[[float], bool], lowest: float, highest: float, precis
     return Found(held, failed)
 
 
+class _Stopped(Exception):
+    """Ctrl-C ended a run of the search."""
+
+
 def long_enough_s(rate: float, requests: int, options: Capacity) -> float:
     """Seconds of arrivals that hold so many requests of clients that stay, also where chance gives fewer (3 sigma)."""
     if options.arrivals != "constant":
@@ -121,6 +125,9 @@ def find_capacity(options: Capacity) -> Result:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Scenario)}
     points: list[dict[str, Any]] = []
     not_believed: dict[float, str] = {}
+    held: list[float] = []
+    missed: list[float] = []
+    stopped = ""
     requests = requests_needed(options)
 
     def probe(rate: float, seed: int, name: str) -> dict[str, Any]:
@@ -129,6 +136,8 @@ def find_capacity(options: Capacity) -> Result:
         own = {"rate": f"{rate!r}", "seed": seed, "duration_s": duration_s, "out": str(out / f"rate-{rate:.4g}-{name}")}
         summary = play(Scenario(**{**fields, **own}))
         points.append({**curve_point(rate, summary["all"]), "verdict": summary["verdict"], "dir": summary["dir"]})
+        if summary.get("stopped"):
+            raise _Stopped
         return summary
 
     def holds(rate: float) -> bool:
@@ -140,11 +149,18 @@ def find_capacity(options: Capacity) -> Result:
             if summary["verdict"] == "invalid":
                 not_believed[rate] = summary["invalid"][0]
             if summary["verdict"] != "passed":
+                missed.append(rate)
                 return False
+        held.append(rate)
         return True
 
-    found = search(holds, options.begin, options.highest, options.precision)
-    invalid = not_believed.get(found.failed, "") if found.failed is not None else ""
+    try:
+        found = search(holds, options.begin, options.highest, options.precision)
+    except _Stopped:
+        # What was found so far is worth keeping.
+        found = Found(max(held, default=None), min(missed, default=None))
+        stopped = "it was ended by Ctrl-C"
+    invalid = stopped or not_believed.get(found.failed, "") if found.failed is not None else ""
     points.sort(key=lambda point: point["offered"])
     document = rounded(
         {"dir": str(out), "held": found.held, "failed": found.failed, "invalid": invalid, "objectives": options.slo,
@@ -158,6 +174,10 @@ def find_capacity(options: Capacity) -> Result:
 
 
 def _sentence(found: Found, invalid: str) -> str:
+    if found.held is None and found.failed is None:
+        return f"no capacity: {invalid}"
+    if invalid and found.failed is None:
+        return f"capacity: at least {found.held:.4g} requests/s ({invalid})"
     if invalid and found.held is None:
         return f"not to be believed at {found.failed:.4g} requests/s, the lowest tried: {invalid}"
     if invalid:

@@ -25,6 +25,7 @@ from gevent.event import Event
 from locust.env import Environment
 from locust.runners import MasterRunner
 
+from loadtest.launch import GIVEN_UP
 from loadtest.player import Player
 from loadtest.rows import Row
 
@@ -142,9 +143,12 @@ class Collector:
         """Write one process's report down; end the run when it was the last one due."""
         for path, lines in ((self._requests, report["rows"]), (self._client, map(json.dumps, report["seconds"]))):
             text = "".join(line + "\n" for line in lines)
-            if text:
+            try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(text)
+            except OSError as error:
+                self.give_up(f"cannot write {str(path)!r}: {error.strerror}; free some space, and run it again")
+                return
         self._latest[report["worker"]] = report
         self._done += report["done"]
         self._failed += report["failed"]
@@ -160,11 +164,11 @@ class Collector:
             gevent.spawn(self._end)
 
     def give_up(self, reason: str) -> None:
-        """End the run as one that went wrong: say why, and let Locust end with status 3."""
+        """End the run as one that went wrong: say why, and let Locust end with a status that says so."""
         if self._ended:
             return
         print(reason, file=sys.stderr)
-        self._environment.process_exit_code = 3
+        self._environment.process_exit_code = GIVEN_UP
         self._ended = True
         gevent.spawn(self._end)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from loadtest.scenario import Scenario, host_port
 from train.errors import UserError
 
+# Locust's status where the collector gave the run up, and has said why.
+GIVEN_UP = 3
+
 _LOCUST = (
     sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"),
     # Failed requests are rows; Locust's status says only whether Locust itself went well.
@@ -53,8 +56,8 @@ def worker_argv(directory: Path, master: str) -> list[str]:
     return [*_LOCUST, "--worker", "--master-host", host, "--master-port", str(port), "--logfile", str(log)]
 
 
-def run_locust(scenario: Scenario, directory: Path) -> None:
-    """Play the plan in `directory`; return when requests.jsonl and client.jsonl are whole.
+def run_locust(scenario: Scenario, directory: Path) -> bool:
+    """Play the plan in `directory`; return whether Ctrl-C ended it, when requests.jsonl and client.jsonl are whole.
 
     Progress goes to stderr, Locust's own talk to locust.log. Raises UserError when Locust does not end well.
     """
@@ -64,42 +67,45 @@ def run_locust(scenario: Scenario, directory: Path) -> None:
         print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.join}",
               file=sys.stderr)  # fmt: skip
     with _reserved_port() as port:
-        _run(locust_argv(scenario, directory, port), directory, patient=scenario.web)
+        return _run(locust_argv(scenario, directory, port), directory)
 
 
 def run_worker(directory: Path, master: str) -> None:
     """Send a share of the plan in `directory` for a run that waits at `master`; return when it has ended."""
-    _run(worker_argv(directory, master), directory, patient=True)
+    _run(worker_argv(directory, master), directory)
 
 
-def _run(argv: Sequence[str], directory: Path, *, patient: bool) -> None:
-    """Run Locust to its end; `patient`: Ctrl-C is that end, and Locust finishes what runs."""
+def _run(argv: Sequence[str], directory: Path) -> bool:
+    """Run Locust to its end, or to Ctrl-C: then it finishes what runs. Return whether that was the end."""
     environment = {**os.environ, "COUNSEL_LOADTEST": str(directory.resolve())}
     with (directory / "locust.out").open("a", encoding="utf-8") as out:
         # A session of its own: Ctrl-C is for us, who then tell Locust once, wherever the signal came from.
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
         try:
-            status = _wait(child, patient)
+            status, stopped = _wait(child)
         finally:
             if child.poll() is None:
                 # Its workers are in its session too.
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+    if status == GIVEN_UP:
+        raise UserError(f"the run in {directory} was given up, for the reason above")
     if status != 0:
         raise UserError(f"locust ended with status {status}; see {directory / 'locust.log'}")
+    return stopped
 
 
-def _wait(child: "subprocess.Popen[bytes]", patient: bool) -> int:
+def _wait(child: "subprocess.Popen[bytes]") -> tuple[int, bool]:
     try:
-        return child.wait()
+        return child.wait(), False
     except KeyboardInterrupt:
-        if not patient:
-            raise
-    print("ending: running requests may finish first (Ctrl-C again: give them up)", file=sys.stderr)
+        pass
+    print("ending: running requests may finish first (Ctrl-C again: give them up; `report` judges what came)",
+          file=sys.stderr)  # fmt: skip
     # Not SIGINT: Python would raise KeyboardInterrupt in whichever greenlet runs, mostly one that reads a reply.
     # For SIGTERM, Locust has a handler in a greenlet of its own.
     child.send_signal(signal.SIGTERM)
-    return child.wait()
+    return child.wait(), True
 
 
 @contextlib.contextmanager

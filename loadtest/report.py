@@ -9,7 +9,8 @@ from loadtest.charts import curves, latencies, timeline
 from loadtest.rows import read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import model_cells, objective_cells
-from train.files import read_json, read_jsonl, write_text
+from loadtest.verdict import read_samples
+from train.files import read_json, write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1e; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -28,7 +29,7 @@ def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
     """Write the page of one run; return its path."""
     scenario = read_scenario(directory)
     rows = read_rows(directory / "requests.jsonl")
-    samples = read_jsonl(directory / "server.jsonl")
+    samples = read_samples(directory)
     sections = [
         _head(scenario, summary),
         *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),

@@ -30,8 +30,8 @@ EXIT_STATUS = {
 }  # fmt: skip
 
 
-def conclude(directory: Path, note: str = "") -> dict[str, Any]:
-    """The summary of a finished run; `note` is what the scraper had to say."""
+def conclude(directory: Path, note: str = "", stopped: str = "") -> dict[str, Any]:
+    """The summary of a run; `note` is what the scraper had to say, `stopped` why the run did not come to its end."""
     scenario = read_scenario(directory)
     rows = read_rows(directory / "requests.jsonl")
     limits = [parse_limit(text) for text in scenario.good]
@@ -51,6 +51,7 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
         for check in checks
         if not check.held
     ]
+    broken += [stopped] if stopped else []
     churn = directory / "churn.jsonl"
     if churn.exists():
         broken += [f"the churn stopped: {row['error']}" for row in read_jsonl(churn) if "error" in row]
@@ -67,10 +68,11 @@ def conclude(directory: Path, note: str = "") -> dict[str, Any]:
         {
             "dir": str(directory),
             "verdict": verdict,
+            "stopped": stopped,
             "invalid": broken,
             "checks": [check._asdict() for check in checks],
             "slo": [item._asdict() for item in judged],
-            "server": server_figures(read_jsonl(directory / "server.jsonl"), note),
+            "server": server_figures(read_samples(directory), note),
             "cold": cold_penalty(rows, target["base"], scenario.warmup_s),
             "steps": _steps(scenario, rows, good),
             **found,
@@ -85,6 +87,12 @@ def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> 
     knots = rate_knots(scenario.rate, scenario.duration_s)
     edges_s = [0.0, *(knot.t_s for knot in knots[1::2])]
     return step_points(rows, edges_s, scenario.warmup_s, good)
+
+
+def read_samples(directory: Path) -> list[dict[str, Any]]:
+    """The samples of `/metrics`, which are written when a run has ended; none of one that was killed before."""
+    path = directory / "server.jsonl"
+    return read_jsonl(path) if path.exists() else []
 
 
 def read_plan(directory: Path) -> list[Arrival]:

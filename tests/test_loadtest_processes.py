@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -40,13 +41,17 @@ def start(tmp_path: Path) -> Iterator[Any]:
     (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
     begun: list[subprocess.Popen] = []
 
-    def run(*words: str) -> subprocess.Popen:
+    def run(*words: str, file_limit: int = resource.RLIM_INFINITY) -> subprocess.Popen:
+        def limited() -> None:
+            # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
         begun.append(
             subprocess.Popen(
                 [sys.executable, "-m", "loadtest", *words], cwd=tmp_path, env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=limited,
             )
         )  # fmt: skip
         return begun[-1]
@@ -209,15 +214,18 @@ def test_the_page_shows_each_adapter_and_ctrl_c_ends_with_the_report(tmp_path, s
     assert (tmp_path / "out/report.html").is_file()
 
 
-def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port):
+@pytest.mark.parametrize("web", [True, False], ids=["page", "headless"])
+def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port, web):
     """Ended with requests on their way: they finish and are rows, the report is written, and the run is not judged."""
     with standin("base.holds-10", "gentle.holds-10") as url:
         run = start(
-            "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "900", "--web",
-            "--web-port", str(port),
+            "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "900",
+            *(("--web", "--web-port", str(port)) if web else ()),
         )  # fmt: skip
-        wait_for_line(run, "live page")
-        rows_on_page(port, 10)
+        if web:
+            wait_for_line(run, "live page")
+            rows_on_page(port, 10)
+        until(lambda: len(seen(url)["requests"]) == 2)
         until(lambda: max(seen(url)["requests"].values()) > 10)
         run.send_signal(signal.SIGINT)
         wait_for_line(run, "running requests may finish")
@@ -231,8 +239,24 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port)
     summary = json.loads(out.strip().split("\n")[-1])
     rows = read_rows(tmp_path / "out/requests.jsonl")
     assert any("sent_share" in reason for reason in summary["invalid"])
+    assert web or "it was ended by Ctrl-C" in summary["invalid"]
     assert {row.outcome for row in rows} == {"ok"}
     assert Counter(row.model for row in rows) == counted["requests"]
     assert max(counted["requests"].values()) > 10
     assert counted["hung_up"] == 0
     assert (tmp_path / "out/report.html").is_file()
+
+
+def test_a_full_disk_ends_the_run_and_is_said(tmp_path, start):
+    """No file may grow beyond 200 kB, and the rows' does in time: the run of a quarter of an hour ends there."""
+    with standin("base") as url:
+        run = start(
+            "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "60", "--duration-s", "900", "--requests",
+            "400", "--output-tokens", "200", file_limit=200_000,
+        )  # fmt: skip
+        _, err = run.communicate(timeout=900)
+
+    assert run.returncode == 1, err
+    assert "requests.jsonl': File too large; free some space" in err
+    assert err.strip().split("\n")[-1].startswith("error: the run in out was given up")
+    assert "Traceback" not in err

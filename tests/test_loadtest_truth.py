@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 
+from loadtest.__main__ import COMMANDS
 from loadtest.arrivals import due_times, rate_knots
 from loadtest.rows import Row, append_rows
 from loadtest.scenario import Scenario
 from loadtest.verdict import conclude
 from loadtest.work import Arrival
+from tests.sse_server import standin
 from tests.test_loadtest_figures import failure, reply
+from train.command import main
 from train.files import write_json, write_jsonl
 
 Reply = Callable[[int, float], Row]
@@ -239,3 +242,31 @@ def test_gaps_of_failed_requests_are_slower_than_any_bound(tmp_path):
     summary = judged(tmp_path, rows, rate="10", duration_s=20, slo=slo)
 
     assert [(item["held"], item["n"]) for item in summary["slo"]] == [(True, 200), (False, 200)]
+
+
+def test_a_run_that_was_killed_is_judged_by_its_rows(tmp_path, capsys):
+    """No summary and no samples of the server are there yet: `report` makes table and page, and it is no pass."""
+    rows = played(every(0.3), "4", 40)[:100]
+    judged(tmp_path, rows, rate="4", duration_s=40, seconds=24, planned=160, slo=("error_rate <= 1",))
+    for name in ("summary.json", "server.jsonl"):
+        (tmp_path / name).unlink()
+    status = main("loadtest", COMMANDS, ["report", str(tmp_path)])
+
+    summary = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    assert (status, summary["verdict"]) == (4, "invalid")
+    assert "it did not come to its end" in summary["invalid"]
+    assert summary["all"]["requests_per_s"] == pytest.approx(4.0, rel=0.02)
+    assert (tmp_path / "report.html").is_file()
+    # Judged once more, it is what it was.
+    assert main("loadtest", COMMANDS, ["report", str(tmp_path)]) == 4
+
+
+def test_a_results_folder_that_cannot_be_is_one_line(tmp_path, capsys):
+    """The folder above is a file, as good as a disk that is full or may only be read."""
+    (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
+    with standin("base") as url:
+        words = ["--prompts", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "q.jsonl/out"), "--url", url]
+        status = main("loadtest", COMMANDS, words)
+
+    assert status == 1
+    assert capsys.readouterr().err.startswith("error: cannot write")
