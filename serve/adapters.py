@@ -26,6 +26,7 @@ from serve.limits import Limits
 from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
+from serve.presence import Presence, announce
 from train import store as shelves
 from train.fingerprint import fingerprint
 from train.store import Manifest
@@ -97,9 +98,8 @@ class AdaptersPlugin:
             engine=VllmEngine(engine_client, state.openai_serving_models),
             store=Path(config.store),
             base_name=state.openai_serving_models.base_model_paths[0].name,
-            base_fingerprint=base_fingerprint,
+            presence=Presence(f"http://{config.host}:{config.port}", base_fingerprint, config.max_rank),
             capacity=config.host_adapters,
-            max_rank=config.max_rank,
             on_event=meters.adapter_event,
         )
         keys = KeyRing(Path(config.keys) if config.keys else None)
@@ -113,6 +113,8 @@ class AdaptersPlugin:
             template=await asyncio.to_thread(turns.template_in, Path(args.model), args.chat_template),
             context_tokens=state.openai_serving_models.model_config.max_model_len,
         )
+        # Kept on the state: who looks finds it until this process ends.
+        state.counsel_presence = announce(plane.store, plane.presence)
         await plane.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.counsel_watch = asyncio.create_task(plane.watch())

@@ -19,6 +19,7 @@ from serve.bodies import CHAT, COMPLETIONS, Body, prepare
 from serve.config import from_environment
 from serve.openai_errors import Refusal
 from serve.plane import Plane
+from serve.presence import Presence
 from serve.turns import Template, template_in
 from train.fingerprint import fingerprint
 
@@ -103,9 +104,8 @@ class Desk:
             engine=VllmEngine(engine, state.openai_serving_models),
             store=Path(config.store),
             base_name=state.openai_serving_models.base_model_paths[0].name,
-            base_fingerprint=fingerprint(Path(args.model)),
+            presence=Presence("", fingerprint(Path(args.model)), config.max_rank),
             capacity=config.host_adapters,
-            max_rank=config.max_rank,
             on_event=lambda event, manifest, seconds: None,
         )
         await plane.refresh(swap=False)

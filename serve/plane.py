@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.openai_errors import Refusal
+from serve.presence import Presence
 from train import store as shelves
 from train.command import nearest
 from train.errors import UserError
@@ -70,15 +71,13 @@ class Plane:
         engine: Engine,
         store: Path,
         base_name: str,
-        base_fingerprint: str,
+        presence: Presence,
         capacity: int,
-        max_rank: int,
         on_event: Callable[[str, Manifest, float], None],
     ) -> None:
         """`on_event(event, manifest, seconds)` is told of `load`, `unload`, `evict`, `fail` and `gone`."""
         self.engine, self.store, self.on_event = engine, store, on_event
-        self.base_name, self.base_fingerprint = base_name, base_fingerprint
-        self.capacity, self.max_rank = capacity, max_rank
+        self.base_name, self.presence, self.capacity = base_name, presence, capacity
         self.shelves: dict[str, Shelf] = {}
         self.serving: dict[str, str] = {}
         self.withdrawn: set[str] = set()
@@ -97,10 +96,8 @@ class Plane:
 
     def why_not(self, manifest: Manifest) -> str | None:
         """Why a published version cannot be served here; None when it can."""
-        if manifest.base["fingerprint"] != self.base_fingerprint:
-            return f"it was made for base {manifest.base['name']} ({manifest.base['fingerprint'][:12]}), not this one"
-        if manifest.rank > self.max_rank:
-            return f"its rank {manifest.rank} is above this server's --max-rank {self.max_rank}"
+        if reason := self.presence.why_not(manifest):
+            return reason
         if manifest.id in self.withdrawn:
             return "it was unloaded by an admin; load it again or publish a new version"
         return self.failed.get(manifest.id)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.keys import ROLES, USER, add_key
+from serve.presence import present
 from train import store as shelves
 from train.catalog import resolve
 from train.chat import SYSTEM_PROMPT
@@ -73,6 +74,7 @@ def publish(options: Publish) -> Result:
     folder, name, model, run = _source(options)
     manifest = shelves.publish(Path(options.store), name, folder, resolve(model), system=options.system, run=run)
     print(f"published {manifest.id}: rank {manifest.rank}, {_size(manifest)}, for {manifest.base['name']}")
+    _say_unserved(Path(options.store), [manifest])
     return Result(
         {"adapter": manifest.id, "path": str(shelves.version_dir(Path(options.store), manifest))},
         next=f"a server on this store serves it within 2 s; ask it with python -m serve chat --model {name}",
@@ -98,6 +100,10 @@ def list_all(options: List) -> Result:
         for manifest in shelf.versions.values()
     ]
     _table(("name", "version", "", "base", "rank", "size", "published (UTC)", "run"), rows)
+    for shelf in found:
+        for reason in shelf.broken.values():
+            print(f"{shelf.name}: damaged: {reason}")
+    _say_unserved(store, [shelf.versions[shelf.current] for shelf in found if shelf.current])
     return Result({"adapters": len(found), "versions": len(rows)})
 
 
@@ -175,6 +181,14 @@ def _source(options: Publish) -> tuple[Path, str, str, str | None]:
         return folder, options.name or folder.name, options.model or "smollm2-135m", None
     run = open_run(options.source)
     return run.adapter, options.name or run.name, options.model or str(run.config()["base"]), run.name
+
+
+def _say_unserved(store: Path, current: Sequence[Manifest]) -> None:
+    """Say which of these the servers that follow the store will not serve; they go on with what they have."""
+    for server in present(store):
+        for manifest in current:
+            if reason := server.why_not(manifest):
+                print(f"{server.url} does not serve {manifest.id}: {reason}")
 
 
 def _size(manifest: Manifest) -> str:

@@ -18,6 +18,7 @@ from serve.adapters import VllmEngine, _load, _unload
 from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
+from serve.presence import Presence
 from tests.tiny import tiny_manifest
 from tests.waiting import HANG_S
 from train import store as shelves
@@ -59,7 +60,7 @@ def plane_of(
     capacity: int, store: Path, on_event: Callable[[str, Manifest, float], None] = lambda *_: None
 ) -> tuple[Plane, Notes]:
     notes = Notes()
-    return Plane(notes, store, "tiny", "f00d", capacity, max_rank=16, on_event=on_event), notes
+    return Plane(notes, store, "tiny", Presence("", "f00d", 16), capacity, on_event), notes
 
 
 def test_many_who_ask_at_once_share_one_load(tmp_path):

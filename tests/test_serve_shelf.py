@@ -5,9 +5,11 @@ import json
 import pytest
 
 from serve.__main__ import COMMANDS
+from serve.presence import Presence, announce
 from tests.tiny import tiny_adapter
 from train.catalog import Base
 from train.command import main
+from train.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -46,6 +48,32 @@ def test_an_adapter_is_published_shown_rolled_back_pinned_and_removed(serve, tin
     assert serve("gc", "--keep", "0", *store)[1]["removed"] == [second["adapter"]]
     assert serve("remove", "gentle", *store)[1]["removed"] == [first["adapter"]]
     assert "the store is empty" in serve("list", *store)[2]
+
+
+def test_what_a_server_will_not_serve_is_said_at_publish_and_in_the_list(serve, tiny_model: Base, tmp_path):
+    """While a server for rank 4 follows the store; and nothing of one that is gone."""
+    store = tmp_path / "store"
+    source = str(tiny_adapter(tiny_model.path, tmp_path / "gentle", seed=1))
+    server = announce(store, Presence("http://127.0.0.1:8000", fingerprint(tiny_model.path), 4))
+    words = ("publish", source, "--model", str(tiny_model.path), "--store", str(store))
+    reason = "its rank 8 is above this server's --max-rank 4"
+    assert "http://127.0.0.1:8000 does not serve gentle@" in (said := serve(*words)[2])
+    assert reason in said
+    assert reason in serve("list", "--store", str(store))[2]
+    server.close()
+    assert "does not serve" not in serve("list", "--store", str(store))[2] + serve(*words)[2]
+
+
+def test_a_damaged_version_is_said_in_the_list(serve, tiny_model: Base, tmp_path):
+    """And the others are listed."""
+    store = tmp_path / "store"
+    source = str(tiny_adapter(tiny_model.path, tmp_path / "gentle", seed=1))
+    for name in ("gentle", "calm"):
+        serve("publish", source, "--model", str(tiny_model.path), "--name", name, "--store", str(store))
+    next((store / "calm").glob("*/manifest.json")).write_text("{")
+    status, found, said = serve("list", "--store", str(store))
+    assert (status, found) == (0, {"adapters": 2, "versions": 1})
+    assert "calm: damaged: " in said
 
 
 def test_a_mistake_is_one_line_and_status_1(serve, tmp_path):

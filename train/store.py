@@ -34,6 +34,8 @@ from train.fingerprint import fingerprint
 
 FORMAT = 1
 MANIFEST, CURRENT, HISTORY, PINNED = "manifest.json", "current", "history", "pinned"
+# Where servers say that they are there.
+SERVERS = ".servers"
 STALE_S = 3600.0
 MAX_SYSTEM_CHARS = 8000
 
@@ -355,7 +357,7 @@ def collect_garbage(store: Path, keep: int) -> list[str]:
             leftovers += (store / name).glob(".*")
         for left in leftovers:
             # Younger ones may belong to a publish that is running now.
-            if time.time() - left.lstat().st_mtime > STALE_S:
+            if left.name != SERVERS and time.time() - left.lstat().st_mtime > STALE_S:
                 _delete(left)
                 removed.append(str(left))
     return removed

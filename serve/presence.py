@@ -1,0 +1,67 @@
+"""Which servers follow a store, so that `publish` and `list` can say beforehand what those will not serve.
+
+A server keeps a small file in the store, and a lock on it for as long as it lives: a file that nobody locks is that of
+a server that is gone.
+"""
+
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from train.store import SERVERS, Manifest
+
+log = logging.getLogger("vllm.counsel")
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A server at `url`, and what decides which versions it can serve."""
+
+    url: str
+    base_fingerprint: str
+    max_rank: int
+
+    def why_not(self, manifest: Manifest) -> str | None:
+        """Why it cannot serve a version; None when it can."""
+        if manifest.base["fingerprint"] != self.base_fingerprint:
+            return f"it was made for base {manifest.base['name']} ({manifest.base['fingerprint'][:12]}), not this one"
+        if manifest.rank > self.max_rank:
+            return f"its rank {manifest.rank} is above this server's --max-rank {self.max_rank}"
+        return None
+
+
+def announce(store: Path, presence: Presence) -> IO[str] | None:
+    """Say that a server is there, until the file that is returned is closed; None where the store cannot be written."""
+    folder = store / SERVERS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f"{os.getpid()}.json").open("w", encoding="utf-8")
+    except OSError as error:
+        log.info("publish will not know of this server: %s", error)
+        return None
+    fcntl.flock(file, fcntl.LOCK_EX)
+    json.dump(dataclasses.asdict(presence), file)
+    file.flush()
+    return file
+
+
+def present(store: Path) -> list[Presence]:
+    """The servers of this machine that follow the store now."""
+    found = []
+    for path in sorted((store / SERVERS).glob("*.json")):
+        try:
+            with path.open(encoding="utf-8") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append(Presence(**json.load(file)))
+                else:
+                    path.unlink()
+        except (OSError, ValueError, TypeError):
+            continue  # it went while we looked, or is being written
+    return found
