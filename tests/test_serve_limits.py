@@ -54,3 +54,25 @@ def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
         assert (limits.in_flight, limits.lines) == (0, {})
 
     asyncio.run(scene())
+
+
+def test_a_few_callers_cannot_shut_out_the_others():
+    """Two keys that take all they may leave a quarter for keys with nothing in; one of those gets in, and no further."""
+
+    async def enter_all() -> None:
+        limits = Limits(per_key=64, queued_per_key=64, total=160)
+        for key in ("a", "b"):
+            with pytest.raises(Refusal) as refused:
+                for _ in range(200):
+                    limits.enter(key, 1)
+            assert refused.value.status in (429, 503)
+        # The first took three quarters, and the second, which had nothing in, one more.
+        limits.enter("c", 8)
+        with pytest.raises(Refusal, match="the server is full"):
+            limits.enter("c", 1)
+        assert limits.in_flight == 129
+        limits.enter("d", 31)
+        with pytest.raises(Refusal, match="160 answers"):
+            limits.enter("e", 1)
+
+    asyncio.run(enter_all())
