@@ -57,22 +57,20 @@ def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
 
 
 def test_a_few_callers_cannot_shut_out_the_others():
-    """Two keys that take all they may leave a quarter for keys with nothing in; one of those gets in, and no further."""
+    """Keys with something in may fill three quarters; the rest is for those with nothing in."""
 
-    async def enter_all() -> None:
+    async def scene() -> None:
         limits = Limits(per_key=64, queued_per_key=64, total=160)
-        for key in ("a", "b"):
-            with pytest.raises(Refusal) as refused:
-                for _ in range(200):
-                    limits.enter(key, 1)
-            assert refused.value.status in (429, 503)
-        # The first took three quarters, and the second, which had nothing in, one more.
-        limits.enter("c", 8)
-        with pytest.raises(Refusal, match="the server is full"):
-            limits.enter("c", 1)
-        assert limits.in_flight == 129
-        limits.enter("d", 31)
-        with pytest.raises(Refusal, match="160 answers"):
-            limits.enter("e", 1)
+        for _ in range(120):
+            limits.enter("a", 1)
+        with pytest.raises(Refusal, match="the server is full: 120 answers"):
+            limits.enter("a", 1)
+        limits.enter("b", 30)
+        with pytest.raises(Refusal, match="the server is full: 150 answers") as full:
+            limits.enter("b", 1)
+        assert full.value.status == 503
+        limits.enter("c", 10)
+        with pytest.raises(Refusal, match="the server is full: 160 answers"):
+            limits.enter("d", 1)
 
-    asyncio.run(enter_all())
+    asyncio.run(scene())
