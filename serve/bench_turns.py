@@ -107,23 +107,20 @@ async def _measure(url: str, slots: int, seconds: float) -> Measured:
             async for chunk in await client.completions.create(
                 model=model, prompt=prompt, max_tokens=HOT_TOKENS, stream=True, extra_body={"ignore_eos": True}
             ):
-                if time.monotonic() >= stop_s:
-                    break
-                tokens += len(chunk.choices)
+                if time.monotonic() < stop_s:
+                    tokens += len(chunk.choices)
 
     async def cold() -> None:
         await asyncio.sleep(BETWEEN_S)
         while time.monotonic() < stop_s:
             asked_s = time.monotonic()
-            stream = await client.completions.create(
+            first_s: float | None = None
+            async for _ in await client.completions.create(
                 model=ADAPTERS[slots], prompt=f"cold at {asked_s}", max_tokens=COLD_TOKENS, stream=True,
                 extra_body={"ignore_eos": True},
-            )  # fmt: skip
-            async for _ in stream:
-                waits.append(time.monotonic() - asked_s)
-                break
-            async for _ in stream:
-                pass
+            ):  # fmt: skip
+                first_s = first_s or time.monotonic()
+            waits.append((first_s or time.monotonic()) - asked_s)
             await asyncio.sleep(BETWEEN_S)
 
     async with client:

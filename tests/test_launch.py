@@ -12,6 +12,7 @@ from serve.launch import PLUGINS, plan
 from serve.machine import Machine, look
 from train import hardware
 from train.catalog import Base
+from train.errors import UserError
 from train.processor import Processor, described
 from train.recipe import Recipe
 
@@ -220,3 +221,10 @@ def test_a_vllm_that_was_not_tested_keeps_its_own_path_with_a_warning(monkeypatc
     with caplog.at_level("WARNING", logger="vllm.counsel"):
         assert platform.register() is None
     assert "was not tested with vLLM" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_a_wait_of_nothing_is_refused(seconds):
+    """Turns of no length would change the adapters in the slots at every step."""
+    with pytest.raises(UserError, match="adapter_wait_s is"):
+        ServeConfig(adapter_wait_s=seconds)

@@ -51,7 +51,9 @@ def engine_of(base, monkeypatch):
 
 
 class Engine:
-    """Steps of STEP_S on a clock of its own; `first_s` holds when each request got its first token."""
+    """Steps of `step_s` on a clock of its own; `first_s` holds when each request got its first token."""
+
+    step_s = STEP_S
 
     def __init__(self, cls, config, kv_cache_config):
         self.now_s, self.numbers = 0.0, count()
@@ -80,7 +82,7 @@ class Engine:
         """One step; the names of the requests in it."""
         planned = self.scheduler.schedule()
         names = list(planned.num_scheduled_tokens)
-        self.now_s += STEP_S
+        self.now_s += self.step_s
         done = [
             name for name in names
             if self.scheduler.requests[name].num_computed_tokens >= self.scheduler.requests[name].num_tokens
@@ -130,6 +132,27 @@ def test_beside_busy_adapters_another_gets_its_turn(engine_of, cls):
         assert engine.wait_s(cold) <= WAIT_S
     # What stood still went on: nobody lost an answer.
     assert set(engine.ended.values()) == {"length"}
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_turns_cost_busy_adapters_little(engine_of, slots):
+    """24 streams on as many adapters as slots and one more asked every 2 s: within its wait, at .95 of the tokens."""
+    told, waits = [], []
+    for due_s in (1e9, None):
+        engine = engine_of(TurnsScheduler, slots=slots, running=32)
+        engine.step_s = 0.02
+        engine.scheduler.due_s = due_s or engine.scheduler.due_s
+        cold, asks_s = [], 2.0
+        while engine.now_s < 20:
+            if engine.now_s >= asks_s and (not cold or cold[-1] in engine.ended):
+                cold.append(engine.ask(slots + 1, tokens=4))
+                asks_s = engine.now_s + 2.0
+            busy(engine, range(1, slots + 1), streams=24 // slots, tokens=64)
+        told.append(sum(engine.told.values()))
+        waits.append([engine.wait_s(name) for name in cold if name in engine.first_s])
+    assert told[1] >= 0.95 * told[0]
+    assert len(waits[1]) >= 5
+    assert max(waits[1]) <= WAIT_S
 
 
 def test_without_a_bound_it_would_wait_for_ever(engine_of):
