@@ -1,11 +1,11 @@
 """The run directory: everything one training run read, did and made.
 
 runs/<name>/
-  config.json      the resolved config            (written first)
+  config.json      the resolved config            (written first; `python -m train <this file> --resume` goes on)
   provenance.json  command line, git revision, versions, device, data hash, seed
   data/            train.jsonl val.jsonl test.jsonl report.json
   metrics.jsonl    one object per logged step
-  checkpoints/     trainer state, for --resume    (removed when training ends)
+  checkpoints/     trainer state, for --resume    (removed when training ends); whole.json seals each
   adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
   train.json       the summary                    (written last: its presence means complete)
   eval/<stamp>/    loadtest/<stamp>/              what the other commands add
