@@ -3,6 +3,7 @@
 Each check is one line, ok or FAIL. `train` runs the same checks first and refuses where one fails.
 """
 
+import dataclasses
 import difflib
 import json
 import logging
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from train import adapter, catalog, data, store
@@ -249,10 +251,9 @@ def optimizer(recipe: Recipe, how: Plan) -> str:
             f"optimizer is {recipe.optimizer!r}, which transformers does not have; "
             f"did you mean {_most_like(recipe.optimizer, known)!r}?"
         )
-    # Nothing is written: the folder is made when something is saved.
-    arguments = TrainingArguments(
-        output_dir="unused", optim=how.optimizer, use_cpu=how.device == "cpu", report_to="none"
-    )
+    # As much of TrainingArguments as is read here: made whole, they would set up this process's devices again.
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    arguments: Any = SimpleNamespace(**defaults | {"optim": OptimizerNames(how.optimizer)})
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ImportError, ValueError, RuntimeError) as error:
