@@ -76,7 +76,12 @@ def due_times(process: str, knots: Sequence[Knot], burstiness: float, seed: int)
     random = np.random.default_rng([seed, 1])
     # Enough gaps that falling short has a chance below 1e-9: the sum's spread is sqrt(n / shape).
     n = math.ceil(total + 7 * math.sqrt((total + 1) / shape) + 20 / shape + 20)
-    units = np.cumsum(random.gamma(shape, 1 / shape, n))
+    gaps = random.gamma(shape, 1 / shape, n)
+    if process == "gamma":
+        # The run begins at any moment, not with an arrival: it falls into a long gap more likely than into a short one,
+        # and anywhere within it. From an arrival on, bursty gaps would give (1 / shape - 1) / 2 requests too many.
+        gaps[0] = random.random() * random.gamma(shape + 1, 1 / shape)
+    units = np.cumsum(gaps)
     return _to_seconds(units[units < total], knots)
 
 

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import gevent
+from gevent import Timeout
 from gevent.pool import Pool
 
 import openai
@@ -79,7 +80,7 @@ class Player:
                 self._sink(Row(arrival.id, 0, arrival.model, self.worker, due_s, arrival.tags, end_s=self.now_s(),
                                  outcome="dropped", error=f"{self._cap} requests in flight"))  # fmt: skip
             else:
-                self._begin(arrival, due_s)
+                self._begin(arrival, due_s, lap)
 
     def play_closed(self, stopping: Callable[[], bool]) -> None:
         """Ask, wait for the reply, ask again, until the time or the plan's `requests` are up, or `stopping`."""
@@ -89,7 +90,7 @@ class Player:
             if lap and self.scenario.requests:
                 return
             self.due_so_far += 1
-            self._begin(self._plan[index]._replace(id=number), None).join()
+            self._begin(self._plan[index]._replace(id=number), None, lap).join()
 
     def drain(self) -> None:
         """Wait for running requests, at most `drain_s`; those that are left become rows with outcome `unfinished`."""
@@ -100,17 +101,21 @@ class Player:
             self._sink(row)
         self._open_rows.clear()
 
-    def _begin(self, arrival: Arrival, due_s: float | None) -> gevent.Greenlet:
-        greenlet = self.pool.spawn(self._converse, arrival, due_s)
+    def _begin(self, arrival: Arrival, due_s: float | None, lap: int) -> gevent.Greenlet:
+        greenlet = self.pool.spawn(self._converse, arrival, due_s, lap)
         # Whatever a server does is an outcome; an exception here is our own bug, and must not pass for fewer rows.
         greenlet.link_exception(lambda dead: self.bugs.append("".join(traceback.format_exception(dead.exception))))
         return greenlet
 
-    def _converse(self, arrival: Arrival, due_s: float | None) -> None:
-        """Ask the turns of one arrival, each after the reply before it; a failed turn ends the conversation."""
+    def _converse(self, arrival: Arrival, due_s: float | None, lap: int) -> None:
+        """Ask the turns of one arrival, each after the reply before it; a failed turn ends the conversation.
+
+        In a later `lap` through the plan the server knows its prompts already: they are numbered once more.
+        """
         messages: list[dict[str, str]] = []
         for turn, prompt in enumerate(arrival.prompts):
-            question = self._prompts[prompt]
+            again = f"[{lap}]" if lap and self.scenario.unique else ""
+            question = again + self._prompts[prompt]
             with_system = turn == 0 and not self.scenario.bare
             messages += prompt_messages(question) if with_system else [{"role": "user", "content": question}]
             due_s = self.now_s() if due_s is None else due_s
@@ -120,7 +125,7 @@ class Player:
             self._open_rows[key] = row
             body = request_body(self.scenario, arrival.model, messages, arrival.max_tokens)
             limits = Limits(arrival.cancel_s, self.scenario.request_s, self.scenario.silence_s)
-            reply = ask(self._client, body, row, self.start_s, limits, gevent.Timeout)
+            reply = ask(self._client, body, row, self.start_s, limits, Timeout)
             del self._open_rows[key]
             self._sink(row)
             if not row.ok or turn + 1 == len(arrival.prompts):

@@ -1,6 +1,7 @@
 """Everything a run needs before it starts, in its results directory: config, models, prompts, plan."""
 
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,4 +161,8 @@ def _due(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:
         ) from error
     if not rows:
         raise UserError(f"{scenario.trace} is empty; it needs one JSON object a line with the key timestamp")
-    return trace_times(stamps, scenario.duration_s, scenario.trace_speed), known
+    due_s = trace_times(stamps, scenario.duration_s, scenario.trace_speed)
+    if len(due_s) < len(stamps):
+        print(f"{scenario.trace}: {len(due_s)} of {len(stamps)} arrivals are due within duration_s, "
+              f"{scenario.duration_s:g}; the rest are left out", file=sys.stderr)  # fmt: skip
+    return due_s, known

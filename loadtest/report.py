@@ -21,7 +21,9 @@ h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem }
 td, th { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e5e5e5 }
 td:first-child, th:first-child { text-align: left } .scroll { overflow-x: auto }
-svg { width: 100%; height: auto } p.note { color: #555; font-size: .87rem } code { font-size: .85em }
+.pairs td { overflow-wrap: anywhere }
+/* Letters of a chart shrink with it: below this it is scrolled instead, within its own frame. */
+svg { width: 100%; min-width: 40rem; height: auto } p.note { color: #555; font-size: .87rem } code { font-size: .85em }
 """
 
 
@@ -83,8 +85,7 @@ def _head(scenario: Scenario, summary: Mapping[str, Any]) -> str:
 
 def section(title: str, content: str | Sequence[Sequence[str]], note: str = "") -> str:
     """A headed part of a page: ready HTML, or cells that become a table, and a note below."""
-    if not isinstance(content, str):
-        content = _table(content)
+    content = f'<div class="scroll">{content}</div>' if isinstance(content, str) else _table(content)
     below = f'<p class="note">{html.escape(note)}</p>' if note else ""
     return f"<h2>{html.escape(title)}</h2>{content}{below}"
 
@@ -94,7 +95,8 @@ def _table(cells: Sequence[Sequence[str]]) -> str:
     head, *lines = cells
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    return f'<div class="scroll"><table><tr>{top}</tr>{rows}</table></div>'
+    kind = ' class="pairs"' if len(head) == 2 else ""
+    return f'<div class="scroll"><table{kind}><tr>{top}</tr>{rows}</table></div>'
 
 
 def _pairs(document: Mapping[str, Any]) -> list[tuple[str, str]]:

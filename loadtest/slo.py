@@ -61,7 +61,10 @@ def parse_objective(text: str) -> Objective:
         raise UserError(f"slo {text!r} cannot be read; the form is [MODEL:] METRIC <= NUMBER")
     if match["metric"] not in METRICS:
         raise UserError(f"slo {text!r}: no metric {match['metric']!r}; {nearest(match['metric'], METRICS)}")
-    return Objective(match["scope"] or "", match["metric"], match["sign"], _bound(text, match["bound"]))
+    bound = _bound(text, match["bound"])
+    if match["metric"] in SHARES and not 0 <= bound <= 1:
+        raise UserError(f"slo {text!r}: {match['metric']} is a share from 0 to 1, not percent; write {bound / 100:g}?")
+    return Objective(match["scope"] or "", match["metric"], match["sign"], bound)
 
 
 def parse_limit(text: str) -> Objective:
@@ -122,8 +125,14 @@ def _value_of(metric: str, found: Mapping[str, Any], rows: Sequence[Row]) -> tup
         whole = [row for row in stayed if row.ok and row.gaps_s]
         values = [gap for row in whole for gap in row.gaps_s]
         n, beyond = len(whole) + failed, round(failed * len(values) / len(whole)) if whole else failed
-    value = percentile([*values, *[math.inf] * beyond], int(match["percent"]))
-    return value if value is not None and math.isfinite(value) else None, n
+    percent = int(match["percent"])
+    value = percentile([*values, *[math.inf] * beyond], percent)
+    if value is not None and not math.isfinite(value):
+        # Between the last whole reply and the first failure there is nothing to interpolate: where nine in ten of all
+        # are whole, the slowest of those is the p90.
+        rank = -(-(len(values) + beyond) * percent // 100)
+        value = sorted(values)[rank - 1] if rank <= len(values) else None
+    return value, n
 
 
 def rows_needed(metric: str) -> int:

@@ -157,6 +157,15 @@ def test_failed_requests_are_slower_than_any_bound():
     assert judged(rows) == [(pytest.approx(0.45), True), (pytest.approx(0.73), True)]
 
 
+@pytest.mark.parametrize(("failed", "held"), [(9, True), (10, True), (11, False)])
+def test_a_tenth_may_fail_where_nine_tenths_must_hold(failed, held):
+    """Of a hundred requests ten fail: ninety had their first token in time, which is what a p90 says."""
+    rows = [failure(n, n) if n < failed else reply(n, n, ttft_s=0.5) for n in range(100)]
+    found = judge([parse_objective("ttft_p90_s <= 0.5")], summarise(rows, 0, anything), rows)[0]
+
+    assert (found.held, found.value) == (held, pytest.approx(0.5) if held else None)
+
+
 def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario) -> set[str]:
     """The names of the checks that fail."""
     ttft_s = {"p50": 0.1, "p95": 0.1, "p99": 0.1}

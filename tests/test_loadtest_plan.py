@@ -58,6 +58,24 @@ def test_random_arrivals_have_the_rate_and_the_irregularity(process, burstiness,
     assert 0 <= due[0] <= due[-1] < 1000
 
 
+@pytest.mark.parametrize("burstiness", [0.0625, 0.25, 1.0, 4.0])
+def test_bursts_do_not_raise_the_rate(burstiness):
+    """Over 2,000 plans of 24 arrivals each there are 24 on average, however they come in bursts."""
+    counts = [len(times("gamma", "2", 12, burstiness, seed)) for seed in range(2000)]
+    spread = (sum((n - 24) ** 2 for n in counts) / len(counts)) ** 0.5
+
+    assert sum(counts) / len(counts) == pytest.approx(24, abs=3.5 * spread / 2000**0.5)
+
+
+def test_a_trace_that_is_cut_off_is_said(tmp_path, capsys):
+    """Of stamps over 100 s a run of 60 s plays a part, and says how much."""
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"timestamp": {n}}}\n' for n in range(100)))
+    plan, _ = plan_of(Scenario(arrivals="trace", trace=str(tmp_path / "t.jsonl")), Models(("base",), "base"), QUESTIONS)
+
+    assert len(plan) == 60
+    assert "60 of 100 arrivals are due within duration_s, 60" in capsys.readouterr().err
+
+
 def test_arrivals_repeat_with_their_seed_only():
     """The same seed gives the same times, another seed others."""
     assert times("poisson", "5", 20, seed=3) == times("poisson", "5", 20, seed=3)
@@ -135,6 +153,8 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
         ({"slo": ("ttft_p90_s < 1",)}, "the form is"),
         ({"duration_s": float("inf")}, "must be a number above 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"slo": ("error_rate <= 5",)}, "a share from 0 to 1, not percent; write 0.05"),
+        ({"slo": ("goodput_share >= 90",)}, "a share from 0 to 1, not percent; write 0.9"),
         ({"good": ("ttft_s <= soon",)}, "'soon' is not a number"),
     ],
 )

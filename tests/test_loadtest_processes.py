@@ -171,6 +171,28 @@ def test_a_source_that_joins_late_leaves_alone_what_was_due_before(monkeypatch):
     assert clock.naps_s == [pytest.approx(0.1)]
 
 
+def test_a_plan_that_is_gone_through_again_has_new_prompts(monkeypatch):
+    """A closed loop of a minute through a plan of two: the server knows none of its prompts."""
+    plan = [Arrival(n, 0.0, "base", (n,), 2, 0.0, None, ()) for n in range(2)]
+    clock = SimpleNamespace(now_s=0.0)
+
+    def now_s(_: Player) -> float:
+        clock.now_s += 1
+        return clock.now_s
+
+    monkeypatch.setattr(Player, "now_s", now_s)
+    with standin("base") as url, make_client(url) as client:
+        player = Player(
+            Scenario(url=url, arrivals="closed", concurrency=1), plan, ["a", "b"], client, 0, lambda _: None
+        )
+        player.play_closed(lambda: False)
+        with urllib.request.urlopen(url.replace("/v1", "/arrived")) as response:
+            texts = [text for _, text in json.load(response)["arrived"]]
+
+    assert len(texts) > 4
+    assert len(set(texts)) == len(texts)
+
+
 def page(port: int, path: str) -> Any:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=300) as response:
         return json.load(response)
