@@ -12,7 +12,6 @@ where there is room, or where its name is in the engine already; one after the o
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -22,9 +21,9 @@ from typing import Any, Protocol
 
 from serve.openai_errors import Refusal
 from serve.presence import Presence
+from serve.reader import StoreReader
 from train import store as shelves
 from train.command import nearest
-from train.errors import UserError
 from train.store import Manifest, Shelf
 
 log = logging.getLogger("vllm.counsel")
@@ -83,16 +82,12 @@ class Plane:
         self.withdrawn: set[str] = set()
         self.failed: dict[str, str] = {}
         self.residents: dict[str, Resident] = {}
-        # Each name's folder: when it changed last, and whether it was read once more since.
-        self._stamps: dict[str, tuple[int, bool]] = {}
-        self._place = (0, 0)
-        self._complaints: dict[str, str] = {}
+        self._reader = StoreReader(store)
+        self._unserved: dict[str, str] = {}
         self._behind: dict[str, None] = {}
         self._catching_up: asyncio.Task[None] | None = None
         self._refreshing, self._one_load = asyncio.Lock(), asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-
-    # What is there
 
     def why_not(self, manifest: Manifest) -> str | None:
         """Why a published version cannot be served here; None when it can."""
@@ -145,7 +140,7 @@ class Plane:
     async def resolve(self, model: str) -> Manifest:
         """The version that `model` (`name` or `name@version`) means. Raises Refusal: 404 with the nearest names."""
         manifest = self._find(model)
-        if manifest is None and await asyncio.to_thread(self._is_new, model.partition("@")[0]):
+        if manifest is None and await asyncio.to_thread(self._reader.is_new, model.partition("@")[0]):
             # It was published a moment ago.
             await self.refresh()
             manifest = self._find(model)
@@ -153,22 +148,14 @@ class Plane:
             known = [self.base_name, *{m.name for m in self.servable()}]
             if "@" in model:
                 known += [m.id for m in self.servable()]
-            # A name longer than any that could be meant is not searched for, nor told in full.
-            hint = await asyncio.to_thread(nearest, model, known) if len(model) <= MAX_SEARCHED else "it is too long"
-            shown = model if len(model) <= MAX_SEARCHED else model[:MAX_SEARCHED] + "..."
+            # A name longer than any that could be meant is not told in full, nor searched for.
+            shown = model[:MAX_SEARCHED]
+            hint = await asyncio.to_thread(nearest, model, known) if shown == model else "and it is cut here: too long"
             raise Refusal(404, f"the model {shown!r} does not exist; {hint}", param="model", code="model_not_found")
         reason = self.why_not(manifest)
         if reason is not None:
             raise Refusal(404, f"the model {model!r} is not served: {reason}", param="model", code="model_not_found")
         return manifest
-
-    def _is_new(self, name: str) -> bool:
-        """Whether the store holds something under `name` that was not read yet; one look, however large the store."""
-        try:
-            shelves.check_name(name)
-            return (self.store / name).stat().st_mtime_ns != self._stamps.get(name, (0, False))[0]
-        except (UserError, OSError):
-            return False
 
     def _find(self, model: str) -> Manifest | None:
         name, _, version = model.partition("@")
@@ -176,8 +163,6 @@ class Plane:
             return self.meaning(name)
         shelf = self.shelves.get(name)
         return shelf.versions.get(version) if shelf else None
-
-    # Requests
 
     async def acquire(self, manifest: Manifest, room_wait_s: float | None = None) -> Resident:
         """Hold a version in the engine, loading it if need be. Pair with `release`. Raises Refusal when it cannot.
@@ -210,8 +195,6 @@ class Plane:
         """Give back what `acquire` gave."""
         resident.in_flight -= 1
         resident.idle_since_s = time.monotonic()
-
-    # Loading
 
     def _admit(self, manifest: Manifest, room_wait_s: float) -> Resident:
         resident = Resident(manifest, asyncio.create_task(self._load(manifest, room_wait_s)), room_wait_s)
@@ -288,8 +271,6 @@ class Plane:
         finally:
             resident.retiring = False
 
-    # The store
-
     async def start(self) -> None:
         """Read the store and load what names mean now: pinned first, then the newest, as many as fit."""
         await self.refresh(swap=False)
@@ -311,7 +292,7 @@ class Plane:
     async def refresh(self, swap: bool = True) -> None:
         """Read what changed in the store since the last time, and act on it if `swap`."""
         async with self._refreshing:
-            changed = await asyncio.to_thread(self._read_changes)
+            changed = await asyncio.to_thread(self._reader.changes, dict(self.shelves))
             for name, shelf in changed.items():
                 before = self.shelves.get(name)
                 for manifest in shelf.versions.values():
@@ -328,67 +309,18 @@ class Plane:
             if swap and self._behind and (self._catching_up is None or self._catching_up.done()):
                 self._catching_up = self._spawn(self._catch_up())
 
-    def _read_changes(self) -> dict[str, Shelf]:
-        changed: dict[str, Shelf] = {}
-        try:
-            about = self.store.stat()
-            seen = shelves.names(self.store)
-        except OSError as error:
-            # Away for a moment, or for good: either way no reason to stop serving what was read.
-            if self._stamps:
-                self._complain(str(self.store), str(error))
-            return changed
-        place = (about.st_dev, about.st_ino)
-        if not seen and self._stamps and place != self._place:
-            self._complain(str(self.store), "it is another folder now, and empty")
-            return changed
-        self._place = place
-        self._complaints.pop(str(self.store), None)
-        for name in seen:
-            folder = self.store / name
-            try:
-                stamp = folder.stat().st_mtime_ns
-                before, settled = self._stamps.get(name, (0, False))
-                if stamp == before and settled:
-                    continue
-                # A folder may change again within one tick of the clock: it is read once more at the next look.
-                self._stamps[name] = (stamp, stamp == before)
-                shelf = shelves.read_shelf(self.store, name)
-            except (UserError, OSError) as error:
-                self._complain(name, str(error))
-                continue
-            known = self.shelves.get(name)
-            # A version that cannot be read for the moment is not one that was removed.
-            kept = {version: known.versions[version] for version in shelf.broken if known and version in known.versions}
-            if shelf.broken:
-                self._complain(name, "; ".join(shelf.broken.values()))
-            else:
-                self._complaints.pop(name, None)
-            if kept or (shelves.CURRENT in shelf.broken and known):
-                current = shelf.current or (known.current if known else None)
-                shelf = dataclasses.replace(shelf, versions={**kept, **shelf.versions}, current=current)
-            if shelf != known or stamp != before:
-                changed[name] = shelf
-        for name in set(self._stamps) - set(seen):
-            del self._stamps[name]
-            changed[name] = Shelf(name, None, {}, pinned=False)
-        return changed
-
-    def _complain(self, name: str, what: str) -> None:
-        """Log what is wrong once, not four times a second until it is mended."""
-        if self._complaints.get(name) != what:
-            self._complaints[name] = what
-            log.warning("left %s in the store as it was: %s", name, what)
-
     def _tell_unserved(self, shelf: Shelf) -> None:
         current = shelf.versions.get(shelf.current or "")
         reason = self.why_not(current) if current else None
         if current is None or reason is None:
-            self._complaints.pop(f"{shelf.name} is current", None)
+            self._unserved.pop(shelf.name, None)
             return
         meant = self.meaning(shelf.name)
         goes_on = f"{meant.id} goes on" if meant and meant.id != current.id else "its name is not served"
-        self._complain(f"{shelf.name} is current", f"{current.id} cannot be served: {reason}; {goes_on}")
+        said = f"{current.id} cannot be served: {reason}; {goes_on}"
+        if self._unserved.get(shelf.name) != said:
+            self._unserved[shelf.name] = said
+            log.warning("%s", said)
 
     def _follow(self, before: Shelf | None, after: Shelf) -> None:
         for version, manifest in (before.versions if before else {}).items():
@@ -461,12 +393,8 @@ class Plane:
             self.serving[manifest.name] = manifest.version
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        # Held here: the event loop itself holds tasks only weakly. A failure is told by asyncio when it is dropped.
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._tasks.discard)
         return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a change of the store was not followed to its end", exc_info=task.exception())

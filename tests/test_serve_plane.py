@@ -500,7 +500,7 @@ def test_an_unknown_name_is_answered_without_reading_the_store(tmp_path, monkeyp
         plane, _ = plane_of(4, tmp_path)
         shelve(tmp_path, tiny_manifest("gentle"))
         await plane.start()
-        monkeypatch.setattr(plane, "_read_changes", lambda: pytest.fail("the store was read"))
+        monkeypatch.setattr(plane._reader, "changes", lambda known: pytest.fail("the store was read"))
         with pytest.raises(Refusal, match="did you mean 'gentle'"):
             await plane.resolve("gentel")
         for name in ("x" * 1_000_000, "gentle@" + "0" * 1_000_000, "../etc", "\ud800"):

@@ -29,11 +29,12 @@ from train.adapter import CARD, CONFIG, WEIGHTS, check, check_files
 from train.catalog import Base
 from train.command import nearest
 from train.errors import UserError
-from train.files import locked, new_directory, read_json, sha256_of, write_json, write_text
+from train.files import locked, new_directory, sha256_of, write_json, write_text
 from train.fingerprint import fingerprint
+from train.manifest import FORMAT, MANIFEST, read_manifest
+from train.manifest import Manifest as Manifest
 
-FORMAT = 1
-MANIFEST, CURRENT, HISTORY, PINNED = "manifest.json", "current", "history", "pinned"
+CURRENT, HISTORY, PINNED = "current", "history", "pinned"
 # Where servers say that they are there.
 SERVERS = ".servers"
 STALE_S = 3600.0
@@ -41,36 +42,6 @@ MAX_SYSTEM_CHARS = 8000
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is known of one version; `prompt["system"]` is the system text to use where a request brings none.
-
-    `trial`: see train.trial.Trial; None for a version that was published before there were any.
-    """
-
-    format: int
-    name: str
-    version: str
-    created_utc: str
-    base: dict[str, str]
-    rank: int
-    alpha: float
-    target_modules: list[str]
-    files: dict[str, dict[str, Any]]
-    prompt: dict[str, str]
-    run: str | None
-    trial: dict[str, list[float]] | None = None
-
-    @property
-    def id(self) -> str:
-        """The exact served name: `name@version`."""
-        return f"{self.name}@{self.version}"
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(int(file["bytes"]) for file in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -225,43 +196,6 @@ def _make_current(store: Path, manifest: Manifest, history: Sequence[str] | None
     # In this order: a history without its last word is mended when it is read.
     write_text(folder / HISTORY, "".join(f"{version}\n" for version in meant))
     write_text(folder / CURRENT, manifest.version + "\n")
-
-
-def read_manifest(store: Path, name: str, version: str) -> Manifest:
-    """The manifest of one version. Raises UserError when it is absent, of another format, or not about itself."""
-    path = store / name / version / MANIFEST
-    document = read_json(path)
-    try:
-        manifest = Manifest(**document)
-    except TypeError as error:
-        raise UserError(f"{str(path)!r} is no adapter manifest: {error}") from error
-    files, trial_kept = manifest.files, manifest.trial
-    fits = {
-        "base": _holds(manifest.base, str) and {"name", "hub_id", "fingerprint"} <= manifest.base.keys(),
-        "rank": isinstance(manifest.rank, int),
-        "alpha": isinstance(manifest.alpha, int | float),
-        "target_modules": isinstance(manifest.target_modules, list),
-        "files": _holds(files, dict) and all(_is_file(name, file) for name, file in files.items()),
-        "prompt": _holds(manifest.prompt, str) and "system" in manifest.prompt,
-        "created_utc": isinstance(manifest.created_utc, str),
-        "run": manifest.run is None or isinstance(manifest.run, str),
-        "trial": trial_kept is None
-        or (_holds(trial_kept, list) and {"tokens", "base", "adapter"} <= trial_kept.keys()),
-    }
-    if wrong := [key for key, good in fits.items() if not good]:
-        raise UserError(f"{str(path)!r} is no adapter manifest: {wrong[0]} is {getattr(manifest, wrong[0])!r}")
-    if (manifest.format, manifest.name, manifest.version) != (FORMAT, name, version):
-        raise UserError(f"{str(path)!r} describes {manifest.id} in format {manifest.format}; publish the adapter again")
-    return manifest
-
-
-def _holds(value: object, kind: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(entry, kind) for entry in value.values())
-
-
-def _is_file(name: str, file: dict[str, Any]) -> bool:
-    known = name in (WEIGHTS, CONFIG, CARD)
-    return known and isinstance(file.get("sha256"), str) and isinstance(file.get("bytes"), int)
 
 
 def find(store: Path, served_name: str) -> Manifest:
