@@ -832,3 +832,30 @@ def test_what_is_published_names_no_folder_of_this_machine(finished):
     assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
     assert read_json(adapter / "tokenizer.json")["padding"] is None
     assert str(Path(recipe.base).parent) not in (adapter / "tokenizer_config.json").read_text()
+
+
+def test_precision_is_the_machines_whatever_the_launcher_says(base, tmp_path, monkeypatch):
+    """Without bfloat16 hardware nothing is computed in it: the loss before training is that of the base in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train import sft
+    from train.run import Run
+
+    here = sft.machine()
+    monkeypatch.setattr(sft, "machine", lambda: replace(here, bf16=False))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    recipe = recipe_for(base, tmp_path, max_steps=2, evaluations=1, samples=0, store="", fast_cpu=False)
+
+    done = sft.train(recipe)
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    total, count = 0.0, 0
+    for row in sft.examples(sft.spread(Run(recipe.run_path).split("val"), 4), recipe.system):
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += ids.shape[1] - len(prompt)
+    assert done["val_loss_base"] == pytest.approx(total / count, rel=1e-5)
