@@ -277,7 +277,10 @@ BREACHES = {
     "no targets": (lambda f: _without(f, "target_modules"), "target_modules is None"),
     "null targets": (lambda f: _rewrite_config(f, target_modules=None), "target_modules is None"),
     "fewer targets": (lambda f: _rewrite_config(f, target_modules=["q_proj"]), "target_modules leaves out"),
-    "alpha as text": (lambda f: _rewrite_config(f, alpha_pattern={"q_proj": "16"}), "lora_alpha is '16'"),
+    "alpha as text": (
+        lambda f: _rewrite_config(f, alpha_pattern={"q_proj": "16"}),
+        r"q_proj'\] is '16'",
+    ),
     "NaN alpha": (lambda f: _rewrite_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
     "broken pattern": (lambda f: _rewrite_config(f, alpha_pattern={"(q_proj": 3}), "which is no pattern"),
     "pattern as text": (lambda f: _rewrite_config(f, rank_pattern="q_proj"), "rank_pattern is 'q_proj'"),

@@ -117,15 +117,15 @@ def check_config(config: dict[str, Any]) -> frozenset[int]:
     names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not targets or not (names or isinstance(targets, str)):
         raise UserError(f"{CONFIG}: target_modules is {targets!r}; it must name the layers that the adapter changes")
-    ranks = [config.get("r"), *_pattern(config, "rank_pattern").values()]
-    for rank in ranks:
+    ranks = _numbers(config, "r", "rank_pattern")
+    for field, rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise UserError(f"{CONFIG}: rank is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
-    for alpha in (config.get("lora_alpha"), *_pattern(config, "alpha_pattern").values()):
+            raise UserError(f"{CONFIG}: {field} is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
+    for field, alpha in _numbers(config, "lora_alpha", "alpha_pattern"):
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not number or not 0 < abs(alpha) < float("inf"):
-            raise UserError(f"{CONFIG}: lora_alpha is {alpha!r}; it must be a number other than zero")
-    return frozenset(ranks)
+            raise UserError(f"{CONFIG}: {field} is {alpha!r}; it must be a number other than zero")
+    return frozenset(rank for _, rank in ranks)
 
 
 def _check_init(init: object) -> None:
@@ -137,17 +137,17 @@ def _check_init(init: object) -> None:
     )
 
 
-def _pattern(config: dict[str, Any], key: str) -> dict[str, Any]:
-    """A table of exceptions: from a pattern for the layer's name, as PEFT reads it, to the value there."""
-    found = config.get(key) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{CONFIG}: {key} is {found!r}; it must be an object of layer names and numbers")
-    for pattern in found:
+def _numbers(config: dict[str, Any], field: str, pattern_field: str) -> list[tuple[str, Any]]:
+    """(field, value) of a number and of its exceptions, a table from patterns of layers' names to values."""
+    exceptions = config.get(pattern_field) or {}
+    if not isinstance(exceptions, dict):
+        raise UserError(f"{CONFIG}: {pattern_field} is {exceptions!r}; it must be an object of layer names and numbers")
+    for pattern in exceptions:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UserError(f"{CONFIG}: {key} holds {pattern!r}, which is no pattern: {error}") from error
-    return found
+            raise UserError(f"{CONFIG}: {pattern_field} holds {pattern!r}, which is no pattern: {error}") from error
+    return [(field, config.get(field)), *((f"{pattern_field}[{key!r}]", value) for key, value in exceptions.items())]
 
 
 def _pairs(shapes: dict[str, Shape]) -> dict[str, tuple[Shape, Shape]]:
