@@ -120,7 +120,8 @@ def check_config(config: dict[str, Any]) -> frozenset[int]:
     ranks = _numbers(config, "r", "rank_pattern")
     for field, rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise UserError(f"{CONFIG}: {field} is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
+            shown = "rank" if field == "r" else field
+            raise UserError(f"{CONFIG}: {shown} is {rank!r}; it must be a whole number from 1 to {MAX_RANK}")
     for field, alpha in _numbers(config, "lora_alpha", "alpha_pattern"):
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not number or not 0 < abs(alpha) < float("inf"):
