@@ -58,7 +58,7 @@ def main() -> int:
     write_text(report, page(rows, evaluation, load["invalid"]))
     print(f"\nwhole demo: {time.monotonic() - started:.0f} s. Read the answers side by side in")
     print(report.resolve())
-    print(f"next: python -m serve --model {BASE}, and in another terminal python -m serve chat --model {NAME}")
+    print(f"next: python -m serve --model {BASE}, and in another terminal python -m serve chat {NAME}")
     return 0
 
 

@@ -8,7 +8,7 @@ high; OP is <, <=, > or >=.
 
 A rule on a metric cannot be judged with fewer than `LEAST_TO_SHOW` questions, with questions missing because a row
 failed or no answer had a word, or without such a bound (where all questions differ by the same). Exit status 0 when
-all rules hold, 1 when one fails, 3 when none fails and one cannot be judged.
+all rules hold, 3 when one fails, 4 when none fails and one cannot be judged.
 """
 
 import operator
@@ -21,10 +21,9 @@ from eval.config import GateConfig
 from eval.metrics import METRICS
 from eval.stats import LEAST_TO_SHOW
 from eval.summary import FORMAT
-from train.command import Result, nearest
+from train.command import CANNOT_BE_JUDGED, MISSED, Result, nearest
 from train.errors import UserError
 
-CANNOT_BE_JUDGED = 3
 _COUNTS = ("errors", "empty", "cut")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
@@ -113,5 +112,5 @@ def gate(config: GateConfig) -> Result:
         verdict = {True: "pass", False: "FAIL", None: "????"}[passed]
         print(f"{verdict}  {rule.text}  (observed {shown}, n {n}){f': cannot be judged: {problem}' if problem else ''}")
     verdicts = {result["passed"] for result in results}
-    status = 1 if False in verdicts else CANNOT_BE_JUDGED if None in verdicts else 0
+    status = MISSED if False in verdicts else CANNOT_BE_JUDGED if None in verdicts else 0
     return Result({"side": one.label, "passed": status == 0, "rules": results}, status)

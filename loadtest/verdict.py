@@ -20,13 +20,14 @@ from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
 from loadtest.window import Window, arrivals_end_s, closed_window, open_window
 from loadtest.work import Arrival
+from train.command import CANNOT_BE_JUDGED, MISSED
 from train.files import read_json, read_jsonl
 
-# Of a run, and of a comparison of two. 1 is an error, 2 wrong usage: see train/command.py.
+# Of a run, and of a comparison of two.
 EXIT_STATUS = {
     "passed": 0, "unjudged": 0, "better": 0, "no difference": 0,
-    "missed": 3, "worse": 3,
-    "invalid": 4, "cannot tell": 4, "different loads": 4,
+    "missed": MISSED, "worse": MISSED,
+    "invalid": CANNOT_BE_JUDGED, "cannot tell": CANNOT_BE_JUDGED, "different loads": CANNOT_BE_JUDGED,
 }  # fmt: skip
 
 

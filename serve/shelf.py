@@ -77,7 +77,7 @@ def publish(options: Publish) -> Result:
     _say_unserved(Path(options.store), [manifest])
     return Result(
         {"adapter": manifest.id, "path": str(shelves.version_dir(Path(options.store), manifest))},
-        next=f"a server on this store serves it within 2 s; ask it with python -m serve chat --model {name}",
+        next=f"a server on this store serves it within 2 s; ask it with python -m serve chat {name}",
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 from eval.arms import YARDSTICKS, Arm, choose, served
 from eval.config import GateConfig
 from eval.evaluate import folder_for
-from eval.gate import CANNOT_BE_JUDGED, gate
+from eval.gate import gate
 from eval.summary import FORMAT, alarms, paired, summarize_arms
 from tests.test_eval import called, make_run
+from train.command import CANNOT_BE_JUDGED, MISSED
 from train.errors import UserError
 from train.files import write_json, write_jsonl
 from train.run import Run
@@ -72,7 +73,7 @@ def test_pairs_that_the_base_failed_are_missing(tmp_path: Path) -> None:
     assert (difference["passed"], difference["n"]) == (None, 2)
     assert difference["problem"].startswith("58 more questions are missing")
     assert (errors["observed"], errors["n"], errors["passed"]) == (58, 2 * N, False)
-    assert (status, alone) == (1, CANNOT_BE_JUDGED)
+    assert (status, alone) == (MISSED, CANNOT_BE_JUDGED)
 
 
 def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
 
     assert (empty["observed"], empty["passed"]) == (2, False)
     assert (difference["n"], difference["problem"][:30]) == (6, "2 more questions are missing: ")
-    assert status == 1
+    assert status == MISSED
 
 
 def test_a_reference_that_is_too_long_is_no_failure(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_failed_rule_outweighs_one_that_cannot_be_judged(tmp_path: Path) -> No
     """Worse on ten questions, and a metric that is not there."""
     status, rules = decided(tmp_path, f"{BETTER},chrf.low>0", better_by(*np.linspace(-1.1, -0.9, 10)))
 
-    assert (status, [rule["passed"] for rule in rules]) == (1, [False, None])
+    assert (status, [rule["passed"] for rule in rules]) == (MISSED, [False, None])
 
 
 def unfinished(tmp_path: Path, samples: int, error: str | None = None) -> tuple[Run, Path]:

@@ -23,7 +23,7 @@ def run_train(recipe: Recipe) -> Result:
         return Result(summary)
     print(_told(summary))
     served = f"python -m serve --model {shlex.quote(recipe.base)}"
-    chat = f"python -m serve chat --model {recipe.name}"
+    chat = f"python -m serve chat {recipe.name}"
     if summary["adapter"] is None:
         return Result(summary, next=f"python -m serve publish {recipe.name}, then {served} and {chat}")
     return Result(summary, next=f"{served}, and in another terminal {chat}, or python -m eval --run {recipe.name}")

@@ -5,7 +5,8 @@ Each folder's `__main__` declares its commands and calls `main`. The contract ev
 - precedence: dataclass defaults < YAML file (`--config`) < flags; an unknown key is refused with the nearest name;
 - stdout carries results; its last line is one JSON document where stdout is not a terminal, or with `--json`;
 - progress goes to stderr, and there a last line for the person at a terminal says what to do next;
-- exit status 0 done, 1 expected failure (one `error:` line), 2 usage, or what `Result.exit_status` says.
+- exit status 0 done, 1 expected failure (one `error:` line), 2 usage; of commands that judge, 3 missed and 4 cannot be
+  judged.
 
     @dataclass(frozen=True)
     class Greeting:
@@ -33,6 +34,8 @@ from typing import Any, NamedTuple, TypeVar
 from train.errors import UserError
 
 Schema = TypeVar("Schema")
+
+MISSED, CANNOT_BE_JUDGED = 3, 4
 
 _POSITIONAL = "positional"
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
