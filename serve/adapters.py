@@ -46,9 +46,12 @@ class AdaptersPlugin:
 
     def attach_router(self, app: Any) -> None:
         """Put our routes over vLLM's of the same path."""
-        self.app = app
         from fastapi import Request
         from fastapi.responses import JSONResponse, PlainTextResponse
+        from vllm.entrypoints.serve.exception_handling import register
+
+        # vLLM gives its handlers to the app after this, and it has no setting for them.
+        register.validation_exception_handler = validation.refuse
 
         @app.get("/v1/models")
         async def list_models(request: Request) -> JSONResponse:
@@ -83,14 +86,10 @@ class AdaptersPlugin:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Load the store's adapters, then follow the store; the server opens its port only after this."""
-        from fastapi.exceptions import RequestValidationError
-
         config = configs.from_environment()
         grammars.guard(engine_client, grammars.for_model(engine_client))
         tally.watch(engine_client)
         _drop_lora_series(engine_client)
-        # Only now are vLLM's own handlers set, which this one takes the place of.
-        self.app.exception_handler(RequestValidationError)(validation.refuse)
         meters = Meters()
         # The model's weight files do not change while it is served: one reading, off the event loop.
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))

@@ -192,6 +192,7 @@ def test_counts_are_the_engines_and_never_the_callers(server):
     for stream in (False, True):
         body = json.dumps({**fields, "stream": stream, "ignore_eos": True}).replace("99999999999999999999", "9" * 18)
         headers = {"Authorization": f"Bearer {server.user_key}", "X-Request-Id": f"forged-{stream}"}
+        headers["Content-Type"] = "application/json"
         reply = httpx.post(server.base_url + "/responses", content=body, headers=headers, timeout=60)
         assert reply.status_code == 200, reply.text
 
