@@ -187,6 +187,23 @@ def test_what_is_damaged_can_be_removed_and_collected_and_stepped_back_from(dama
     assert shelves.remove(store, "gentle") == [good.id]
 
 
+def test_collecting_takes_what_killed_commands_left_and_nothing_else_that_is_hidden(stocked):
+    """`--store .` in a project's folder: .git and .venv are older than any leftover, and are not the store's."""
+    store, _, _ = stocked
+    kept = [store / name for name in (".git", ".venv", ".env.local", ".github", ".servers", "gentle/.notes.md")]
+    left = [
+        *(store / name for name in (".publish.a1_b2c3d", ".gentle.0123456789abcdef", f".{12 * '0'}.{10**18}")),
+        store / "gentle" / ".current.0123456789abcdef",
+    ]
+    for path in (*kept, *left):
+        path.mkdir(exist_ok=True)
+        os.utime(path, (1, 1))
+    fresh = store / ".publish.00000000"
+    fresh.mkdir()
+    assert set(shelves.collect_garbage(store, keep=5)) == {str(path) for path in left}
+    assert all(path.is_dir() for path in (*kept, fresh))
+
+
 def test_the_same_content_for_another_base_is_another_version(made, stocked, tmp_path):
     """Its manifest says the base it was published for, and the one before stays what it was."""
     store, first, _ = stocked

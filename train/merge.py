@@ -32,7 +32,9 @@ def merge(config: Merge) -> dict[str, Any]:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
     run = open_run(config.run)

@@ -42,6 +42,8 @@ MAX_SYSTEM_CHARS = 8000
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9a-f]{12}")
+# What a killed command leaves: a publish's scratch, a file half written, a version half removed.
+_LEFT_BEHIND = re.compile(r"\.(publish\.\w{8}|[a-z0-9][a-z0-9._-]*\.([0-9a-f]{16}|[0-9]{19}))")
 
 
 @dataclass(frozen=True)
@@ -290,8 +292,8 @@ def collect_garbage(store: Path, keep: int) -> list[str]:
                 removed.append(f"{name}@{version}")
             leftovers += (store / name).glob(".*")
         for left in leftovers:
-            # Younger ones may belong to a publish that is running now.
-            if left.name != SERVERS and time.time() - left.lstat().st_mtime > STALE_S:
+            # Younger ones may belong to a publish that is running now, and other hidden names are not the store's.
+            if _LEFT_BEHIND.fullmatch(left.name) and time.time() - left.lstat().st_mtime > STALE_S:
                 _delete(left)
                 removed.append(str(left))
     return removed

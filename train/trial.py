@@ -64,7 +64,9 @@ def run(folder: Path, base: Path) -> Trial:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokens = AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"][:MAX_TOKENS]
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
     layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
