@@ -18,9 +18,8 @@ from serve.client import make_client
 from tests.conftest import SYSTEM, Served
 from tests.held import kill_when_stopped, stopping
 from train.chat import prompt_messages, template_text
-from train.command import main
+from train.command import MISSED, main
 from train.errors import UserError
-from train.command import MISSED
 from train.files import read_json, sha256_of, write_json, write_jsonl
 
 TOPICS = ("work", "sleep", "friends", "moving", "talk", "help")
