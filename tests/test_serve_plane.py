@@ -19,6 +19,7 @@ from serve.meters import Meters
 from serve.openai_errors import Refusal
 from serve.plane import Plane
 from serve.presence import Presence
+from serve.tally import Answer, Tally
 from tests.tiny import tiny_manifest
 from tests.waiting import HANG_S
 from train import store as shelves
@@ -566,5 +567,5 @@ def test_no_series_of_a_removed_version_comes_back():
     meters.adapter_event("gone", manifest, 0.0)
     meters.adapter_event("unload", manifest, 0.0)
     meters.adapter_event("fail", manifest, 0.0)
-    meters.answered(manifest.id, 200, 1, 1, 0.1, 0.2, streamed=True)
+    meters.answered(manifest.id, 200, Tally(answers={("r", 0): Answer(2, 0.1, 0.2)}), 0.1, streamed=True)
     assert series() == []

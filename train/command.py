@@ -38,6 +38,8 @@ Schema = TypeVar("Schema")
 MISSED, CANNOT_BE_JUDGED = 3, 4
 
 _POSITIONAL = "positional"
+# A run's config.json is a recipe too: JSON is YAML.
+_CONFIG_FILES = (".yaml", ".yml", ".json")
 _TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
@@ -115,7 +117,7 @@ def _misspelt(recipe: str | None, left_over: Sequence[str], name: str, commands:
     """What is wrong with a word in a recipe's place, or with words that no option takes, and what was meant perhaps."""
     command = commands[name]
     shipped = _shipped(command.presets)
-    if shipped and recipe and recipe not in shipped and Path(recipe).suffix not in (".yaml", ".yml"):
+    if shipped and recipe and recipe not in shipped and Path(recipe).suffix not in _CONFIG_FILES:
         others = [] if name else [key for key in commands if key]
         kinds = "recipe" if name else "command or recipe"
         return f"no {kinds} {recipe!r}; {nearest(recipe, [*others, *shipped])}, or give a .yaml file"
@@ -175,7 +177,7 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
 
 def _yaml_file(given: str | None, presets: Path | None) -> str | None:
     """The YAML file that a word on the command line names: a path, or a preset's stem."""
-    if given is None or presets is None or Path(given).suffix in (".yaml", ".yml", ".json"):
+    if given is None or presets is None or Path(given).suffix in _CONFIG_FILES:
         return given
     return str(presets / f"{given}.yaml")
 
