@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import urllib.parse
 import urllib.request
@@ -24,6 +25,9 @@ from tests.tiny import tiny_adapter, tiny_base
 from tests.waiting import until
 from train import store as shelves
 from train.catalog import Base, resolve
+
+# TRL sets ERROR when it is imported: what servers and loggers warn of would then depend on which tests ran before.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 # How often each test was run in this session.
 RUNS: Counter[str] = Counter()
