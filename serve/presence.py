@@ -4,11 +4,12 @@ A server keeps a small file in the store, and a lock on it for as long as it liv
 a server that is gone.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import logging
-import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -37,16 +38,22 @@ class Presence:
 
 def announce(store: Path, presence: Presence) -> IO[str] | None:
     """Say that a server is there, until the file that is returned is closed; None where the store cannot be written."""
-    folder = store / SERVERS
+    # Containers that share a store may have the same process ids.
+    hidden = store / SERVERS / f".{secrets.token_hex(8)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{os.getpid()}.json").open("w", encoding="utf-8")
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(hidden.open("x", encoding="utf-8"))
+            undo.callback(hidden.unlink, missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            json.dump(dataclasses.asdict(presence), file)
+            file.flush()
+            # Seen only now, locked and whole: `present` removes what nobody locks.
+            hidden.rename(hidden.with_name(f"{hidden.name[1:]}.json"))
+            undo.pop_all()
     except OSError as error:
         log.info("publish will not know of this server: %s", error)
         return None
-    fcntl.flock(file, fcntl.LOCK_EX)
-    json.dump(dataclasses.asdict(presence), file)
-    file.flush()
     return file
 
 
@@ -63,5 +70,5 @@ def present(store: Path) -> list[Presence]:
                 else:
                     path.unlink()
         except (OSError, ValueError, TypeError):
-            continue  # it went while we looked, or is being written
+            continue  # it went while we looked, or is not ours
     return found

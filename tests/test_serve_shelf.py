@@ -1,11 +1,15 @@
 """The store's commands as a user types them: what they print, and the JSON line that programs read."""
 
+import errno
+import fcntl
 import json
+import os
+import resource
 
 import pytest
 
 from serve.__main__ import COMMANDS
-from serve.presence import Presence, announce
+from serve.presence import Presence, announce, present
 from tests.tiny import tiny_adapter
 from train.catalog import Base
 from train.command import main
@@ -62,6 +66,37 @@ def test_what_a_server_will_not_serve_is_said_at_publish_and_in_the_list(serve, 
     assert reason in serve("list", "--store", str(store))[2]
     server.close()
     assert "does not serve" not in serve("list", "--store", str(store))[2] + serve(*words)[2]
+
+
+def test_servers_of_one_store_are_each_known_whatever_their_process_ids(tmp_path):
+    """Containers number their processes alike: two servers of one number are both known, until each one ends."""
+    presences = [Presence(f"http://host{n}:8000", "f00d", 16) for n in (1, 2)]
+    files = [announce(tmp_path, presence) for presence in presences]
+    assert sorted(present(tmp_path), key=lambda server: server.url) == presences
+    files[0].close()
+    assert present(tmp_path) == presences[1:]
+    files[1].close()
+    assert present(tmp_path) == []
+    assert list((tmp_path / ".servers").iterdir()) == []
+
+
+@pytest.mark.parametrize("refused", ["lock", "space"])
+def test_a_store_that_takes_no_lock_or_has_no_space_keeps_no_server_from_starting(tmp_path, monkeypatch, refused):
+    """Publish will not know of it; nothing is left behind."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if refused == "lock":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert announce(tmp_path, Presence("http://host:8000", "f00d", 16)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / ".servers").iterdir()) == []
 
 
 def test_a_damaged_version_is_said_in_the_list(serve, tiny_model: Base, tmp_path):
