@@ -85,19 +85,24 @@ class TurnsScheduler(Scheduler):
         self.without_since = dict(sorted(without.items(), key=lambda item: item[1]))
         for number, since in list(self.without_since.items()):
             due = self.now - since >= self.due_s
+            if number in running and not self._may_enter(number):
+                break
             if len(self.turns) == self.lora_config.max_loras:
                 longest = next(iter(self.turns))
-                if not due or self.now - self.turns[longest] < self.due_s:
+                if not due:
                     break
-                if number not in running and not self._has_room(first_in_line[number]):
+                another_waits = self.next_in not in (None, number, *self.turns)
+                if number not in running and (another_waits or not self._has_room(first_in_line[number])):
+                    # One waits for room, and stops nobody who has it: the slots go round without it.
                     self.next_in = self.next_in or number
+                    continue
+                # Others are kept out of the room that one waited for: it does not wait for a turn's end as well.
+                if number != self.next_in and self.now - self.turns[longest] < self.due_s:
                     break
                 del self.turns[longest]
                 self.without_since[longest] = self.now
             # Other adapters in line begin in the line's order, below.
             if number in running:
-                if not self._may_enter(number):
-                    break
                 self._begin(number)
                 self._take(number)
             elif due:

@@ -215,6 +215,30 @@ def test_where_no_place_is_free_the_next_is_for_who_waited_longest(engine_of):
     assert engine.wait_s(cold) <= WAIT_S + 30 * STEP_S
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_who_waits_for_a_place_does_not_stop_the_turns(engine_of, slots):
+    """Long answers of twice as many adapters as slots fill all places, and two more adapters wait for one.
+
+    No answer stands still for longer than its round, and the first in line begins once an answer has ended.
+    """
+    engine = engine_of(TurnsScheduler, slots=slots, running=2 * slots)
+    names = [engine.ask(adapter, tokens=100 + 20 * adapter) for adapter in range(1, 2 * slots + 1)]
+    while len(engine.scheduler.running) < len(names):
+        engine.step()
+    cold = [engine.ask(2 * slots + 1, tokens=5), engine.ask(2 * slots + 2, tokens=5)]
+    last_s = dict.fromkeys(names, engine.now_s)
+    first_end_s = None
+    while engine.scheduler.requests:
+        stepped = engine.step()
+        for name in set(names) & set(stepped):
+            assert engine.now_s - last_s[name] <= WAIT_S
+            last_s[name] = engine.now_s
+        if first_end_s is None and engine.ended:
+            first_end_s = engine.now_s
+    assert engine.first_s[cold[0]] <= first_end_s + 2 * STEP_S
+    assert set(engine.ended.values()) == {"length"}
+
+
 def test_where_memory_is_short_nothing_stops_for_good(engine_of):
     """One slot, and memory for two answers: adapters with long prompts still all get through."""
     engine = engine_of(TurnsScheduler, slots=1, blocks=8)
