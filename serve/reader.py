@@ -20,7 +20,7 @@ class StoreReader:
 
     def __init__(self, store: Path) -> None:
         self.store = store
-        # Each name's folder: when it changed last, and whether it was read once more since.
+        # Each name's folder: when it changed last, and whether it was read whole once more since.
         self._stamps: dict[str, tuple[int, bool]] = {}
         self._place = (0, 0)
         self._complaints: dict[str, str] = {}
@@ -55,9 +55,11 @@ class StoreReader:
                 before, settled = self._stamps.get(name, (0, False))
                 if stamp == before and settled:
                     continue
-                # A folder may change again within one tick of the clock: it is read once more at the next look.
-                self._stamps[name] = (stamp, stamp == before)
+                self._stamps[name] = (stamp, False)
                 shelf = self._read(name, known.get(name))
+                # A folder may change again within one tick of the clock: it is read once more at the next look. What
+                # could not be read may be mended inside a version's folder, which the name's does not show.
+                self._stamps[name] = (stamp, stamp == before and not shelf.broken)
             except (UserError, OSError) as error:
                 self._complain(name, str(error))
                 continue

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -530,6 +531,45 @@ def test_stamps_ahead_of_the_clock_are_read_once(tmp_path, monkeypatch):
     monkeypatch.setattr(shelves, "read_shelf", lambda store, name: reads.append(name) or whole(store, name))
     asyncio.run(scene())
     assert reads == ["a", "a"]
+
+
+def test_a_version_that_could_not_be_read_is_served_once_it_can_be(tmp_path):
+    """Its manifest is mended in its place, which the time of the name's folder does not show."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("a"))
+        path = tmp_path / "a" / ("0" * 12) / "manifest.json"
+        whole = path.read_text()
+        path.write_text("{")
+        await plane.start()
+        for _ in range(3):
+            await plane.refresh()
+        path.write_text(whole)
+        await plane.refresh()
+        assert await plane.resolve("a") == tiny_manifest("a")
+
+    asyncio.run(scene())
+
+
+def test_a_store_that_could_not_be_read_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    """No file could be opened for three looks (EMFILE): what was published then is served after."""
+
+    async def scene() -> None:
+        plane, _ = plane_of(4, tmp_path)
+        shelve(tmp_path, tiny_manifest("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr(shelves, "read_shelf", no_file)
+            await plane.start()
+            for _ in range(3):
+                await plane.refresh()
+        await plane.refresh()
+        assert await plane.resolve("a") == tiny_manifest("a")
+
+    def no_file(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    asyncio.run(scene())
 
 
 def test_loading_a_name_makes_it_mean_what_was_loaded_or_is_refused(tmp_path):
