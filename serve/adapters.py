@@ -6,6 +6,7 @@ reach only what the store holds. The gateway lets admins alone through to them.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -154,23 +155,30 @@ class VllmEngine:
         self.client = client
         self.requests = serving_models.lora_requests
         self.base_name = serving_models.base_model_paths[0].name
+        self.context_tokens = serving_models.model_config.max_model_len
         self._last_number = 0
         self._proven: set[str] = set()
         self._base_shows: dict[tuple[float, ...], list[float]] = {}
 
     async def load(self, manifest: Manifest, path: Path) -> None:
-        """Load it, and let nobody ask it before it was seen to change what the base says."""
+        """Load it, and let nobody ask it before it was seen to change what the base says.
+
+        Where it fails, nothing of it stays in the engine. A trial text beyond the context is not tried.
+        """
         from vllm.lora.request import LoRARequest
 
         await asyncio.to_thread(_verify, manifest, path)
         self._last_number += 1
         request = LoRARequest(manifest.id, self._last_number, str(path.resolve()), base_model_name=self.base_name)
         try:
-            await self.client.add_lora(request)
-            if manifest.trial and manifest.id not in self._proven:
-                await self._prove(manifest, Trial.kept(manifest.trial), request)
+            async with contextlib.AsyncExitStack() as undo:
+                # However it fails: what stays in the engine is not counted, and nobody would remove it.
+                undo.push_async_callback(self.client.remove_lora, request.lora_int_id)
+                await self.client.add_lora(request)
+                if manifest.trial and manifest.id not in self._proven:
+                    await self._prove(manifest, Trial.kept(manifest.trial), request)
+                undo.pop_all()
         except Refusal:
-            await self.client.remove_lora(request.lora_int_id)
             raise
         except Exception as error:  # vLLM reports whatever went wrong in the engine as a bare Exception
             _refuse_if_gone(manifest, path)
@@ -183,6 +191,11 @@ class VllmEngine:
 
     async def _prove(self, manifest: Manifest, trial: Trial, request: Any) -> None:
         tokens = tuple(trial.tokens)
+        # The engine gives a token after them.
+        if len(tokens) >= self.context_tokens:
+            log.warning("%s is served untried: its trial text has %d tokens, which leaves no room for an answer "
+                        "in --context-tokens %d", manifest.id, len(tokens), self.context_tokens)  # fmt: skip
+            return
         if tokens not in self._base_shows:
             self._base_shows[tokens] = await self._log_probabilities(trial.tokens, None)
             apart = math.dist(self._base_shows[tokens], trial.base) / math.sqrt(len(trial.base))

@@ -9,8 +9,9 @@ import os
 import shutil
 import time
 import types
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
@@ -34,6 +35,7 @@ class Serving:
     def __init__(self) -> None:
         self.lora_requests: dict[str, object] = {}
         self.base_model_paths = [types.SimpleNamespace(name="tiny")]
+        self.model_config = types.SimpleNamespace(max_model_len=32)
 
 
 class Notes:
@@ -268,6 +270,9 @@ def test_a_version_removed_while_it_loads_is_no_fault_of_the_server(tmp_path, re
                 folder.rmdir()
             raise RuntimeError("no such file")
 
+        async def remove_lora(self, _number: int) -> None:
+            pass
+
     async def refusal() -> Refusal:
         with pytest.raises(Refusal) as refused:
             await VllmEngine(Reader(), Serving()).load(manifest, folder)
@@ -279,6 +284,38 @@ def test_a_version_removed_while_it_loads_is_no_fault_of_the_server(tmp_path, re
         elif gone:
             folder.rmdir()
         assert asyncio.run(refusal()).status == expected
+
+
+class Untrying:
+    """vLLM's client for 32 tokens of context: takes adapters, and refuses to read a text, or a prompt too long."""
+
+    def __init__(self) -> None:
+        self.held: set[int] = set()
+
+    async def add_lora(self, request: Any) -> None:
+        self.held.add(request.lora_int_id)
+
+    async def remove_lora(self, number: int) -> None:
+        self.held.discard(number)
+
+    async def generate(self, *_: object, **__: object) -> AsyncIterator[object]:
+        raise ValueError("refused")
+        yield
+
+
+@pytest.mark.parametrize(("n_tokens", "served"), [(31, False), (32, True), (48, True)])
+def test_an_adapter_whose_trial_fails_does_not_stay_in_the_engine(tmp_path, n_tokens, served):
+    """However it fails. A trial text that leaves no room in the context is not tried: the adapter is served."""
+    trial = {"tokens": [5.0] * n_tokens, "base": [-1.0] * (n_tokens - 1), "adapter": [-2.0] * (n_tokens - 1)}
+    manifest = dataclasses.replace(tiny_manifest("a"), trial=trial)
+    client, serving = Untrying(), Serving()
+    engine = VllmEngine(client, serving)
+    if served:
+        asyncio.run(engine.load(manifest, tmp_path))
+    else:
+        with pytest.raises(Refusal, match="the engine refused a@000000000000: refused"):
+            asyncio.run(engine.load(manifest, tmp_path))
+    assert (len(client.held), list(serving.lora_requests)) == ((1, [manifest.id]) if served else (0, []))
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"nonsense", b""], ids=["bytes", "unknown", "empty"])
