@@ -130,6 +130,41 @@ def test_a_rollback_goes_to_what_the_name_meant_before(base, made, stocked):
     assert shelves.rollback(store, "gentle") == a
 
 
+@pytest.mark.parametrize("change", ["first publish", "rollback and remove"])
+@pytest.mark.parametrize("when", ["before the versions are listed", "after"])
+def test_a_store_that_is_changed_while_it_is_read_is_not_damaged(stocked, tmp_path, monkeypatch, change, when):
+    """A reader takes no lock: it sees the store as it was, or as it is, and calls neither damaged."""
+    store, before, current = stocked
+    published = tmp_path / "published"
+    if change == "first publish":
+        (store / "gentle").rename(published)
+        (store / "gentle").mkdir()
+
+    def change_it() -> None:
+        if change == "first publish":
+            # In the order of `publish`: the version, then what the name means.
+            for entry in (before.version, current.version, "history", "current"):
+                (published / entry).rename(store / "gentle" / entry)
+        else:
+            shelves.rollback(store, "gentle")
+            shelves.remove(store, current.id)
+
+    listed = Path.iterdir
+
+    def listed_meanwhile(folder: Path):
+        monkeypatch.undo()
+        if when == "after":
+            entries = list(listed(folder))
+            change_it()
+            return iter(entries)
+        change_it()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", listed_meanwhile)
+    assert shelves.read_shelf(store, "gentle").broken == {}
+    assert shelves.read_shelf(store, "gentle").current in (before.version, current.version)
+
+
 def test_what_is_published_can_be_read_by_whom_the_umask_lets(base, adapter, tmp_path):
     """A server under another account reads it, also where the trainer's files were its own (0600)."""
     (adapter / WEIGHTS).chmod(0o600)

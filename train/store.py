@@ -158,6 +158,7 @@ def names(store: Path) -> list[str]:
 def read_shelf(store: Path, name: str) -> Shelf:
     """What the store holds under `name`. An absent name has no versions; one that cannot be read is told as broken."""
     folder = store / name
+    written = _words(folder / CURRENT)
     found: list[Manifest] = []
     broken: dict[str, str] = {}
     if folder.is_dir() and not folder.is_symlink():
@@ -169,9 +170,11 @@ def read_shelf(store: Path, name: str) -> Shelf:
                     broken[entry.name] = str(error)
     found.sort(key=lambda manifest: manifest.created_utc)
     versions = {manifest.version: manifest for manifest in found}
-    written = _words(folder / CURRENT)
     current = written[0] if written and written[0] in versions else None
     if written and current is None and written[0] not in broken:
+        if _words(folder / CURRENT) != written:
+            # Another version was made current, and this one removed, while we looked.
+            return read_shelf(store, name)
         broken[CURRENT] = f"{str(folder / CURRENT)!r} names no version that is here; publish again, or roll back"
     meant = _words(folder / HISTORY) or [manifest.version for manifest in found]
     if current and current in meant:
