@@ -158,8 +158,8 @@ class Plane:
         return manifest
 
     def _find(self, model: str) -> Manifest | None:
-        name, _, version = model.partition("@")
-        if not version:
+        name, at, version = model.partition("@")
+        if not at:
             return self.meaning(name)
         shelf = self.shelves.get(name)
         return shelf.versions.get(version) if shelf else None

@@ -115,6 +115,15 @@ def test_rollback_remove_and_garbage_collection_keep_what_they_promise(base, mad
     assert list(store.iterdir()) == []
 
 
+def test_an_at_sign_without_a_version_names_nothing(stocked):
+    """`gentle@`, as a script with an empty variable writes it, is neither found nor removed as all of `gentle`."""
+    store, before, current = stocked
+    for act in (shelves.find, shelves.remove):
+        with pytest.raises(UserError, match="'gentle@' ends before its version"):
+            act(store, "gentle@")
+    assert set(shelves.read_shelf(store, "gentle").versions) == {before.version, current.version}
+
+
 def test_a_rollback_goes_to_what_the_name_meant_before(base, made, stocked):
     """A, B, A again, then back: B, and then A. What a name meant is not the order in which contents were made."""
     store, a, b = stocked

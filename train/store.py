@@ -205,8 +205,7 @@ def _make_current(store: Path, manifest: Manifest, history: Sequence[str] | None
 
 def find(store: Path, served_name: str) -> Manifest:
     """The version that `name` or `name@version` means. Raises UserError that names the nearest known one."""
-    name, _, version = served_name.partition("@")
-    check_name(name)
+    name, version = _parted(served_name)
     shelf = read_shelf(store, name)
     version = version or shelf.current or ""
     if version in shelf.versions:
@@ -217,6 +216,15 @@ def find(store: Path, served_name: str) -> Manifest:
         raise UserError(f"adapter {name!r} has no version {version!r}; it has {', '.join(shelf.versions)}")
     known = names(store)
     raise UserError(f"no adapter {name!r} in store {str(store)!r}; {nearest(name, known) if known else 'it is empty'}")
+
+
+def _parted(served_name: str) -> tuple[str, str]:
+    """The name and the version, empty where none is named. Raises UserError for what names no adapter."""
+    name, at, version = served_name.partition("@")
+    check_name(name)
+    if at and not version:
+        raise UserError(f"{served_name!r} ends before its version; write {name!r}, or {name}@ and a version")
+    return name, version
 
 
 def version_dir(store: Path, manifest: Manifest) -> Path:
@@ -262,8 +270,7 @@ def remove(store: Path, served_name: str) -> list[str]:
 
     What is damaged is removed like anything else.
     """
-    name, _, version = served_name.partition("@")
-    check_name(name)
+    name, version = _parted(served_name)
     with _writing(store):
         shelf = read_shelf(store, name)
         there = [*shelf.versions, *(broken for broken in shelf.broken if broken != CURRENT)]
