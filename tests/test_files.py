@@ -3,11 +3,21 @@
 import hashlib
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from train.errors import UserError
-from train.files import new_directory, read_json, read_jsonl, sha256_of, write_json, write_jsonl, write_text
+from train.files import (
+    new_directory,
+    read_json,
+    read_jsonl,
+    replaced_directory,
+    sha256_of,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
@@ -31,6 +41,30 @@ def test_new_directory_refuses_one_that_exists(tmp_path):
     with pytest.raises(UserError, match="cannot write"), new_directory(tmp_path / "run"):
         pass
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "kept"]
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
+@pytest.mark.parametrize("at", ["old", "new"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_replaced_directory_is_the_old_or_the_new_wherever_it_is_stopped(tmp_path, monkeypatch, stop, at, done):
+    """Stopped before or after either of its two renames: one whole folder has the name, and nothing else is left."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "which").write_text("old")
+    rename = Path.rename
+
+    def stopped(path: Path, target: Path) -> None:
+        if path.name == "new" if at == "new" else target.name == "old":
+            monkeypatch.undo()
+            if done:
+                rename(path, target)
+            raise stop
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(UserError if stop is OSError else stop), replaced_directory(tmp_path / "run") as folder:
+        (folder / "which").write_text("new")
+    assert (tmp_path / "run" / "which").read_text() == ("new" if at == "new" and done else "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_jsonl_survives_unicode_line_separators(tmp_path):

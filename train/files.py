@@ -136,9 +136,15 @@ def replaced_directory(path: Path) -> Iterator[Path]:
             new, old = Path(scratch) / "new", Path(scratch) / "old"
             new.mkdir()
             yield new
-            if path.exists():
-                path.rename(old)
-            new.rename(path)
+            try:
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+            except BaseException:
+                # Also an interruption: what had the name would go with the scratch.
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
     # A SafetensorError holds the disk's own words.
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
