@@ -540,8 +540,9 @@ def test_an_unknown_name_is_answered_without_reading_the_store(tmp_path, monkeyp
         shelve(tmp_path, tiny_manifest("gentle"))
         await plane.start()
         monkeypatch.setattr(plane._reader, "changes", lambda known: pytest.fail("the store was read"))
-        with pytest.raises(Refusal, match="did you mean 'gentle'"):
-            await plane.resolve("gentel")
+        for name in ("gentel", "gentle@"):
+            with pytest.raises(Refusal, match="does not exist; did you mean 'gentle"):
+                await plane.resolve(name)
         for name in ("x" * 1_000_000, "gentle@" + "0" * 1_000_000, "../etc", "\ud800"):
             with pytest.raises(Refusal, match="does not exist") as refused:
                 await plane.resolve(name)
