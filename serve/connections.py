@@ -1,8 +1,9 @@
 """The HTTP/1.1 connections of the server: uvicorn's on h11, with bounds on what a stranger may hold before any key.
 
 How large a request's head may be is h11's own setting (vLLM's `--h11-max-incomplete-event-size`). What it has no
-setting for is here: how long a head and a body may take, and how many connections one address may have. Not httptools,
-which keeps a header line without end, and loses the body of a request that offers `Upgrade: h2c`, as Java's does.
+setting for is here: how long a head and a body may take, how long a peer may take nothing of what is said to it, and
+how many connections one address may have. Not httptools, which keeps a header line without end, and loses the body of a
+request that offers `Upgrade: h2c`, as Java's does.
 """
 
 import asyncio
@@ -14,6 +15,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # What a request's head and its body may take to come. A stranger needs no key to be slow.
 HEAD_S, BODY_S = 20.0, 60.0
+# A peer that takes nothing for so long is gone, or may as well be.
+SEND_S = 60.0
 PER_ADDRESS = 1024
 _NOTHING = (b"", False)
 
@@ -25,6 +28,7 @@ class BoundedConnection(H11Protocol):
     _address = ""
     _awaited: Any = None
     _timer: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,6 +41,7 @@ class BoundedConnection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await(None)
+        self._stop_watching()
         self.open_by_address[self._address] -= 1
         if not self.open_by_address[self._address]:
             del self.open_by_address[self._address]
@@ -49,6 +54,18 @@ class BoundedConnection(H11Protocol):
             # We never switch. Reading goes on, or nobody would notice that the caller hung up.
             self.flow.resume_reading()
         self._await(state if state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing() else None)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
 
     def _should_upgrade(self) -> bool:
         """No other protocol is spoken here, and HTTP/1.1 lets a server pass over the offer."""
@@ -64,3 +81,24 @@ class BoundedConnection(H11Protocol):
             self._timer = None
         if part is not None:
             self._timer = self.loop.call_later(HEAD_S if part is h11.IDLE else BODY_S, self.transport.abort)
+
+    def _watch(self) -> None:
+        """Hang up on a peer that takes nothing of what waits for it. To close is not enough: that waits for the peer.
+
+        Only while no more is written, so that what waits can but shrink: the reply is held back, or whole.
+        """
+        self._stop_watching()
+        if self.flow.write_paused or (self.cycle is not None and self.cycle.response_complete):
+            self._look(None)
+
+    def _look(self, before: int | None) -> None:
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        elif left:
+            self._sending = self.loop.call_later(SEND_S, self._look, left)
+
+    def _stop_watching(self) -> None:
+        if self._sending is not None:
+            self._sending.cancel()
+            self._sending = None

@@ -1,4 +1,4 @@
-"""How a reply goes out to one caller: errors with their status, streams with signs of life, and an end to dead peers.
+"""How a reply goes out to one caller: errors with their status, and streams with signs of life.
 
 A stream's status is sent with its first event and not before, so that what fails until then is an HTTP error, as it is
 without a stream. While nothing comes, a comment line is sent from time to time, which clients skip and which keeps load
@@ -17,8 +17,6 @@ Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
 COMMENT = b": waiting\n\n"
-# A peer that takes nothing for so long is gone, or may as well be.
-SEND_S = 60.0
 _MOST_CHARS = 600
 _EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
 # What /v1/responses says before anything has happened.
@@ -31,7 +29,7 @@ class Reply:
 
     def __init__(self, send: Send, extra: Headers, is_responses: bool) -> None:
         """`extra`: headers that every reply gets. `is_responses`: an error event has the form of /v1/responses."""
-        self._raw_send, self._extra, self._is_responses = send, extra, is_responses
+        self._wire, self._extra, self._is_responses = send, extra, is_responses
         self._turn = asyncio.Lock()
         self._held: list[Message] = []
         self._failure: Message | None = None
@@ -61,7 +59,7 @@ class Reply:
             if self._flowing or self._ended or self._failure is not None:
                 return False
             await self._begin()
-            await self._out({"type": "http.response.body", "body": COMMENT, "more_body": True})
+            await self._wire({"type": "http.response.body", "body": COMMENT, "more_body": True})
             return True
 
     async def _start(self, message: Message) -> None:
@@ -72,7 +70,7 @@ class Reply:
             self._held.append(message)
         else:
             self._started = self._flowing = True
-            await self._out(self._with_extra(message))
+            await self._wire(self._with_extra(message))
 
     async def _body(self, message: Message) -> None:
         body = message.get("body", b"")
@@ -96,7 +94,7 @@ class Reply:
             await self._begin()
             self._flowing = True
         self._ended = not message.get("more_body")
-        await self._out(message)
+        await self._wire(message)
 
     async def _begin(self) -> None:
         """Let go what was held back, or begin a stream before the application does."""
@@ -104,10 +102,10 @@ class Reply:
         if not self._started:
             self._started = True
             start = held.pop(0) if held else {"type": "http.response.start", "status": 200, "headers": _EVENTS}
-            await self._out(self._with_extra(start))
+            await self._wire(self._with_extra(start))
         for message in held:
             if message["type"] == "http.response.body":
-                await self._out(message)
+                await self._wire(message)
 
     async def _error(self, status: int, error: dict[str, Any], headers: Headers) -> None:
         self._ended = True
@@ -120,8 +118,8 @@ class Reply:
                 (name, value) for name, value in headers if name.lower() not in (b"content-length", b"content-type")
             ]
             kept += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await self._out(self._with_extra({"type": "http.response.start", "status": status, "headers": kept}))
-        await self._out({"type": "http.response.body", "body": body, "more_body": False})
+            await self._wire(self._with_extra({"type": "http.response.start", "status": status, "headers": kept}))
+        await self._wire({"type": "http.response.body", "body": body, "more_body": False})
 
     def _event(self, error: dict[str, Any]) -> bytes:
         if self._is_responses:
@@ -131,14 +129,6 @@ class Reply:
 
     def _with_extra(self, message: Message) -> Message:
         return {**message, "headers": [*message.get("headers", []), *self._extra]}
-
-    async def _out(self, message: Message) -> None:
-        try:
-            async with asyncio.timeout(SEND_S):
-                await self._raw_send(message)
-        except TimeoutError:
-            self._ended = True
-            raise
 
 
 def _is_stream(message: Message) -> bool:

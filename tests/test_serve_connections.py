@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvicorn
@@ -11,7 +12,7 @@ import uvicorn
 from serve import connections
 from serve.connections import BoundedConnection
 from serve.launch import HEAD_BYTES
-from tests.waiting import until
+from tests.waiting import HANG_S, until
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -29,14 +30,16 @@ async def echo(scope, receive, send):
 
 
 @contextlib.contextmanager
-def serving(**limits: float) -> Iterator[tuple[str, int]]:
+def serving(app: Any = echo, **limits: float) -> Iterator[tuple[str, int]]:
     with contextlib.ExitStack() as after:
         for name, value in limits.items():
             after.callback(setattr, connections, name, getattr(connections, name))
             setattr(connections, name, value)
         listener = after.enter_context(socket.create_server(("127.0.0.1", 0)))
+        # What is accepted has it too: what a peer does not take waits in the server and not in the kernel.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         config = uvicorn.Config(
-            echo, http=BoundedConnection, h11_max_incomplete_event_size=HEAD_BYTES, lifespan="off", log_level="error"
+            app, http=BoundedConnection, h11_max_incomplete_event_size=HEAD_BYTES, lifespan="off", log_level="error"
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -126,3 +129,50 @@ def test_an_offer_to_speak_another_protocol_is_passed_over(offer, later):
             for part in (head, body) if later else (head + body,):
                 wire.sendall(part)
             assert answer(wire).endswith(b"   20")
+
+
+@contextlib.contextmanager
+def taking_nothing(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """A peer that asks and never reads; its own kernel takes a few KiB for it."""
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        wire.connect(address)
+        wire.sendall(HEAD + b"Content-Length: 0\r\n\r\n")
+        yield wire
+
+
+@pytest.mark.parametrize(
+    ("size", "whole"),
+    [(1 << 20, True), (1 << 20, False), (50_000, True)],
+    ids=["large", "a stream", "less than what makes uvicorn wait"],
+)
+def test_a_peer_that_takes_nothing_is_hung_up_on(size, whole):
+    """The connection is let go, place and all; a reply that was not whole hears of it and ends."""
+    heard = threading.Event()
+
+    async def send_much(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * size, "more_body": not whole})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        heard.set()
+
+    with serving(send_much, SEND_S=0.1) as address, taking_nothing(address):
+        assert heard.wait(HANG_S)
+        until(lambda: not BoundedConnection.open_by_address)
+
+
+def test_a_server_that_stops_waits_for_no_peer_that_takes_nothing():
+    """The peer still holds its end when the server has ended."""
+    begun = threading.Event()
+
+    async def send_much(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * (1 << 20)})
+        begun.set()
+
+    with contextlib.ExitStack() as after:
+        with serving(send_much, SEND_S=0.1) as address:
+            after.enter_context(taking_nothing(address))
+            assert begun.wait(HANG_S)
+        assert not BoundedConnection.open_by_address

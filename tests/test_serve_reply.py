@@ -1,4 +1,4 @@
-"""Replies: the status an error has, signs of life in a stream, and peers that take nothing."""
+"""Replies: the status an error has, and signs of life in a stream."""
 
 import asyncio
 import json
@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from serve import reply as replies
 from serve.openai_errors import Refusal
 from serve.reply import COMMENT, Reply
 
@@ -115,20 +114,3 @@ def test_a_long_error_is_cut_to_what_a_person_reads():
     wire, _ = run(failed, json.dumps({"error": {"message": "x" * 100_000, "code": 400}}).encode(), None)
     assert len(wire.body) < 1000
     assert (b"content-length", str(len(wire.body)).encode()) in wire.messages[0]["headers"]
-
-
-def test_a_peer_that_takes_nothing_is_given_up(monkeypatch):
-    """A send that never ends raises, so that the engine stops working for nobody and the place is free."""
-    monkeypatch.setattr(replies, "SEND_S", 0.05)
-
-    async def never(message: Any) -> None:
-        await asyncio.Event().wait()
-
-    async def play() -> None:
-        reply = Reply(never, [], False)
-        await reply.send({**STREAM, "headers": []})
-        # Nothing more is tried on it.
-        await reply.refuse(Refusal(500, "late"), [])
-
-    with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(play(), 60))
