@@ -5,6 +5,7 @@ the latter, `fault`: "" or one line. It imports nothing of this project and of v
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 import llguidance
 
 _MOST_CHARS = 300
+_PR_SET_PDEATHSIG = 1
 _TOO_MUCH = "the grammar is too large: compiling it takes more than {}; ask for shorter lists, texts or repetitions"
 
 
@@ -37,13 +39,12 @@ def _bounded(tokenizer: llguidance.LLTokenizer | None, line: str, cpu_s: float, 
     child = os.fork()
     if child == 0:
         with contextlib.suppress(MemoryError):
+            _let_go()
             # Ended by the kernel, since no Python runs while it compiles.
             signal.setitimer(signal.ITIMER_PROF, cpu_s)
             bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (bytes_now + (memory_mib << 20),) * 2)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            # Where memory ends, Rust would say so in the server's log.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.write(writer, _fault(tokenizer, **json.loads(line)).encode(errors="replace"))
             os._exit(0)
         os._exit(1)
@@ -54,6 +55,15 @@ def _bounded(tokenizer: llguidance.LLTokenizer | None, line: str, cpu_s: float, 
     if status == -signal.SIGPROF:
         return _TOO_MUCH.format(f"{cpu_s} s")
     return said.decode() if status == 0 else _TOO_MUCH.format(f"{memory_mib} MiB")
+
+
+def _let_go() -> None:
+    """A fork that hangs is to hold up nobody: it ends with its parent, and keeps none of its pipes open."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    # Of them the last, since where memory ends, Rust would say so in the server's log.
+    for stream in (0, 1, 2):
+        os.dup2(nothing, stream)
 
 
 def _fault(tokenizer: llguidance.LLTokenizer | None, kind: str, spec: str) -> str:

@@ -73,7 +73,7 @@ class Grammars:
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
-            await child.communicate()
+            await child.wait()
 
 
 def for_model(engine_client: Any) -> Grammars:

@@ -1,13 +1,21 @@
 """Grammars are compiled in a bounded child: what asks for too much is refused, whichever field it comes in."""
 
 import asyncio
+import itertools
 import json
+import os
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
+from serve import grammars as checks
 from serve.grammars import Grammars
 from tests.tiny import tiny_tokenizer
+from tests.waiting import HANG_S, is_alive, until
 
 HUGE = 1_000_000_000
 NUMBERS = {"type": "array", "items": {"type": "integer"}}
@@ -79,6 +87,92 @@ def test_what_is_no_grammar_is_said_in_one_line(kind, spec):
     assert fault.startswith(f"{kind} is no grammar: ")
     assert "\n" not in fault
     assert len(fault) < 400
+
+
+_FIRST_COMPILE = """
+import os, signal, llguidance
+whole = llguidance.grammar_from
+def watched(*given):
+    try:
+        os.rename({todo!r}, {done!r})
+    except FileNotFoundError:
+        return whole(*given)
+    {deed}
+    return whole(*given)
+llguidance.grammar_from = watched
+"""
+
+
+@pytest.fixture
+def at_first_compile(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Has the process that compiles the first regex do something before; returns a file that is there once it began.
+
+    The file's text, once it is whole, is that process's id.
+    """
+
+    def arrange(deed: str) -> Path:
+        todo, done = tmp_path / "todo", tmp_path / "done"
+        todo.touch()
+        deed = f"open({str(done)!r}, 'w').write(f'{{os.getpid()}}\\n'); {deed}"
+        (tmp_path / "sitecustomize.py").write_text(_FIRST_COMPILE.format(todo=str(todo), done=str(done), deed=deed))
+        monkeypatch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+        )
+        return done
+
+    return arrange
+
+
+def with_grammars(ask: Callable[[Grammars], Coroutine[Any, Any, None]]) -> None:
+    """Run `ask` with a child of its own; no tokenizer, so that the child has nothing to read."""
+
+    async def run() -> None:
+        grammars = Grammars(None, 0, None)
+        try:
+            async with asyncio.timeout(HANG_S):
+                await ask(grammars)
+        finally:
+            await grammars.close()
+
+    asyncio.run(run())
+
+
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+
+
+def test_a_compile_that_hangs_holds_up_no_other(at_first_compile, monkeypatch):
+    """It is given up after a while with all that it holds, and the next grammar is compiled."""
+    done = at_first_compile(STOP)
+
+    async def ask(grammars: Grammars) -> None:
+        monkeypatch.setattr(checks, "WAIT_S", 1.0)
+        # As often as it takes for one to get there: a child may need longer to start.
+        for n in itertools.count(1):
+            with pytest.raises(TimeoutError):
+                await grammars.fault("regex", "a" * n)
+            if done.exists():
+                break
+        monkeypatch.setattr(checks, "WAIT_S", HANG_S)
+        assert await grammars.fault("regex", "b") == ""
+
+    with_grammars(ask)
+
+
+def test_a_compile_that_hangs_ends_with_the_child(at_first_compile):
+    """Nothing is left running, nor asleep, when the server ends or its child is killed."""
+    done = at_first_compile(STOP)
+
+    async def ask(grammars: Grammars) -> None:
+        asking = asyncio.create_task(grammars.fault("regex", "a"))
+        await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
+        fork = psutil.Process(int(done.read_text()))
+        await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
+        asking.cancel()
+        await asyncio.wait([asking])
+        await grammars.close()
+        await asyncio.to_thread(until, lambda: not is_alive(fork))
+
+    with_grammars(ask)
 
 
 BOMB = {**NUMBERS, "maxItems": HUGE}

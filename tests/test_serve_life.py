@@ -24,7 +24,7 @@ from serve.server import Server
 from tests.conftest import tiny_config
 from tests.gate_cost import model_process
 from tests.tiny import tiny_adapter
-from tests.waiting import HANG_S, until
+from tests.waiting import HANG_S, is_alive, until
 from train import store as shelves
 from train.catalog import Base
 from train.errors import UserError
@@ -82,14 +82,6 @@ def address_of(process: subprocess.Popen[str]) -> str:
         if found := re.search(r"on (http://[^/]+)/v1", line):
             return found[1]
     pytest.fail("it ended without an address")
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; a dead one that nobody has collected yet does not."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def answers(client: openai.OpenAI, model: str, process: subprocess.Popen[str]) -> bool:
