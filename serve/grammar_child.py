@@ -1,10 +1,10 @@
 """What serve/grammars.py starts: compiles one grammar after another, each in a fork of its own with bounded means.
 
 In, one JSON object a line: first `tokenizer`, `vocab_size`, `eos_token_id`, then `kind` and `spec`. Out, for each of
-the latter, `fault`: "" or one line. It imports nothing of this project and of vLLM, so that it starts in a moment.
+the latter, `fault`: "" or one line; or `failed`, where the machine kept it from knowing. It imports nothing of this
+project and of vLLM, so that it starts in a moment.
 """
 
-import contextlib
 import ctypes
 import json
 import os
@@ -12,11 +12,14 @@ import resource
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import llguidance
 
 _MOST_CHARS = 300
 _PR_SET_PDEATHSIG = 1
+# How a fork says that it could not begin, and that it could not end within its memory.
+_NO_MEANS, _TOO_LARGE = 2, 1
 _TOO_MUCH = "the grammar is too large: compiling it takes more than {}; ask for shorter lists, texts or repetitions"
 
 
@@ -30,31 +33,49 @@ def main() -> None:
             setting["tokenizer"], n_vocab=setting["vocab_size"], eos_token=setting["eos_token_id"]
         )
     for line in sys.stdin:
-        fault = _bounded(tokenizer, line, cpu_s, memory_mib)
-        print(json.dumps({"fault": fault}), flush=True)
+        try:
+            said = {"fault": _bounded(tokenizer, line, cpu_s, memory_mib)}
+        except OSError as error:
+            said = {"failed": str(error)}
+        print(json.dumps(said), flush=True)
 
 
 def _bounded(tokenizer: llguidance.LLTokenizer | None, line: str, cpu_s: float, memory_mib: int) -> str:
+    """What is wrong with the grammar in `line`. Raises OSError where that is no fault of the grammar."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(MemoryError):
-            _let_go()
-            # Ended by the kernel, since no Python runs while it compiles.
-            signal.setitimer(signal.ITIMER_PROF, cpu_s)
-            bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (bytes_now + (memory_mib << 20),) * 2)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            os.write(writer, _fault(tokenizer, **json.loads(line)).encode(errors="replace"))
-            os._exit(0)
-        os._exit(1)
-    os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
+        try:
+            child = os.fork()
+            if child == 0:
+                _compile(tokenizer, line, cpu_s, memory_mib, writer)
+        finally:
+            os.close(writer)
         said = pipe.read()
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status in (-signal.SIGKILL, _NO_MEANS):
+        raise ChildProcessError(f"a grammar's compile ended with status {status}")
     if status == -signal.SIGPROF:
         return _TOO_MUCH.format(f"{cpu_s} s")
     return said.decode() if status == 0 else _TOO_MUCH.format(f"{memory_mib} MiB")
+
+
+def _compile(
+    tokenizer: llguidance.LLTokenizer | None, line: str, cpu_s: float, memory_mib: int, writer: int
+) -> NoReturn:
+    """The fork's whole life: what is wrong goes to `writer`, and how it ended is its status."""
+    status = _NO_MEANS
+    try:
+        _let_go()
+        bytes_now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        # Ended by the kernel, since no Python runs while it compiles.
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        resource.setrlimit(resource.RLIMIT_AS, (bytes_now + (memory_mib << 20),) * 2)
+        status = _TOO_LARGE
+        os.write(writer, _fault(tokenizer, **json.loads(line)).encode(errors="replace"))
+        status = 0
+    finally:
+        os._exit(status)
 
 
 def _let_go() -> None:

@@ -10,9 +10,12 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import sys
 from collections import OrderedDict
 from typing import Any
+
+log = logging.getLogger("vllm.counsel")
 
 CPU_S = 0.5
 MEMORY_MIB = 32
@@ -32,7 +35,10 @@ class Grammars:
         self._verdicts: OrderedDict[str, str] = OrderedDict()
 
     async def fault(self, kind: str, spec: str) -> str:
-        """What is wrong with a grammar, in one line; "" when it may be compiled. `kind`: vLLM's name, as "json"."""
+        """What is wrong with a grammar, in one line; "" when it may be compiled. `kind`: vLLM's name, as "json".
+
+        Raises OSError where the machine keeps it from knowing: nothing is held against the grammar.
+        """
         digest = hashlib.sha256(f"{kind} {spec}".encode(errors="surrogatepass")).hexdigest()
         if digest not in self._verdicts:
             async with self._one:
@@ -43,6 +49,18 @@ class Grammars:
         return self._verdicts[digest]
 
     async def _ask(self, kind: str, spec: str) -> str:
+        request = json.dumps({"kind": kind, "spec": spec}).encode() + b"\n"
+        # Twice: the machine may have ended the child for reasons of its own.
+        said = await self._answer(request) or await self._answer(request)
+        if not said:
+            raise ChildProcessError("the process that compiles grammars died twice")
+        answer = json.loads(said)
+        if "failed" in answer:
+            raise ChildProcessError(answer["failed"])
+        return str(answer["fault"])
+
+    async def _answer(self, request: bytes) -> bytes:
+        """The child's line about `request`; empty when it died."""
         async with contextlib.AsyncExitStack() as undo:
             # A caller who hangs up leaves an answer behind that the next one must not take for its own.
             undo.push_async_callback(self.close)
@@ -50,11 +68,14 @@ class Grammars:
             assert child.stdin is not None
             assert child.stdout is not None
             async with asyncio.timeout(WAIT_S):
-                child.stdin.write(json.dumps({"kind": kind, "spec": spec}).encode() + b"\n")
-                await child.stdin.drain()
+                with contextlib.suppress(ConnectionError):
+                    child.stdin.write(request)
+                    await child.stdin.drain()
                 said = await child.stdout.readline()
+            if not said.endswith(b"\n"):
+                return b""
             undo.pop_all()
-        return str(json.loads(said)["fault"])
+        return said
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._child is None or self._child.returncode is not None:
@@ -87,9 +108,10 @@ def for_model(engine_client: Any) -> Grammars:
 def guard(engine_client: Any, grammars: Grammars) -> None:
     """Let nothing reach the engine whose grammar was not compiled in the child.
 
-    Raises, from the engine client's `add_request`, vLLM's own VLLMValidationError, which its handlers answer with 400.
+    Raises, from the engine client's `add_request`, vLLM's own VLLMValidationError, which its handlers answer with 400,
+    or VLLMServerError, with 500.
     """
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import VLLMServerError, VLLMValidationError
     from vllm.v1.structured_output import backend_guidance
     from vllm.v1.structured_output.request import get_structured_output_key
 
@@ -99,7 +121,11 @@ def guard(engine_client: Any, grammars: Grammars) -> None:
         wanted = getattr(params, "structured_outputs", None)
         if wanted is not None and not wanted.all_constraints_none():
             kind, spec = get_structured_output_key(wanted)
-            fault = await grammars.fault(kind.name.lower(), spec)
+            try:
+                fault = await grammars.fault(kind.name.lower(), spec)
+            except OSError as error:
+                log.error("a grammar could not be checked: %r", error)
+                raise VLLMServerError("the server could not check the grammar; ask again") from error
             if fault:
                 raise VLLMValidationError(fault, parameter="structured_outputs")
         return await add_request(request_id, prompt, params, *args, **named)

@@ -6,11 +6,16 @@ import json
 import os
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from vllm.entrypoints.serve import create_error_response
+from vllm.exceptions import VLLMServerError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.structured_output import backend_guidance
 
 from serve import grammars as checks
 from serve.grammars import Grammars
@@ -89,35 +94,36 @@ def test_what_is_no_grammar_is_said_in_one_line(kind, spec):
     assert len(fault) < 400
 
 
-_FIRST_COMPILE = """
+_FIRST_CALL = """
 import os, signal, llguidance
-whole = llguidance.grammar_from
+todo, done = {todo!r}, {done!r}
+whole = {function}
 def watched(*given):
     try:
-        os.rename({todo!r}, {done!r})
+        os.rename(todo, done)
     except FileNotFoundError:
         return whole(*given)
+    with open(done, "w") as file:
+        file.write(str(os.getpid()) + "\\n")
     {deed}
     return whole(*given)
-llguidance.grammar_from = watched
+{function} = watched
 """
 
 
 @pytest.fixture
-def at_first_compile(tmp_path, monkeypatch) -> Callable[[str], Path]:
-    """Has the process that compiles the first regex do something before; returns a file that is there once it began.
+def at_first_call(tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Has the child, or its fork, do something before the first call of a function; by default, to compile a regex.
 
-    The file's text, once it is whole, is that process's id.
+    Returns a file that is there once it began; the file's text, once it is whole, is the id of the process that did it.
     """
 
-    def arrange(deed: str) -> Path:
+    def arrange(deed: str, function: str = "llguidance.grammar_from") -> Path:
         todo, done = tmp_path / "todo", tmp_path / "done"
         todo.touch()
-        deed = f"open({str(done)!r}, 'w').write(f'{{os.getpid()}}\\n'); {deed}"
-        (tmp_path / "sitecustomize.py").write_text(_FIRST_COMPILE.format(todo=str(todo), done=str(done), deed=deed))
-        monkeypatch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-        )
+        code = _FIRST_CALL.format(todo=str(todo), done=str(done), deed=deed, function=function)
+        (tmp_path / "sitecustomize.py").write_text(code)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
         return done
 
     return arrange
@@ -140,9 +146,9 @@ def with_grammars(ask: Callable[[Grammars], Coroutine[Any, Any, None]]) -> None:
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 
 
-def test_a_compile_that_hangs_holds_up_no_other(at_first_compile, monkeypatch):
+def test_a_compile_that_hangs_holds_up_no_other(at_first_call, monkeypatch):
     """It is given up after a while with all that it holds, and the next grammar is compiled."""
-    done = at_first_compile(STOP)
+    done = at_first_call(STOP)
 
     async def ask(grammars: Grammars) -> None:
         monkeypatch.setattr(checks, "WAIT_S", 1.0)
@@ -158,9 +164,9 @@ def test_a_compile_that_hangs_holds_up_no_other(at_first_compile, monkeypatch):
     with_grammars(ask)
 
 
-def test_a_compile_that_hangs_ends_with_the_child(at_first_compile):
+def test_a_compile_that_hangs_ends_with_the_child(at_first_call):
     """Nothing is left running, nor asleep, when the server ends or its child is killed."""
-    done = at_first_compile(STOP)
+    done = at_first_call(STOP)
 
     async def ask(grammars: Grammars) -> None:
         asking = asyncio.create_task(grammars.fault("regex", "a"))
@@ -171,6 +177,55 @@ def test_a_compile_that_hangs_ends_with_the_child(at_first_compile):
         await asyncio.wait([asking])
         await grammars.close()
         await asyncio.to_thread(until, lambda: not is_alive(fork))
+
+    with_grammars(ask)
+
+
+KILL_THE_CHILD = "os.kill(os.getppid(), signal.SIGKILL); signal.pause()"
+
+
+def test_a_child_that_dies_is_replaced(at_first_call):
+    """The machine may end it for reasons of its own, in the middle of a compile or between two."""
+    at_first_call(KILL_THE_CHILD)
+
+    async def ask(grammars: Grammars) -> None:
+        assert await grammars.fault("regex", "a") == ""
+        (child,) = (one for one in psutil.Process().children() if "serve.grammar_child" in one.cmdline())
+        child.kill()
+        assert await grammars.fault("regex", "b") == ""
+
+    with_grammars(ask)
+
+
+@pytest.mark.parametrize(
+    ("deed", "function"),
+    [
+        (KILL_THE_CHILD, "llguidance.grammar_from"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "llguidance.grammar_from"),
+        ("raise BlockingIOError(11, 'Resource temporarily unavailable')", "os.fork"),
+    ],
+    ids=["child after child dies", "the compile is killed", "no process can be had"],
+)
+def test_what_the_machine_does_is_held_against_no_grammar(at_first_call, monkeypatch, deed, function):
+    """The caller is told that it is the server's fault, status 500; asked again, the grammar passes."""
+    # Not the first call alone, but each until we say so.
+    done = at_first_call(f"os.rename(done, todo); {deed}", function)
+    monkeypatch.setattr(backend_guidance, "validate_guidance_grammar", backend_guidance.validate_guidance_grammar)
+    passed = []
+
+    async def add_request(request_id: str, prompt: str, params: SamplingParams) -> None:
+        passed.append(request_id)
+
+    async def ask(grammars: Grammars) -> None:
+        engine_client = SimpleNamespace(add_request=add_request)
+        checks.guard(engine_client, grammars)
+        params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
+        with pytest.raises(VLLMServerError) as caught:
+            await engine_client.add_request("first", "", params)
+        assert create_error_response(caught.value).error.code == 500
+        done.with_name("todo").unlink()
+        await engine_client.add_request("second", "", params)
+        assert passed == ["second"]
 
     with_grammars(ask)
 
