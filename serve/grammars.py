@@ -32,6 +32,7 @@ class Grammars:
         self._setting = {"tokenizer": tokenizer, "vocab_size": vocab_size, "eos_token_id": eos_token_id}
         self._child: asyncio.subprocess.Process | None = None
         self._one = asyncio.Lock()
+        self._asking: asyncio.Task[str] | None = None
         self._verdicts: OrderedDict[str, str] = OrderedDict()
 
     async def fault(self, kind: str, spec: str) -> str:
@@ -41,11 +42,18 @@ class Grammars:
         """
         digest = hashlib.sha256(f"{kind} {spec}".encode(errors="surrogatepass")).hexdigest()
         if digest not in self._verdicts:
-            async with self._one:
-                if digest not in self._verdicts:
-                    self._verdicts[digest] = await self._ask(kind, spec)
-                    if len(self._verdicts) > _REMEMBERED:
-                        self._verdicts.popitem(last=False)
+            await self._one.acquire()
+            # It goes on where the caller hangs up: to end it would cost everybody the child.
+            self._asking = asyncio.create_task(self._settle(digest, kind, spec))
+            self._asking.add_done_callback(lambda _: self._one.release())
+            return await asyncio.shield(self._asking)
+        return self._verdicts[digest]
+
+    async def _settle(self, digest: str, kind: str, spec: str) -> str:
+        if digest not in self._verdicts:
+            self._verdicts[digest] = await self._ask(kind, spec)
+            if len(self._verdicts) > _REMEMBERED:
+                self._verdicts.popitem(last=False)
         return self._verdicts[digest]
 
     async def _ask(self, kind: str, spec: str) -> str:
@@ -62,8 +70,8 @@ class Grammars:
     async def _answer(self, request: bytes) -> bytes:
         """The child's line about `request`; empty when it died."""
         async with contextlib.AsyncExitStack() as undo:
-            # A caller who hangs up leaves an answer behind that the next one must not take for its own.
-            undo.push_async_callback(self.close)
+            # What is given up leaves an answer behind that the next caller must not take for its own.
+            undo.push_async_callback(self._end)
             child = await self._running()
             assert child.stdin is not None
             assert child.stdout is not None
@@ -89,7 +97,13 @@ class Grammars:
         return self._child
 
     async def close(self) -> None:
-        """End the child; the next grammar starts another."""
+        """End the child and what is asked of it; the next grammar starts another."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+        await self._end()
+
+    async def _end(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -197,6 +197,31 @@ def test_a_child_that_dies_is_replaced(at_first_call):
     with_grammars(ask)
 
 
+def test_who_hangs_up_takes_the_child_from_nobody(at_first_call):
+    """The compile goes on, so that the child stays for those who wait, and what it finds is remembered."""
+    done = at_first_call(STOP)
+
+    async def ask(grammars: Grammars) -> None:
+        impatient = asyncio.create_task(grammars.fault("regex", "a"))
+        await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
+        fork = psutil.Process(int(done.read_text()))
+        await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
+        child = fork.parent()
+        patient = asyncio.create_task(grammars.fault("regex", "b"))
+        impatient.cancel()
+        await asyncio.wait([impatient])
+        assert impatient.cancelled()
+        fork.resume()
+        assert await patient == ""
+        assert is_alive(child)
+        assert child.ppid() == os.getpid()
+        # Were it compiled again, nothing would come of it.
+        child.suspend()
+        assert await grammars.fault("regex", "a") == ""
+
+    with_grammars(ask)
+
+
 @pytest.mark.parametrize(
     ("deed", "function"),
     [
