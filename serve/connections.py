@@ -13,20 +13,28 @@ from typing import Any, ClassVar
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# What a request's head and its body may take to come. A stranger needs no key to be slow.
+# What a request's head may take to come, and each further BODY_BYTES of its body. A stranger needs no key to be slow.
 HEAD_S, BODY_S = 20.0, 60.0
+BODY_BYTES = 64 << 10
 # A peer that takes nothing for so long is gone, or may as well be.
 SEND_S = 60.0
-PER_ADDRESS = 1024
+_PER_ADDRESS = 1024
 _NOTHING = (b"", False)
+
+
+def per_address(queued: int) -> int:
+    """Connections one address may have, where the server takes `queued` answers: all may come through one proxy."""
+    return max(_PER_ADDRESS, 4 * queued)
 
 
 class BoundedConnection(H11Protocol):
     """One connection; uvicorn's `http` setting names this class."""
 
     open_by_address: ClassVar[Counter[str]] = Counter()
+    most_of_one_address: ClassVar[int] = per_address(0)
     _address = ""
     _awaited: Any = None
+    _came_bytes = 0
     _timer: asyncio.TimerHandle | None = None
     _sending: asyncio.TimerHandle | None = None
 
@@ -34,7 +42,7 @@ class BoundedConnection(H11Protocol):
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
         self.open_by_address[self._address] += 1
-        if self.open_by_address[self._address] > PER_ADDRESS:
+        if self.open_by_address[self._address] > self.most_of_one_address:
             transport.abort()
         else:
             self._await(h11.IDLE)
@@ -53,6 +61,11 @@ class BoundedConnection(H11Protocol):
         if state is h11.MIGHT_SWITCH_PROTOCOL and self.conn.trailing_data == _NOTHING:
             # We never switch. Reading goes on, or nobody would notice that the caller hung up.
             self.flow.resume_reading()
+        if state is h11.SEND_BODY and self._awaited is h11.SEND_BODY:
+            self._came_bytes += len(data)
+            # A body that nobody reads, as its request was refused, gets no more time.
+            if self._came_bytes >= BODY_BYTES and not self.cycle.response_complete:
+                self._await(None)
         self._await(state if state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing() else None)
 
     def pause_writing(self) -> None:
@@ -72,10 +85,10 @@ class BoundedConnection(H11Protocol):
         return False
 
     def _await(self, part: Any) -> None:
-        """Give the caller time for a head (IDLE) or a body (SEND_BODY), from when its first byte may come."""
+        """Give the caller time for a head (IDLE), from when it may begin, or for more of a body (SEND_BODY)."""
         if part is self._awaited:
             return
-        self._awaited = part
+        self._awaited, self._came_bytes = part, 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

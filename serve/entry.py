@@ -25,12 +25,13 @@ def main() -> None:
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    from serve.connections import BoundedConnection
+    from serve.connections import BoundedConnection, per_address
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
+    BoundedConnection.most_of_one_address = per_address(from_environment().queued)
     uvloop.run(run_server(args, http=BoundedConnection))
 
 

@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from serve import connections
-from serve.connections import BoundedConnection
+from serve.connections import BoundedConnection, per_address
 from serve.launch import HEAD_BYTES
 from tests.waiting import HANG_S, until
 
@@ -102,9 +102,10 @@ def test_who_does_not_go_on_is_hung_up_on(begun):
         assert said(wire) == b""
 
 
-def test_one_address_has_a_bounded_number_of_connections():
+def test_one_address_has_a_bounded_number_of_connections(monkeypatch):
     """The one too many is closed at once; when one ends, another may come."""
-    with serving(PER_ADDRESS=2) as address, contextlib.ExitStack() as after:
+    monkeypatch.setattr(BoundedConnection, "most_of_one_address", 2)
+    with serving() as address, contextlib.ExitStack() as after:
         first, second = (after.enter_context(socket.create_connection(address)) for _ in range(2))
         until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 2)
         with socket.create_connection(address) as third:
@@ -116,6 +117,67 @@ def test_one_address_has_a_bounded_number_of_connections():
             assert said(fourth).endswith(b"    2")
         second.close()
     until(lambda: not BoundedConnection.open_by_address)
+
+
+def test_a_proxy_may_bring_all_that_the_server_takes():
+    """Behind one, all callers have one address; a server that takes more answers takes more connections of it."""
+    assert [per_address(queued) for queued in (1, 256, 2000)] == [1024, 1024, 8000]
+
+
+def outlive_a_silent_one(address: tuple[str, int]) -> None:
+    """Return when a connection that sends nothing has lived for HEAD_S and was hung up on."""
+    with socket.create_connection(address) as silent:
+        assert said(silent) == b""
+
+
+@contextlib.contextmanager
+def half_sent(app: Any) -> Iterator[tuple[socket.socket, tuple[str, int]]]:
+    """A request whose body has 1,001 bytes, of which the first came; from now on all times are short."""
+    begun = threading.Event()
+
+    async def told(scope, receive, send):
+        begun.set()
+        await app(scope, receive, send)
+
+    with (
+        serving(told, HEAD_S=10 * HANG_S, BODY_S=10 * HANG_S, BODY_BYTES=500) as address,
+        socket.create_connection(address, timeout=HANG_S) as wire,
+    ):
+        wire.sendall(HEAD + b"Content-Length: 1001\r\n\r\na")
+        assert begun.wait(HANG_S)
+        connections.BODY_S, connections.HEAD_S = 0.1, 0.3
+        yield wire, address
+
+
+def test_a_body_that_keeps_coming_has_its_time_anew():
+    """However long all of it takes: seen here by the new time, which is short."""
+    with half_sent(echo) as (wire, _):
+        wire.sendall(b"a" * 500)
+        assert said(wire) == b""
+
+
+def test_a_trickle_gets_no_more_time():
+    """What comes is too little: the time it has is the one it began with, seen here by its being long."""
+    with half_sent(echo) as (wire, address):
+        wire.sendall(b"a")
+        outlive_a_silent_one(address)
+        wire.sendall(b"a" * 999)
+        assert answer(wire).endswith(b" 1001")
+
+
+def test_a_body_that_nobody_reads_gets_no_more_time():
+    """A stranger's request is refused by its head; however much of its body comes, it has to end in time."""
+
+    async def refuse(scope, receive, send):
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"5")]})
+        await send({"type": "http.response.body", "body": b"alien"})
+
+    with half_sent(refuse) as (wire, address):
+        assert answer(wire).startswith(b"HTTP/1.1 401")
+        wire.sendall(b"a" * 500)
+        outlive_a_silent_one(address)
+        wire.sendall(b"a" * 500 + HEAD + b"Content-Length: 0\r\n\r\n")
+        assert answer(wire).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("later", [False, True])
