@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 # What a request's head may take to come, and each further BODY_BYTES of its body. A stranger needs no key to be slow.
 HEAD_S, BODY_S = 20.0, 60.0
@@ -20,6 +20,7 @@ BODY_BYTES = 64 << 10
 SEND_S = 60.0
 _PER_ADDRESS = 1024
 _NOTHING = (b"", False)
+_Part = tuple[Any, RequestResponseCycle | None]
 
 
 def per_address(queued: int) -> int:
@@ -33,7 +34,7 @@ class BoundedConnection(H11Protocol):
     open_by_address: ClassVar[Counter[str]] = Counter()
     most_of_one_address: ClassVar[int] = per_address(0)
     _address = ""
-    _awaited: Any = None
+    _awaited: _Part | None = None
     _came_bytes = 0
     _timer: asyncio.TimerHandle | None = None
     _sending: asyncio.TimerHandle | None = None
@@ -45,7 +46,7 @@ class BoundedConnection(H11Protocol):
         if self.open_by_address[self._address] > self.most_of_one_address:
             transport.abort()
         else:
-            self._await(h11.IDLE)
+            self._await(self._part())
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await(None)
@@ -57,16 +58,16 @@ class BoundedConnection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        state = self.conn.their_state
-        if state is h11.MIGHT_SWITCH_PROTOCOL and self.conn.trailing_data == _NOTHING:
+        if self.conn.their_state is h11.MIGHT_SWITCH_PROTOCOL and self.conn.trailing_data == _NOTHING:
             # We never switch. Reading goes on, or nobody would notice that the caller hung up.
             self.flow.resume_reading()
-        if state is h11.SEND_BODY and self._awaited is h11.SEND_BODY:
+        part = self._part()
+        if part is not None and part == self._awaited and part[0] is h11.SEND_BODY:
             self._came_bytes += len(data)
             # A body that nobody reads, as its request was refused, gets no more time.
             if self._came_bytes >= BODY_BYTES and not self.cycle.response_complete:
                 self._await(None)
-        self._await(state if state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing() else None)
+        self._await(part)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -79,21 +80,29 @@ class BoundedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()
+        # Requests may come without waiting for answers. Between them, uvicorn's keep-alive is what counts.
+        if self.conn.their_state is not h11.IDLE or self.conn.trailing_data != _NOTHING:
+            self._await(self._part())
 
     def _should_upgrade(self) -> bool:
         """No other protocol is spoken here, and HTTP/1.1 lets a server pass over the offer."""
         return False
 
-    def _await(self, part: Any) -> None:
-        """Give the caller time for a head (IDLE), from when it may begin, or for more of a body (SEND_BODY)."""
-        if part is self._awaited:
+    def _part(self) -> _Part | None:
+        """What the caller has to send next: a head (IDLE) or more of a body (SEND_BODY), and of which request."""
+        state = self.conn.their_state
+        return (state, self.cycle) if state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing() else None
+
+    def _await(self, part: _Part | None) -> None:
+        """Give the caller time for it, from when it may begin."""
+        if part == self._awaited:
             return
         self._awaited, self._came_bytes = part, 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if part is not None:
-            self._timer = self.loop.call_later(HEAD_S if part is h11.IDLE else BODY_S, self.transport.abort)
+            self._timer = self.loop.call_later(HEAD_S if part[0] is h11.IDLE else BODY_S, self.transport.abort)
 
     def _watch(self) -> None:
         """Hang up on a peer that takes nothing of what waits for it. To close is not enough: that waits for the peer.

@@ -102,6 +102,40 @@ def test_who_does_not_go_on_is_hung_up_on(begun):
         assert said(wire) == b""
 
 
+async def hurry(scope, receive, send):
+    """Answers as `echo`; from now on all times are short."""
+    connections.HEAD_S = connections.BODY_S = 0.2
+    await echo(scope, receive, send)
+
+
+@contextlib.contextmanager
+def hurrying() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
+    """A connection to such a server."""
+    patience_s = 10 * HANG_S
+    with (
+        serving(hurry, HEAD_S=patience_s, BODY_S=patience_s) as address,
+        socket.create_connection(address, timeout=HANG_S) as wire,
+    ):
+        yield wire, address
+
+
+@pytest.mark.parametrize("begun", [HEAD, HEAD + b"Content-Length: 10\r\n\r\nabc"], ids=["half a head", "half a body"])
+def test_who_does_not_go_on_after_a_whole_request_is_hung_up_on(begun):
+    """Both requests come at once: the first is answered, and the second has its time from then on."""
+    with hurrying() as (wire, _):
+        wire.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi" + begun)
+        assert said(wire).endswith(b"    2")
+
+
+def test_who_has_nothing_to_ask_is_kept():
+    """Between two requests uvicorn's keep-alive counts, and not the time of a head that nobody began."""
+    with hurrying() as (wire, address):
+        for _ in range(2):
+            wire.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi")
+            assert answer(wire).endswith(b"    2")
+            outlive_a_silent_one(address)
+
+
 def test_one_address_has_a_bounded_number_of_connections(monkeypatch):
     """The one too many is closed at once; when one ends, another may come."""
     monkeypatch.setattr(BoundedConnection, "most_of_one_address", 2)
