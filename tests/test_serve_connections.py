@@ -1,5 +1,6 @@
 """What a stranger without a key may hold on a connection, over real sockets to a real uvicorn."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -11,7 +12,9 @@ import uvicorn
 
 from serve import connections
 from serve.connections import BoundedConnection, per_address
+from serve.gateway import _show_life
 from serve.launch import HEAD_BYTES
+from serve.reply import Reply
 from tests.waiting import HANG_S, until
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
@@ -272,3 +275,22 @@ def test_a_server_that_stops_waits_for_no_peer_that_takes_nothing():
             after.enter_context(taking_nothing(address))
             assert begun.wait(HANG_S)
         assert not BoundedConnection.open_by_address
+
+
+def test_comments_to_a_peer_that_takes_nothing_end_the_request():
+    """Whoever works for it hears that it hung up; the comments' own task fails at nothing meanwhile."""
+    heard, failures = threading.Event(), []
+
+    async def wait_for_the_engine(scope, receive, send):
+        signs = asyncio.create_task(_show_life(Reply(send, [], False), 1e-6))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if signs.done():
+            failures.append(signs.exception())
+        signs.cancel()
+        heard.set()
+
+    with serving(wait_for_the_engine, SEND_S=0.1) as address, taking_nothing(address):
+        assert heard.wait(HANG_S)
+        until(lambda: not BoundedConnection.open_by_address)
+    assert failures == []
