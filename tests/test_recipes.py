@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_base
+from tests.tiny import tiny_base, tiny_gpt2
 from train.command import load_config
 from train.errors import UserError
 from train.hardware import Machine, machine, plan
+from train.layers import Layers, served_layers
 from train.preflight import check, needed_rank
 from train.recipe import RECIPES, Recipe
 
@@ -78,7 +80,42 @@ def test_a_good_recipe_passes_every_check(llama, tmp_path):
     assert [str(finding) for finding in found.values() if not finding.ok] == []
     assert "--max-lora-rank 8" in found["lora"].seen
     assert found["targets"].seen.startswith("14 layers")
+    assert found["served"].seen == "vLLM applies each of these layers"
     assert "leak 0" in found["data"].seen
+
+
+def test_layers_that_the_server_would_leave_out_are_refused_before_training(llama, tmp_path, monkeypatch):
+    """Each kind is named, with what to do; an adapter that is not published may have them."""
+    layers = served_layers(llama)
+    fewer = {layer: place for layer, place in layers.places.items() if "mlp" in layer}
+    monkeypatch.setattr("train.preflight.served_layers", lambda base: Layers(fewer, layers.targets))
+
+    refused = findings(llama, tmp_path)["served"]
+    assert not refused.ok
+    assert {f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"} == set(re.findall(r"model[\w.]+", refused.seen))
+    assert "train on some of these: down_proj, gate_proj, up_proj" in refused.seen
+    assert findings(llama, tmp_path, targets=("gate_proj", "up_proj"))["served"].ok
+
+    unpublished = findings(llama, tmp_path, store="")["served"]
+    assert unpublished.ok
+    assert "could not be published: it changes model.layers.0.self_attn" in unpublished.seen
+
+
+def test_a_base_on_which_no_adapter_is_served_is_refused_before_training(tmp_path):
+    """GPT-2, of which vLLM serves the base alone."""
+    refused = findings(tiny_gpt2(tmp_path / "gpt2"), tmp_path)["served"]
+
+    assert not refused.ok
+    assert "vLLM serves no LoRA on GPT2LMHeadModel" in refused.seen
+
+
+def test_where_vllm_is_not_installed_the_layers_are_not_tried(llama, tmp_path, monkeypatch):
+    """A machine that only trains: it says so, and trains."""
+    monkeypatch.setattr("train.layers._vllm_versions", list)
+
+    found = findings(llama, tmp_path)["served"]
+    assert found.ok
+    assert found.seen.startswith("not tried: vLLM is not installed here")
 
 
 def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_path):

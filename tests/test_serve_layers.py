@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Phi3Config
 from serve.client import make_client
 from serve.server import Server
 from tests.conftest import tiny_config
-from tests.tiny import tiny_adapter, tiny_tokenizer
+from tests.tiny import tiny_adapter, tiny_gpt2, tiny_tokenizer
 from train import store as shelves
+from train.adapter import check
 from train.catalog import Base, resolve
 from train.errors import UserError
 from train.layers import served_layers
@@ -86,18 +87,14 @@ def test_publish_refuses_a_layer_that_vllm_leaves_out(fused, tmp_path, monkeypat
     monkeypatch.setattr("train.adapter.served_layers", lambda base: type(layers)(fewer, layers.targets))
     with pytest.raises(UserError, match=r"self_attn.o_proj, which vLLM would leave as in the base; .*qkv_proj"):
         shelves.publish(tmp_path / "store", "a", source, fused)
+    assert check(source, fused.path, served=False).target_modules == ("o_proj",)  # trained, and not to be published
 
 
 def test_a_base_without_lora_in_vllm_takes_no_adapter(tmp_path):
     """GPT-2: vLLM serves it, and no adapter on it."""
-    from transformers import GPT2Config
-
-    tokenizer = tiny_tokenizer()
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=1, n_head=2, n_positions=64)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "gpt2")
-    tokenizer.save_pretrained(tmp_path / "gpt2")
-    assert "no LoRA on GPT2LMHeadModel" in served_layers(tmp_path / "gpt2").refusal
-    base = resolve(str(tmp_path / "gpt2"))
+    folder = tiny_gpt2(tmp_path / "gpt2")
+    assert "no LoRA on GPT2LMHeadModel" in served_layers(folder).refusal
+    base = resolve(str(folder))
     with pytest.raises(UserError, match="no LoRA on GPT2LMHeadModel"):
         shelves.publish(tmp_path / "store", "a", tiny_adapter(base.path, tmp_path / "a", seed=1), base)
 

@@ -73,6 +73,18 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
     return path
 
 
+def tiny_gpt2(path: Path) -> Path:
+    """Save a random one-layer GPT-2, a base on which vLLM serves no LoRA, in `path`; return `path`."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    tokenizer = tiny_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=1, n_head=2, n_positions=64)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def tiny_adapter(
     base: Path, path: Path, seed: int, rank: int = 8, targets: tuple[str, ...] | None = None, std: float = 0.1
 ) -> Path:

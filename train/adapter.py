@@ -16,7 +16,7 @@ from typing import Any
 from train.catalog import weight_files
 from train.errors import UserError
 from train.files import read_json
-from train.layers import Layers, served_layers
+from train.layers import served_layers
 from train.tensors import Shape, tensor_shapes
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -53,21 +53,23 @@ class Facts:
     target_modules: tuple[str, ...]
 
 
-def check(folder: Path, base: Path) -> Facts:
-    """Hold the adapter in `folder` against the rules and the model folder `base`; UserError at the first breach."""
+def check(folder: Path, base: Path, *, served: bool = True) -> Facts:
+    """Hold the adapter in `folder` against the rules and the model folder `base`; UserError at the first breach.
+
+    With `served` off, it may also change layers that vLLM does not adapt.
+    """
     check_files(folder)
     config = read_json(folder / CONFIG)
     ranks = check_config(config)
     pairs = _pairs(tensor_shapes(folder / WEIGHTS))
-    layers = _layers(base)
     base_shapes: dict[str, Shape] = {}
     for file in weight_files(base):
         base_shapes.update(tensor_shapes(file))
     for module, (shape_a, shape_b) in pairs.items():
         _check_shapes(module, shape_a, shape_b, base_shapes, ranks)
     _check_values(folder / WEIGHTS)
-    if layers is not None:
-        _check_places(pairs, layers)
+    if served:
+        _check_places(pairs, base)
     return Facts(
         # As vLLM counts: a rank that only the config names takes its room too.
         rank=max(ranks),
@@ -186,28 +188,17 @@ def _check_shapes(module: str, a: Shape, b: Shape, base: dict[str, Shape], ranks
         raise UserError(f"{WEIGHTS}: {module} has rank {a[0]}, but {CONFIG} says {', '.join(map(str, sorted(ranks)))}")
 
 
-def _layers(base: Path) -> Layers | None:
-    """What vLLM can adapt in the base; None where nobody can say."""
+def _check_places(modules: Iterable[str], base: Path) -> None:
+    """Every module must be one that vLLM adapts: it leaves out the others without a word."""
     try:
         layers = served_layers(base)
     except UserError as error:
         # A server that loads it finds out, and refuses it then.
         print(f"not checked which layers vLLM applies: {error}", file=sys.stderr)
-        return None
-    if layers.refusal:
-        raise UserError(f"{layers.refusal}: no adapter for this base can be served")
-    return layers
-
-
-def _check_places(modules: Iterable[str], layers: Layers) -> None:
-    """Every module must be one that vLLM adapts: it leaves out the others without a word."""
-    for module in modules:
-        if module not in layers.places:
-            served = sorted({layer.rsplit(".", 1)[-1] for layer in layers.places})
-            raise UserError(
-                f"{WEIGHTS}: it changes {module}, which vLLM would leave as in the base; "
-                f"train on some of these: {', '.join(served)}"
-            )
+        return
+    reason = layers.why_unserved(modules)
+    if reason:
+        raise UserError(reason if layers.refusal else f"{WEIGHTS}: {reason}")
 
 
 def _check_values(path: Path) -> None:

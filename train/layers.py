@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ class Layers:
     places: dict[str, str]
     targets: tuple[str, ...]
     refusal: str = ""
+
+    def why_unserved(self, modules: Iterable[str]) -> str:
+        """Why an adapter on these layers of the base cannot be served, naming one of each kind left out; else empty."""
+        if self.refusal:
+            return f"{self.refusal}: no adapter for this base can be served"
+        left_out: dict[str, str] = {}
+        for module in modules:
+            if module not in self.places:
+                left_out.setdefault(module.rsplit(".", 1)[-1], module)
+        if not left_out:
+            return ""
+        served = sorted({layer.rsplit(".", 1)[-1] for layer in self.places})
+        return (
+            f"it changes {', '.join(left_out.values())}, which vLLM would leave as in the base; "
+            f"train on some of these: {', '.join(served)}"
+        )
 
 
 def served_layers(base: Path) -> Layers:

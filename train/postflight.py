@@ -20,7 +20,8 @@ def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: 
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles:
         raise UserError(f"the adapter folder holds a pickle, {pickles[0]}; nothing was published")
-    facts = adapter.check(folder, base.path)
+    # What is not published may be for another server.
+    facts = adapter.check(folder, base.path, served=bool(recipe.store))
     saved = {key.rsplit(".lora_", 1)[0] for key in adapter.tensor_shapes(folder / adapter.WEIGHTS)}
     trained = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if saved != trained:

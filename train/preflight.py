@@ -1,5 +1,6 @@
 """`python -m train check RECIPE`: what would fail after hours, found in seconds and without loading weights.
 
+Once for each base it also asks vLLM, for some 20 s, which layers of an adapter it would apply.
 Each check is one line, ok or FAIL. `train` runs the same checks first and refuses where one fails.
 """
 
@@ -11,7 +12,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from train.chat import prompt_messages
 from train.contacts import EMAIL, LINK, PHONE
 from train.errors import UserError
 from train.hardware import Machine, Plan
+from train.layers import served_layers
 from train.recipe import Recipe
 
 # What vLLM 0.32 accepts as --max-lora-rank.
@@ -95,6 +97,8 @@ def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
     folder = found["base"].path
     yield _guard("lora", lambda: lora_config(recipe, folder))
     yield _guard("targets", lambda: _count_targets(recipe, folder, found))
+    if "adapted" in found:
+        yield _guard("served", lambda: served(recipe, folder, found["adapted"]))
     yield _guard("attention", lambda: attention(recipe, folder))
     yield _guard("template", lambda: template(recipe, folder))
     if "splits" in found:
@@ -143,16 +147,33 @@ def adapted_modules(recipe: Recipe, folder: Path) -> dict[str, tuple[int, int]]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         names = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
         missing = [target for target in recipe.targets if target != "all-linear" and target not in names]
         if missing:
             raise UserError(f"targets has {missing[0]!r}, which matches no layer; the base has {', '.join(names)}")
-        shapes = {name: tuple(module.weight.shape) for name, module in linear.items()}
         peft_model = get_peft_model(model, LoraConfig(r=1, target_modules=lora_targets(recipe)))
-    prefix = "base_model.model."
-    chosen = [name for name, module in peft_model.named_modules() if hasattr(module, "lora_A")]
-    return {name.removeprefix(prefix): shapes[name.removeprefix(prefix)] for name in chosen}
+    # Sizes as LoRA has them: the weight of a Conv1D, GPT-2's linear layer, is the other way round.
+    return {
+        name.removeprefix("base_model.model."): (
+            module.lora_B["default"].out_features,
+            module.lora_A["default"].in_features,
+        )
+        for name, module in peft_model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def served(recipe: Recipe, folder: Path, adapted: Iterable[str]) -> str:
+    """Hold the adapted layers against those that vLLM applies; what is not published may be for another server."""
+    try:
+        layers = served_layers(folder)
+    except UserError as error:
+        return f"not tried: {error}"
+    reason = layers.why_unserved(adapted)
+    if reason and recipe.store:
+        raise UserError(f"{reason}; or set store to '' to train without publishing")
+    return f"it could not be published: {reason}" if reason else "vLLM applies each of these layers"
 
 
 def attention(recipe: Recipe, folder: Path) -> str:
