@@ -160,7 +160,7 @@ def find_capacity(options: Capacity) -> Result:
         # What was found so far is worth keeping.
         found = Found(max(held, default=None), min(missed, default=None))
         stopped = "it was ended by Ctrl-C"
-    invalid = stopped or not_believed.get(found.failed, "") if found.failed is not None else ""
+    invalid = stopped or ("" if found.failed is None else not_believed.get(found.failed, ""))
     points.sort(key=lambda point: point["offered"])
     document = rounded(
         {"dir": str(out), "held": found.held, "failed": found.failed, "invalid": invalid, "objectives": options.slo,

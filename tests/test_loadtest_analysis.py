@@ -53,7 +53,10 @@ def found(monkeypatch, tmp_path, capsys):
             played.append(scenario)
             told = verdict(float(scenario.rate), scenario.seed)
             figures = summarise([reply(n, n) for n in range(20)], 0, anything)
-            return {**figures, "verdict": told, "invalid": ["the client was late"], "dir": scenario.out}
+            stopped = "it was ended by Ctrl-C" if told == "stopped" else ""
+            told = "invalid" if stopped else told
+            return {**figures, "verdict": told, "invalid": ["the client was late"], "stopped": stopped,
+                    "dir": scenario.out}  # fmt: skip
 
         monkeypatch.setattr(capacity, "play", play)
         options = {"slo": ("ttft_p50_s <= 1",), "out": str(tmp_path / "out"), **options}
@@ -93,6 +96,23 @@ def test_a_client_that_gives_out_at_once_says_where(found):
     assert (status, document["held"], document["failed"]) == (4, None, 0.5)
     assert "not to be believed at 0.5 requests/s, the lowest tried: the client was late" in text
     assert len(played) == 2
+
+
+def test_ctrl_c_ends_a_search_that_is_not_finished(found):
+    """Ended at 8, where nothing has failed yet: at least 4, and no answer (exit 4)."""
+    status, document, text, _ = found(lambda rate, seed: "passed" if rate <= 4 else "stopped", lowest=4)
+
+    assert (status, document["held"], document["failed"]) == (4, 4, None)
+    assert document["invalid"] == "it was ended by Ctrl-C"
+    assert "capacity: at least 4 requests/s (it was ended by Ctrl-C)" in text
+
+
+def test_ctrl_c_in_the_first_run_finds_nothing(found):
+    """No rate was tried to its end."""
+    status, document, text, _ = found(lambda rate, seed: "stopped")
+
+    assert (status, document["held"], document["failed"]) == (4, None, None)
+    assert "no capacity: it was ended by Ctrl-C" in text
 
 
 def test_every_run_is_long_enough_for_its_objectives(found):
