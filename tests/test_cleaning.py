@@ -180,6 +180,35 @@ HELPLINES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        # Area codes and mobile numbers that begin as a free-phone number does.
+        "01202 555123", "01204 123456", "+44 116 234 5678", "+44 1300 123456", "8886543210",
+        "0300 1234567", "0300-1234567", "+91 80012 34567", "+91 800 123 4567", "+918001234567", "+65 8001 2345",
+        "+66800123456", "+447800123456", "+447 800 123 456", "+234 808 123 4567", "+8613001234567", "+86 180 0123 4567",
+        "+86 13112345678", "+818081234567",
+    ],
+)  # fmt: skip
+def test_a_persons_number_is_no_helpline(number):
+    """However it begins."""
+    assert mask(f"You can ring me on {number} tonight.") == "You can ring me on [phone number] tonight."
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "0300 123 3393", "0845 790 9090", "0120-783-556", "0508 828 865", "0808 808 1677", "+44 808 808 1677",
+        "+44 (0)800 123 4567", "+49 800 1110111", "+353 116 123", "+353 1800 247 247", "+61 1300 659 467",
+        "1-888-654-3210", "+1 800 273 8255", "(888) 654-3210", "888-654-3210", "+7 800 200 01 22", "+91 1800 599 0019",
+    ],
+)  # fmt: skip
+def test_a_free_phone_number_stays(number):
+    """As its country writes it."""
+    text = f"You can ring them on {number} tonight."
+    assert mask(text) == text
+
+
 @pytest.mark.parametrize("answer", HELPLINES)
 def test_helplines_stay_whole(answer):
     """Under drop and mask alike: a crisis line that is cut out may be the sentence that mattered."""

@@ -33,11 +33,19 @@ _PHONE = re.compile(
     r")(?!\d)"
 )
 MIN_PHONE_DIGITS = 9  # fewer are dates and short codes
-# Free-phone numbers belong to services, and nearly all of those in answers are crisis lines.
+# Free-phone numbers belong to services, and nearly all of those in answers are crisis lines. Only what is surely one:
+# mobile numbers begin alike in other countries (0300 1234567 in Pakistan), and so do area codes (01202, +44 116).
+_COUNTRY = (
+    r"\+(?:7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|(?:2[1-689]|3[578]|42|5[09]|6[789]|8[0578]|9[679])\d)"
+    r"[\s.-]?(?:\(?0\)?[\s.-]?)?"
+)
+_MOBILE_80 = r"\+(?:65|66|91|505|506|855)"
 _FREE_PHONE = re.compile(
-    r"(?:\+?1[\s.-]?)?\(?8(?:00|33|44|55|66|77|88)"
-    r"|\(?0(?:0?800|808|300|120|508|845)"
-    r"|\+\d{1,3}[\s.-]?(?:\(?0\)?[\s.-]?)?(?:80[08]|1[38]00|13[\s.-]?11|116[\s.-]?\d{3})"
+    r"(?:\+?1[\s.-]?\(?|\()8(?:00|33|44|55|66|77|88)|8(?:00|33|44|55|66|77|88)[\s.-]"
+    r"|\(?0(?:0?800|808)|\(?0(?:120|508|845)(?!\d)|\(?0300\)?[\s.-]\d{3}[\s.-]\d{4}(?!\d)"
+    rf"|(?!{_MOBILE_80}){_COUNTRY}800|\+44[\s.-]?(?:\(?0\)?[\s.-]?)?808"
+    r"|\+(?:6[01356]|91|353)[\s.-]?1800|\+6[01][\s.-]?1300|\+61[\s.-]?13[\s.-]?11"
+    rf"|{_COUNTRY}116[\s.-]?\d{{3}}(?![\s.-]?\d)"
 )
 _SERVICE = (
     r"(?:life|help|hot|warm|crisis[ -]?|text)[ -]?lines?\b|crisis (?:cent(?:er|re)|team|service)s?\b|samaritans"
