@@ -126,7 +126,7 @@ class Collector:
         self._latest: dict[int, Mapping[str, Any]] = {}
         self._done = self._failed = self._tokens = 0
         self._begun = self._shown = time.monotonic()
-        self._ended = False
+        self._ended = self._torn = False
 
     def restart(self) -> None:
         """Start with empty files: a test started anew on the page replaces the one before."""
@@ -140,13 +140,17 @@ class Collector:
         self._start.write_text(json.dumps({"mono_s": start_s, "unix_s": unix_s}), encoding="utf-8")
 
     def take(self, report: Mapping[str, Any]) -> None:
-        """Write one process's report down; end the run when it was the last one due."""
+        """Write one process's report down; end the run when it was the last one due, or cannot be written."""
+        if self._torn:
+            # What is written behind a torn row would be lost with it, and the whole file with both.
+            return
         for path, lines in ((self._requests, report["rows"]), (self._client, map(json.dumps, report["seconds"]))):
             text = "".join(line + "\n" for line in lines)
             try:
                 with path.open("a", encoding="utf-8") as file:
                     file.write(text)
             except OSError as error:
+                self._torn = True
                 self.give_up(f"cannot write {str(path)!r}: {error.strerror}; free some space, and run it again")
                 return
         self._latest[report["worker"]] = report

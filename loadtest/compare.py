@@ -23,11 +23,11 @@ from loadtest.figures import LATENCIES, measured, rounded
 from loadtest.rows import FAILED, Row, read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import aligned
-from loadtest.verdict import EXIT_STATUS, arrivals_until, read_plan, window_of
+from loadtest.verdict import EXIT_STATUS, arrivals_until, read_plan, read_seconds, window_of
 from loadtest.window import Window
 from train.command import Result, argument, option
 from train.errors import UserError
-from train.files import read_json, read_jsonl
+from train.files import read_json
 
 _RESAMPLES = 1000
 # What makes the load what it is; the rest is where it goes, how it is sent, and what is asked of it.
@@ -118,7 +118,7 @@ def compare(options: Compare) -> Result:
 def read_run(directory: Path) -> Run:
     """The rows of a results directory and the seconds they are compared over."""
     scenario, plan = read_scenario(directory), read_plan(directory)
-    rows, seconds = read_rows(directory / "requests.jsonl"), read_jsonl(directory / "client.jsonl")
+    rows, seconds = read_rows(directory / "requests.jsonl"), read_seconds(directory)
     if scenario.closed:
         due = Window(scenario.warmup_s, max([scenario.warmup_s, *(row.due_s for row in rows)]))
     else:

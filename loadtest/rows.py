@@ -139,8 +139,8 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a requests.jsonl; a last line cut off by a kill is a UserError that names it."""
-    return [Row(**row) for row in read_jsonl(path)]
+    """All whole rows of a requests.jsonl; what a kill or a full disk left of a last one is left out."""
+    return [Row(**row) for row in read_jsonl(path, torn=True)]
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

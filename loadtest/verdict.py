@@ -42,7 +42,7 @@ def conclude(directory: Path, note: str = "", stopped: str = "") -> dict[str, An
 
     plan = read_plan(directory)
     target = read_json(directory / "target.json")
-    seconds = read_jsonl(directory / "client.jsonl")
+    seconds = read_seconds(directory)
     asked = target.get("asked", target["models"])
     found = summarise(rows, asked, scenario.warmup_s, window_of(scenario, plan, rows, seconds), good)
     judged = judge([parse_objective(text) for text in scenario.slo], found, measured(rows, scenario.warmup_s))
@@ -55,7 +55,7 @@ def conclude(directory: Path, note: str = "", stopped: str = "") -> dict[str, An
     broken += [stopped] if stopped else []
     churn = directory / "churn.jsonl"
     if churn.exists():
-        broken += [f"the churn stopped: {row['error']}" for row in read_jsonl(churn) if "error" in row]
+        broken += [f"the churn stopped: {row['error']}" for row in read_jsonl(churn, torn=True) if "error" in row]
     if broken:
         verdict = "invalid"
     elif not found["all"]["ok"]:
@@ -88,6 +88,11 @@ def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> 
     knots = rate_knots(scenario.rate, scenario.duration_s)
     edges_s = [0.0, *(knot.t_s for knot in knots[1::2])]
     return step_points(rows, edges_s, scenario.warmup_s, good)
+
+
+def read_seconds(directory: Path) -> list[dict[str, Any]]:
+    """What the client saw of itself (see loadtest/collect.py), without a last second that was not written whole."""
+    return read_jsonl(directory / "client.jsonl", torn=True)
 
 
 def read_samples(directory: Path) -> list[dict[str, Any]]:

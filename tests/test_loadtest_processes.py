@@ -27,6 +27,7 @@ from loadtest.stream import make_client
 from loadtest.verdict import EXIT_STATUS
 from loadtest.work import Arrival
 from tests.sse_server import standin
+from tests.test_layout import ROOT
 from tests.test_loadtest import LOAD
 from tests.waiting import until
 from train.errors import UserError
@@ -234,6 +235,35 @@ def test_the_page_shows_each_adapter_and_ctrl_c_ends_with_the_report(tmp_path, s
     assert summary["all"]["outcomes"] == {"ok": n_planned}
     assert run.returncode == EXIT_STATUS[summary["verdict"]]
     assert (tmp_path / "out/report.html").is_file()
+
+
+TORN = """
+import resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from loadtest.collect import Collector
+
+there = SimpleNamespace(process_exit_code=None, runner=SimpleNamespace(quit=lambda: None), web_ui=None)
+collector = Collector(there, Path(sys.argv[1]), 1)
+collector.restart()
+report = {"worker": 0, "seconds": [], "done": 1, "failed": 0, "tokens": 1, "due": 1, "in_flight": 0, "bugs": [],
+          "finished": False}
+collector.take({**report, "rows": ['{"id": 1}']})
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (15, hard))
+collector.take({**report, "rows": ['{"id": 2}']})
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+collector.take({**report, "rows": ['{"id": 3}']})
+"""
+
+
+def test_nothing_is_written_behind_a_row_that_a_full_disk_cut_off(tmp_path):
+    """There is room again when the next report comes: behind half a row, it would be no row either."""
+    done = subprocess.run([sys.executable, "-c", TORN, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "free some space" in done.stderr
+    assert (tmp_path / "requests.jsonl").read_text() == '{"id": 1}\n{"id"'
 
 
 @pytest.mark.parametrize("web", [True, False], ids=["page", "headless"])

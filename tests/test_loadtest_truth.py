@@ -245,11 +245,16 @@ def test_gaps_of_failed_requests_are_slower_than_any_bound(tmp_path):
 
 
 def test_a_run_that_was_killed_is_judged_by_its_rows(tmp_path, capsys):
-    """No summary and no samples of the server are there yet: `report` makes table and page, and it is no pass."""
+    """No summary, no samples of the server, torn last lines: `report` makes table and page, and it is no pass."""
     rows = played(every(0.3), "4", 40)[:100]
     judged(tmp_path, rows, rate="4", duration_s=40, seconds=24, planned=160, slo=("error_rate <= 1",))
     for name in ("summary.json", "server.jsonl"):
         (tmp_path / name).unlink()
+    # What was being written when it was killed: each file ends in half a line, here within a character.
+    (tmp_path / "churn.jsonl").write_text("")
+    for name in ("requests.jsonl", "client.jsonl", "churn.jsonl"):
+        with (tmp_path / name).open("ab") as file:
+            file.write('{"worker": 0, "error": "\u00fc'.encode()[:-1])
     status = main("loadtest", COMMANDS, ["report", str(tmp_path)])
 
     summary = json.loads(capsys.readouterr().out.strip().split("\n")[-1])

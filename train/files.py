@@ -61,13 +61,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read one JSON object a line; raise UserError that names the first bad line."""
+def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
+    """Read one JSON object a line; raise UserError that names the first bad line.
+
+    With `torn`, a last line without its end is left out: it is what a kill or a full disk left of one.
+    """
     try:
         # Not splitlines(): it also breaks at U+2028 and U+0085, which JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8", errors="replace" if torn else "strict").split("\n")
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if torn:
+        lines.pop()
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
