@@ -87,7 +87,7 @@ def search(holds: Callable[[float], bool], lowest: float, highest: float, precis
 
 
 class _Stopped(Exception):
-    """Ctrl-C ended a run of the search."""
+    """Why a run of the search did not come to its end: Ctrl-C, or a server or a disk that gave out."""
 
 
 def long_enough_s(rate: float, requests: int, options: Capacity) -> float:
@@ -117,7 +117,7 @@ def requests_needed(options: Capacity) -> int:
 def find_capacity(options: Capacity) -> Result:
     """Search, print every rate, and write capacity.json and report.html.
 
-    Exit 3 when no rate held, 4 when the client gave out first.
+    Exit 3 when no rate held, 4 when the client gave out first or the search did not come to its end.
     """
     out = results_directory(options)
     if out.exists():
@@ -134,10 +134,16 @@ def find_capacity(options: Capacity) -> Result:
         duration_s = long_enough_s(rate, requests, options)
         print(f"{rate:.4g} requests/s for {duration_s:g} s, {name} of {options.repeats}", file=sys.stderr)
         own = {"rate": f"{rate!r}", "seed": seed, "duration_s": duration_s, "out": str(out / f"rate-{rate:.4g}-{name}")}
-        summary = play(Scenario(**{**fields, **own}))
+        scenario = Scenario(**{**fields, **own})
+        try:
+            summary = play(scenario)
+        except UserError as error:
+            if not points:
+                raise
+            raise _Stopped(str(error)) from error
         points.append({**curve_point(rate, summary["all"]), "verdict": summary["verdict"], "dir": summary["dir"]})
         if summary.get("stopped"):
-            raise _Stopped
+            raise _Stopped(summary["stopped"])
         return summary
 
     def holds(rate: float) -> bool:
@@ -156,10 +162,10 @@ def find_capacity(options: Capacity) -> Result:
 
     try:
         found = search(holds, options.begin, options.highest, options.precision)
-    except _Stopped:
+    except _Stopped as error:
         # What was found so far is worth keeping.
         found = Found(max(held, default=None), min(missed, default=None))
-        stopped = "it was ended by Ctrl-C"
+        stopped = str(error)
     invalid = stopped or ("" if found.failed is None else not_believed.get(found.failed, ""))
     points.sort(key=lambda point: point["offered"])
     document = rounded(

@@ -52,6 +52,8 @@ def found(monkeypatch, tmp_path, capsys):
         def play(scenario: Scenario) -> dict[str, Any]:
             played.append(scenario)
             told = verdict(float(scenario.rate), scenario.seed)
+            if told == "dies":
+                raise UserError("no answer from the server")
             figures = summarise([reply(n, n) for n in range(20)], 0, anything)
             stopped = "it was ended by Ctrl-C" if told == "stopped" else ""
             told = "invalid" if stopped else told
@@ -113,6 +115,25 @@ def test_ctrl_c_in_the_first_run_finds_nothing(found):
 
     assert (status, document["held"], document["failed"]) == (4, None, None)
     assert "no capacity: it was ended by Ctrl-C" in text
+
+
+def test_a_server_that_dies_in_the_search_loses_nothing_that_was_found(found, tmp_path):
+    """At 8 it dies: at least 4, why no more is known, and the points so far in both files (exit 4)."""
+    status, document, text, _ = found(lambda rate, seed: "passed" if rate <= 4 else "dies", lowest=2)
+
+    assert (status, document["held"], document["failed"]) == (4, 4, None)
+    assert document["invalid"] == "no answer from the server"
+    assert "capacity: at least 4 requests/s (no answer from the server)" in text
+    assert [point["offered"] for point in document["points"]] == [2, 2, 4, 4]
+    assert json.loads((tmp_path / "out/capacity.json").read_text()) == document
+    assert "no answer from the server" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_search_that_cannot_begin_is_an_error(found, tmp_path):
+    """There is nothing to keep: the reason, and no files."""
+    with pytest.raises(UserError, match="no answer from the server"):
+        found(lambda rate, seed: "dies")
+    assert not (tmp_path / "out/capacity.json").exists()
 
 
 def test_every_run_is_long_enough_for_its_objectives(found):
