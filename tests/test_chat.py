@@ -5,15 +5,19 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
+import psutil
 import pytest
 
 from serve.chat import Chat, chat
 from tests.test_layout import ROOT
+from tests.waiting import HANG_S, until
 from train.errors import UserError
 
 # As vLLM refuses a conversation that is too long, and ours a request beyond a limit.
@@ -123,46 +127,76 @@ def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(talk, api, 
     assert api.seen[-1] == ["be kind", "three", "you said three", "four"]
 
 
-def command(api, **streams) -> subprocess.Popen:
-    words = [sys.executable, "-m", "serve", "chat", "gentle", "--url", api.url]
-    return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "TERM": "xterm"}, **streams)
+@pytest.fixture
+def command(api):
+    """Start `serve chat`; what is left of it is killed."""
+    begun: list[subprocess.Popen] = []
+
+    def start(**streams) -> subprocess.Popen:
+        words = [sys.executable, "-m", "serve", "chat", "gentle", "--url", api.url]
+        begun.append(
+            subprocess.Popen(
+                words, cwd=ROOT, env={**os.environ, "TERM": "xterm", "INPUTRC": os.devnull}, stderr=subprocess.DEVNULL,
+                # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **streams,
+            )
+        )  # fmt: skip
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(api):
+def read_until(stream: int, promise: Callable[[bytes], bool], shown: bytes = b"") -> bytes:
+    """Read on until all that was shown is as promised; return it."""
+    while not promise(shown):
+        ready, _, _ = select.select([stream], [], [], HANG_S)
+        assert ready, f"silent for {HANG_S:.0f} s after {shown!r}"
+        piece = os.read(stream, 1000)
+        assert piece, f"ended after {shown!r}"
+        shown += piece
+    return shown
+
+
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(api, command):
     """Stopped where it was, the answer is part of what is asked next."""
-    process = command(api, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = command(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"wait\n")
     process.stdin.flush()
-    assert process.stdout.read(len("you said ")) == b"you said "
+    read_until(process.stdout.fileno(), b"you said ".__eq__)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(b"and then\n")
+    out, _ = process.communicate(b"and then\n", timeout=HANG_S)
 
     assert process.returncode == 0
     assert api.seen == [["wait"], ["wait", "you said ", "and then"]]
     assert json.loads(out.splitlines()[-1]) == {"model": "gentle", "turns": 2}
 
 
-def test_lines_are_edited_in_a_terminal(api):
+def test_lines_are_edited_in_a_terminal(api, command):
     """The left arrow goes back into the line, the up arrow to the last one; Ctrl-C drops a line, Ctrl-D ends."""
     ours, theirs = pty.openpty()
-    process = command(api, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+    process = command(stdin=theirs, stdout=theirs)
     os.close(theirs)
     shown = b""
 
     def until_prompt(n: int) -> None:
         nonlocal shown
-        while shown.count(b"you> ") < n:
-            shown += os.read(ours, 1000)
+        shown = read_until(ours, lambda shown: shown.count(b"you> ") >= n, shown)
 
-    until_prompt(1)
-    os.write(ours, b"hllo\x1b[D\x1b[D\x1b[De\r")
-    until_prompt(2)
-    os.write(ours, b"\x1b[A!\r")
-    until_prompt(3)
-    process.send_signal(signal.SIGINT)
-    until_prompt(4)
-    os.write(ours, b"\x04")
-
-    assert process.wait() == 0
-    os.close(ours)
+    try:
+        until_prompt(1)
+        os.write(ours, b"hllo\x1b[D\x1b[D\x1b[De\r")
+        until_prompt(2)
+        os.write(ours, b"\x1b[A!\r")
+        until_prompt(3)
+        # readline shows its prompt before it waits for a key, and a signal just before that wait does not end it.
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+        process.send_signal(signal.SIGINT)
+        until_prompt(4)
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=HANG_S) == 0
+    finally:
+        os.close(ours)
     assert api.seen == [["hello"], ["hello", "you said hello", "hello!"]]
