@@ -1,6 +1,7 @@
 """Whose turn it is in the adapters' slots: vLLM's real scheduler under ours, by a clock that the test sets."""
 
 import os
+import random
 from itertools import count
 
 import pytest
@@ -248,6 +249,25 @@ def test_where_memory_is_short_nothing_stops_for_good(engine_of):
         if not engine.scheduler.requests:
             break
     assert set(engine.ended) == set(names)
+
+
+@pytest.mark.parametrize("seed", [9, 11])
+def test_where_places_and_memory_are_short_the_engine_is_never_idle(engine_of, seed):
+    """Answers that stand still hold memory that the next in line needs: they go on meanwhile, and all end."""
+    chance = random.Random(seed)
+    engine = engine_of(TurnsScheduler, slots=2, running=7, blocks=14)
+    idle_steps = 0
+    for step in range(3000):
+        if step < 400 and chance.random() < 0.25:
+            adapter = chance.choice([None, *range(1, 9)])
+            engine.ask(adapter, tokens=chance.choice([2, 5, 30, 80]), prompt=chance.choice([8, 64]))
+        waiting = len(engine.scheduler.requests)
+        idle_steps += bool(waiting) and not engine.step()
+        if step >= 400 and not engine.scheduler.requests:
+            break
+    assert not engine.scheduler.requests
+    # A step may pass between an entry that found no memory and the next.
+    assert idle_steps <= 5
 
 
 def test_what_needs_a_slot_enters_one_a_step(engine_of):
