@@ -232,6 +232,9 @@ def test_helplines_stay_whole(answer):
         ("\u62e8\u62532025550143", "\u62e8\u6253[phone number]", "phone number"),
         ("Call the lifeline, 988, or me at (202) 555-0143", "Call the lifeline, 988, or me at [phone number]",
          "phone number"),
+        ("Join t.me/anna, youtu.be/dQw4w9WgXcQ, amzn.in/d/x or example.de/me", "Join [link], [link], [link] or [link]",
+         "link"),
+        ("I saw him.he/she did it, so.we/they left.so/that is.it/is. Tell her.me/us.in/out, ok.or/and", None, None),
         ("I just say no.Org is short. Rest.Net and e.g. he/she or 24/7", None, None),
     ],
 )  # fmt: skip

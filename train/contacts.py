@@ -17,11 +17,14 @@ _ENDINGS = ("com", "org", "net", "edu", "gov", "ca", "io", "co.uk")
 # An ending in lower or upper case: "no.Org" is two sentences that have lost their space.
 _ENDING = "|".join(re.escape(form) for ending in _ENDINGS for form in (ending, ending.upper()))
 _EMAIL = re.compile(rf"[\w.+-]{{1,64}}@{_LABEL}(?:\.{_LABEL}){{1,8}}")
+# "I saw him.he/she left" is a sentence that has lost its space: a short word on each side of the slash.
+_CHOICE = r"(?:a[mnst]|b[ey]|do|go|h[ei]|i[fnst]|m[ey]|no|o[fhknr]|so|to|u[ps]|we)/[^\W\d_]{1,7}(?![\w/?#=-])"
 _LINK = re.compile(
     rf"[Hh][Tt][Tt][Pp][Ss]?:{_IN_ADDRESS}*"
     rf"|[Ww][Ww][Ww]\.{_IN_ADDRESS}*"
     rf"|{_START}(?:{_LABEL}\.){{1,8}}(?:{_ENDING})(?:\.[a-z]{{2}})?(?![A-Za-z])(?:[/?#:]{_IN_ADDRESS}*)?"
-    rf"|{_START}(?:{_LABEL}\.){{1,8}}[a-z]{{2}}/\w{_IN_ADDRESS}*"  # bit.ly/..., example.de/...
+    rf"|{_START}(?:t|wa)\.me/\w{_IN_ADDRESS}*"
+    rf"|{_START}(?:{_LABEL}\.){{1,8}}(?!{_CHOICE})[a-z]{{2}}/\w{_IN_ADDRESS}*"  # bit.ly/..., example.de/...
 )
 _PHONE = re.compile(
     r"(?<![A-Za-z0-9_/.=-])(?:"
