@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Faults that happen half-way through a reply.
-MIDWAY = ("half", "reset", "eof", "hang", "comment", "garbage", "shape", "midway", "die")
+MIDWAY = ("half", "reset", "eof", "comment", "garbage", "shape", "midway", "die")
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Behaviour:
     capacity is 4 over the time of one reply. `together-3`: no reply before three requests wait for one, which then all
     get theirs. `holds-10`: the first ten are answered, the others when told. `status-503`: answers that status with a
     JSON error. Half-way through the reply, `half` closes the connection for sending, `reset` breaks it off, `eof` ends
-    the body as if whole, `hang` goes silent, `comment` sends nothing but keep-alive comments, `garbage` sends a line
+    the body as if whole, `comment` sends nothing but keep-alive comments, `garbage` sends a line
     that is no JSON, `shape` JSON that is no chunk, `midway` an error object, `die` ends the process. `dies-30` ends the
     process at its 30th request, when the 29 before it have their replies. `drop` closes before any answer; `nousage`
     leaves the usage out, `nonsense` counts in words; `mute` sends a whole reply without text.
@@ -232,8 +232,6 @@ class Standin(asyncio.Protocol):
             self.transport.write(http_chunk(b"data: [1]\n\n") + b"0\r\n\r\n")
         elif fault == "eof":
             self.transport.write(b"0\r\n\r\n")
-        elif fault == "hang":
-            await asyncio.sleep(3600)
         elif fault == "garbage":
             self.transport.write(http_chunk(b"data: {not json\n\n") + b"0\r\n\r\n")
         elif fault == "midway":

@@ -41,7 +41,8 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
                         urllib.request.urlopen(url.replace("/v1", "/release")).close()
 
             monkeypatch.setattr(churn, "_publish_again", counted)
-            scenario = {"arrivals": "closed", "requests": 24, "duration_s": 900.0, "churn_s": 0.2}
+            scenario = {"arrivals": "closed", "requests": 24, "duration_s": 900.0, "churn_s": 0.2,
+                        "silence_s": 3600.0, "request_s": 3600.0}  # fmt: skip
             return play(
                 Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"),
                          churn_store=str(tmp_path / "store"), **scenario)  # type: ignore[arg-type]

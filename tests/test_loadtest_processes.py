@@ -130,7 +130,7 @@ def test_workers_that_join_share_one_run(tmp_path, start, port):
 
 @pytest.mark.slow
 def test_failures_do_not_fail_a_worker(start, port):
-    """Every request is refused: that is the run's to judge (exit 1); the workers did their work (exit 0)."""
+    """Every request is refused: that is the run's to judge (exit 3); the workers did their work (exit 0)."""
     with standin("base.status-503") as url:
         leader, out, err, workers = led(start, port, url, slo="error_rate <= 0.01")
 
@@ -272,7 +272,7 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port,
     with standin("base.holds-10", "gentle.holds-10") as url:
         run = start(
             "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "900",
-            *(("--web", "--web-port", str(port)) if web else ()),
+            "--silence-s", "3600", "--request-s", "3600", *(("--web", "--web-port", str(port)) if web else ()),
         )  # fmt: skip
         if web:
             wait_for_line(run, "live page")
