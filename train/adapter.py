@@ -8,7 +8,6 @@ values. What the values do, train/trial.py tries.
 
 import re
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from train.catalog import weight_files
 from train.errors import UserError
 from train.files import read_json
-from train.layers import served_layers
+from train.layers import Layers, served_layers
 from train.tensors import Shape, tensor_shapes
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -62,14 +61,15 @@ def check(folder: Path, base: Path, *, served: bool = True) -> Facts:
     config = read_json(folder / CONFIG)
     ranks = check_config(config)
     pairs = _pairs(tensor_shapes(folder / WEIGHTS))
+    layers = _layers(base) if served else None
     base_shapes: dict[str, Shape] = {}
     for file in weight_files(base):
         base_shapes.update(tensor_shapes(file))
     for module, (shape_a, shape_b) in pairs.items():
         _check_shapes(module, shape_a, shape_b, base_shapes, ranks)
     _check_values(folder / WEIGHTS)
-    if served:
-        _check_places(pairs, base)
+    if layers is not None and (reason := layers.why_unserved(pairs)):
+        raise UserError(f"{WEIGHTS}: {reason}")
     return Facts(
         # As vLLM counts: a rank that only the config names takes its room too.
         rank=max(ranks),
@@ -188,17 +188,17 @@ def _check_shapes(module: str, a: Shape, b: Shape, base: dict[str, Shape], ranks
         raise UserError(f"{WEIGHTS}: {module} has rank {a[0]}, but {CONFIG} says {', '.join(map(str, sorted(ranks)))}")
 
 
-def _check_places(modules: Iterable[str], base: Path) -> None:
-    """Every module must be one that vLLM adapts: it leaves out the others without a word."""
+def _layers(base: Path) -> Layers | None:
+    """What vLLM can adapt in the base; None where nobody can say."""
     try:
         layers = served_layers(base)
     except UserError as error:
         # A server that loads it finds out, and refuses it then.
         print(f"not checked which layers vLLM applies: {error}", file=sys.stderr)
-        return
-    reason = layers.why_unserved(modules)
-    if reason:
-        raise UserError(reason if layers.refusal else f"{WEIGHTS}: {reason}")
+        return None
+    if layers.refusal:
+        raise UserError(layers.why_unserved(()))
+    return layers
 
 
 def _check_values(path: Path) -> None:
