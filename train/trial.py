@@ -7,6 +7,7 @@ does in float32 is kept in the manifest: a server that loads the adapter holds w
 import contextlib
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ TEXT = (
 )
 MAX_TOKENS = 48
 PREFIX = "base_model.model."
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,15 @@ class Trial:
 def run(folder: Path, base: Path) -> Trial:
     """Run the adapter in `folder` on the model folder `base`.
 
-    Raises UserError where PEFT refuses it, a layer gives NaN or infinity with it, or no log-probability changes.
+    One at a time in a process: transformers changes torch's own functions while it loads a model, and two threads that
+    load at once leave weights unread and torch changed. Raises UserError where PEFT refuses it, a layer gives NaN or
+    infinity with it, or no log-probability changes.
     """
+    with _ONE_AT_A_TIME:
+        return _run(folder, base)
+
+
+def _run(folder: Path, base: Path) -> Trial:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
