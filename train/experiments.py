@@ -11,7 +11,6 @@ beyond the question split is leak: those held-out questions were in training wit
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
 from train.errors import UserError
 from train.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
 from train.recipe import Recipe
-from train.resume import check_run_directory, refuse_other_settings, refuse_to_replace
+from train.resume import as_json, check_run_directory, refuse_other_settings, refuse_to_replace
 from train.run import Run
 from train.sft import spread, train
 from train.sources import load
@@ -141,7 +140,7 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
 
 def same_run(run: Run, recipe: Recipe) -> bool:
     """Whether a finished run is what `recipe` would train: the same settings, and so the same number of rows."""
-    return run.config() == json.loads(json.dumps(recipe.document()))
+    return run.config() == as_json(recipe.document())
 
 
 def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:

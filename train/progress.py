@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from train.errors import UserError
-from train.files import write_jsonl
+from train.files import read_jsonl, write_jsonl
 from train.run import Run
 
 SAMPLE_TOKENS = 64
@@ -69,9 +69,10 @@ class Progress(TrainerCallback):
             return
         # What a killed run logged after its last checkpoint is trained, and logged, again.
         for path in (self.metrics_path, self.samples_path):
-            kept = [row for row in _whole_rows(path) if row["step"] <= state.global_step]
+            logged = read_jsonl(path, torn=True) if path.is_file() else []
+            kept = [row for row in logged if row["step"] <= state.global_step]
             write_jsonl(path, kept if state.global_step else [])
-        self._tokens_before = max((row["tokens"] for row in _whole_rows(self.metrics_path)), default=0)
+        self._tokens_before = max((row["tokens"] for row in read_jsonl(self.metrics_path)), default=0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_started = time.perf_counter()
@@ -185,14 +186,6 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_t
 def _append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log that a kill may have cut in its last line."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def _clock(seconds: float) -> str:

@@ -40,7 +40,7 @@ def check_run_directory(recipe: Recipe) -> None:
 
 def refuse_other_settings(recipe: Recipe) -> None:
     """Raise UserError when the run at the recipe's path was started with other settings."""
-    before, now = Run(recipe.run_path).config(), _as_json(recipe.document())
+    before, now = Run(recipe.run_path).config(), as_json(recipe.document())
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         key = changed[0]
@@ -133,6 +133,6 @@ def _damage(checkpoint: Path) -> str | None:
     return f"{changed[0]} is not as it was written" if changed else None
 
 
-def _as_json(document: dict[str, Any]) -> dict[str, Any]:
+def as_json(document: dict[str, Any]) -> dict[str, Any]:
     """As it comes back from config.json: tuples are lists there."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}
