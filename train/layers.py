@@ -9,6 +9,7 @@ and is kept in the cache folder, one small file for each config, set of layers a
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -73,6 +74,7 @@ def served_layers(base: Path) -> Layers:
     return _from_json(found)
 
 
+@functools.cache  # a start asks several times, and where nothing can be kept each takes 20 s
 def targets(base: Path) -> tuple[str, ...]:
     """What to give `--lora-target-modules` for `base`; nothing where that cannot be known, and vLLM takes all it can.
 
