@@ -1,11 +1,12 @@
 """A stand-in for the Hub's API, as much of it as a push needs."""
 
-import http.server
 import json
 import re
 
+from tests.json_handler import JsonHandler
 
-class Hub(http.server.BaseHTTPRequestHandler):
+
+class Hub(JsonHandler):
     """As much of the Hub's API as a push needs; keeps what it was sent in `seen`; while `held`, it never answers."""
 
     def do_POST(self) -> None:
@@ -36,14 +37,3 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer hf_secret":
             return self.reply(401, {"error": "Invalid credentials"})
         return self.reply(200, {"id": "org/gentle", "sha": "a" * 40, "siblings": []})
-
-    def reply(self, status: int, document: dict) -> None:
-        payload = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args) -> None:
-        pass

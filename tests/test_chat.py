@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from serve.chat import Chat, chat
+from tests.json_handler import JsonHandler
 from tests.test_layout import ROOT
 from tests.waiting import HANG_S, until
 from train.errors import UserError
@@ -26,7 +27,7 @@ TOO_MANY = {"message": "too many requests", "code": "rate_limit_exceeded"}
 CARDS = [{"id": "base", "object": "model"}, {"id": "gentle", "object": "model", "parent": "base"}]
 
 
-class Api(http.server.BaseHTTPRequestHandler):
+class Api(JsonHandler):
     """Lists two models, and answers with what it was asked; `long` is too long, `no` is refused, `wait` waits."""
 
     def do_GET(self) -> None:
@@ -53,17 +54,6 @@ class Api(http.server.BaseHTTPRequestHandler):
                 return None
         self.wfile.write(b"data: [DONE]\n\n")
         return None
-
-    def reply(self, status: int, document: dict) -> None:
-        payload = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture

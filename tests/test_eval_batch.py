@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from eval.samples import read_rows
 from tests.conftest import SYSTEM, Served
 from tests.greedy import greedy_answers
 from tests.held import kill_when_stopped
+from tests.json_handler import JsonHandler
 from tests.test_eval import command
 from train import store as shelves
 from train.catalog import Base
@@ -268,21 +269,13 @@ def test_an_engine_that_does_not_start_is_one_line(doomed: tuple[subprocess.Pope
     assert (folder / "out.jsonl").read_text(encoding="utf-8") == ""
 
 
-class Echo(BaseHTTPRequestHandler):
+class Echo(JsonHandler):
     """A server whose reply holds the prompt; to the prompt `list` it replies with a list, which is no reply."""
 
     def do_POST(self) -> None:
         prompt = json.loads(self.rfile.read(int(self.headers["content-length"])))["prompt"]
         self.server.seen.append(prompt)
-        data = json.dumps([] if prompt == "list" else {"id": "x", "echo": prompt}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing: a test's output is its own."""
+        self.reply(200, [] if prompt == "list" else {"id": "x", "echo": prompt})
 
 
 @pytest.fixture

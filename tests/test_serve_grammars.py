@@ -146,6 +146,14 @@ def with_grammars(ask: Callable[[Grammars], Coroutine[Any, Any, None]]) -> None:
 STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 
 
+async def fork_that_stopped(done: Path) -> psutil.Process:
+    """The fork that did `STOP`, once it stands still."""
+    await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
+    fork = psutil.Process(int(done.read_text()))
+    await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
+    return fork
+
+
 def test_a_compile_that_hangs_holds_up_no_other(at_first_call, monkeypatch):
     """It is given up after a while with all that it holds, and the next grammar is compiled."""
     done = at_first_call(STOP)
@@ -170,9 +178,7 @@ def test_a_compile_that_hangs_ends_with_the_child(at_first_call):
 
     async def ask(grammars: Grammars) -> None:
         asking = asyncio.create_task(grammars.fault("regex", "a"))
-        await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
-        fork = psutil.Process(int(done.read_text()))
-        await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
+        fork = await fork_that_stopped(done)
         asking.cancel()
         await asyncio.wait([asking])
         await grammars.close()
@@ -203,9 +209,7 @@ def test_who_hangs_up_takes_the_child_from_nobody(at_first_call):
 
     async def ask(grammars: Grammars) -> None:
         impatient = asyncio.create_task(grammars.fault("regex", "a"))
-        await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
-        fork = psutil.Process(int(done.read_text()))
-        await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
+        fork = await fork_that_stopped(done)
         child = fork.parent()
         patient = asyncio.create_task(grammars.fault("regex", "b"))
         impatient.cancel()
