@@ -34,22 +34,22 @@ clean:  ## remove the environment and caches inside the clone (runs/ and store/ 
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
 
 soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer held against PEFT
-	@$(BIN)/python -m tests.soak_serve
+	@$(BIN)/python -m benchmarks.soak
 
 bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 15 minutes)
-	$(BIN)/python -m train.bench
+	$(BIN)/python -m benchmarks.training
 
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hours; QUICK=1: under 10 minutes)
-	$(BIN)/python -m serve.bench $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick)
 
 bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours
-	@$(BIN)/python -m serve.bench_step
+	@$(BIN)/python -m benchmarks.decode_step
 
 bench-turns: setup  ## how long an adapter waits for a slot that busy ones hold, and what its turn costs them (10 minutes)
-	@$(BIN)/python -m serve.bench_turns
+	@$(BIN)/python -m benchmarks.adapter_turns
 
 bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)
-	@$(BIN)/python -m tests.bench_loadtest
+	@$(BIN)/python -m benchmarks.loadtest
 
 bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against transformers, kill -9, batch against LLM.generate (RUN=name URL=... of a running server)
-	@$(BIN)/python -m tests.bench_eval --run $(RUN) --adapter $(or $(ADAPTER),$(RUN)) --url $(or $(URL),http://127.0.0.1:8000/v1)
+	@$(BIN)/python -m benchmarks.eval --run $(RUN) --adapter $(or $(ADAPTER),$(RUN)) --url $(or $(URL),http://127.0.0.1:8000/v1)

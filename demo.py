@@ -16,14 +16,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from serve.client import make_client
+from counsel.chat import NOTICE
+from counsel.cli import exit_status
+from counsel.client import make_client
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl, write_text
+from counsel.run import RUNS, Run
 from serve.config import ServeConfig
 from serve.server import Server
-from train.chat import NOTICE
-from train.command import exit_status
-from train.errors import UserError
-from train.files import read_json, read_jsonl, write_text
-from train.run import RUNS, Run
 
 BASE, NAME = "smollm2-135m", "demo"
 RUN = Run(RUNS / NAME)

@@ -2,8 +2,8 @@
 
 import sys
 
+from counsel.cli import Command, Result, main
 from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, JudgeConfig, ReportConfig
-from train.command import Command, Result, main
 
 
 def _evaluate(config: EvalConfig) -> Result:
@@ -31,7 +31,7 @@ def _gate(config: GateConfig) -> Result:
 
 
 def _judge(config: JudgeConfig) -> Result:
-    from eval.judge import judge
+    from eval.judge.ask import judge
 
     return judge(config)
 

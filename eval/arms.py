@@ -6,8 +6,8 @@ An arm's name is the served name, plus `/native` or `/few-shot` where the prompt
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from train.chat import Message, prompt_messages
-from train.errors import UserError
+from counsel.chat import Message, prompt_messages
+from counsel.errors import UserError
 
 # The arms that are no models (see eval/scoring.py).
 YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
@@ -30,7 +30,7 @@ class Arm(NamedTuple):
         return self.model if self.prompt == TUNED else f"{self.model}/{self.prompt}"
 
 
-class Served(NamedTuple):
+class ServerModels(NamedTuple):
     """What a server offers: its base, its adapters, how many tokens a request may hold, and each card's `root`."""
 
     base: str
@@ -45,36 +45,37 @@ class Served(NamedTuple):
         return root if root in self.roots else model
 
 
-def served(cards: Sequence[dict[str, Any]]) -> Served:
+def served(cards: Sequence[dict[str, Any]]) -> ServerModels:
     """Read `GET /v1/models`: an adapter's card names its base as `parent`; a base's card has none."""
     bases = [card for card in cards if not card.get("parent")]
     if not bases:
         raise UserError(f"the server lists no base model, only {[card['id'] for card in cards]}")
     adapters = tuple(sorted(card["id"] for card in cards if card.get("parent")))
     roots = {card["id"]: str(card.get("root")) for card in cards}
-    return Served(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
+    return ServerModels(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
 
 
-def choose(offer: Served, run: str, models: Sequence[str], baselines: bool) -> list[Arm]:
+def choose(server_models: ServerModels, run: str, models: Sequence[str], baselines: bool) -> list[Arm]:
     """The arms to run: the base first, then its baselines, then the adapters, `models` choosing among what is offered.
 
     When `models` is empty: the base and the adapter that has the run's name. Raises UserError for a model that is not
     served, or one whose name would mix it with another arm.
     """
-    offered = ", ".join([BASE, *offer.adapters])
-    if not models and run not in offer.adapters:
+    offered = ", ".join([BASE, *server_models.adapters])
+    if not models and run not in server_models.adapters:
         raise UserError(
             f"the server does not serve {run!r}, this run's adapter: publish it, or choose with --models {offered}"
         )
-    known = {name: name for name in offer.adapters} | {BASE: offer.base, offer.base: offer.base}
+    base = server_models.base
+    known = {name: name for name in server_models.adapters} | {BASE: base, base: base}
     for model in models or (run,):
         if model not in known:
             raise UserError(f"the server has no model {model!r}; it has {offered}")
-    wanted = [known[model] for model in models] or [offer.base, run]
+    wanted = [known[model] for model in models] or [server_models.base, run]
     arms = [Arm(model) for model in dict.fromkeys(wanted)]
-    if baselines and offer.base in wanted:
-        at = arms.index(Arm(offer.base)) + 1
-        arms[at:at] = [Arm(offer.base, NATIVE), Arm(offer.base, FEW_SHOT)]
+    if baselines and server_models.base in wanted:
+        at = arms.index(Arm(server_models.base)) + 1
+        arms[at:at] = [Arm(server_models.base, NATIVE), Arm(server_models.base, FEW_SHOT)]
     names = [arm.name for arm in arms]
     for arm in arms:
         if arm.name in YARDSTICKS or names.count(arm.name) > 1:

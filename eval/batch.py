@@ -25,15 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counsel.cli import Result, load_config
+from counsel.client import BASE_URL, make_async_client
+from counsel.errors import UserError
+from counsel.files import read_jsonl, write_jsonl
+from eval.ask import Progress, attempt, run_bounded
 from eval.config import BatchConfig
-from eval.online import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog, read_rows
-from serve.client import BASE_URL, make_async_client
 from serve.config import ServeConfig
 from serve.offline import OfflineEngine
-from train.command import Result, load_config
-from train.errors import UserError
-from train.files import read_jsonl, write_jsonl
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 SERVER_CONCURRENCY = 32
@@ -173,7 +173,7 @@ def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> O
     settings = load_config(ServeConfig, config.engine or None, {"model": config.base, "store": config.store or None})
     # Room for each: the requests of all of them may wait at once.
     models = len({str(request["body"]["model"]) for request in requests})
-    settings = dataclasses.replace(settings, host_adapters=max(settings.host_adapters, models))
+    settings = dataclasses.replace(settings, max_cpu_loras=max(settings.max_cpu_loras, models))
     return OfflineEngine(settings, engine_log(answers))
 
 

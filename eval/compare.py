@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counsel.cli import Result
+from counsel.errors import UserError
+from counsel.files import read_json
+from counsel.run import open_run
 from eval.config import CompareConfig
 from eval.metrics import METRICS
 from eval.report import p_text, table, with_interval
 from eval.samples import Row, read_rows
 from eval.summary import paired, shared_likelihoods, summarize_arms
-from train.command import Result
-from train.errors import UserError
-from train.files import read_json
-from train.run import open_run
 
 # What two evaluations must have in common for their difference to be the models'.
 SETTINGS = ("format", "max_tokens", "temperature", "top_p", "samples", "references", "questions", "system_prompt")
@@ -44,7 +44,7 @@ def compare(config: CompareConfig) -> Result:
         raise UserError(f"sides is {','.join(config.sides)!r}; give two or more different ones, such as one,two:base")
     first = sides[0]
     for other in sides[1:]:
-        if other.summary["plan"]["test_sha256"] != first.summary["plan"]["test_sha256"]:
+        if other.summary["spec"]["test_sha256"] != first.summary["spec"]["test_sha256"]:
             raise UserError(
                 f"{other.label} and {first.label} have different held-out rows: no paired comparison is right"
             )
@@ -58,10 +58,10 @@ def compare(config: CompareConfig) -> Result:
     print(table(_rows(labels, arms, differences)))
     print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
     found = unlike(sides)
-    print("".join(f"\n! {alarm}" for alarm in found), end="\n" if found else "")
+    print("".join(f"\n! {warning}" for warning in found), end="\n" if found else "")
     metrics = {label: arms[label]["metrics"] for label in labels}
     return Result(
-        {"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics), "alarms": found}
+        {"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics), "warnings": found}
     )
 
 
@@ -80,7 +80,7 @@ def side(text: str) -> Side:
         )
     arm = arm or adapters[0]
     if arm == "base":
-        arm = summary["plan"]["base"]
+        arm = summary["spec"]["base"]
     if arm not in summary["arms"]:
         raise UserError(f"{str(folder)!r} has no arm {arm!r}; it has {', '.join(summary['arms'])}")
     return Side(f"{summary['run']}:{arm}", folder, arm, summary)
@@ -97,7 +97,7 @@ def told_apart(sides: Sequence[Side]) -> list[Side]:
 
 def unlike(sides: Sequence[Side]) -> list[str]:
     """In what else than the model the sides differ: each such setting makes a difference of its own."""
-    asked = [{**one.summary["plan"]["config"], **one.summary["plan"], "format": one.summary["format"]} for one in sides]
+    asked = [{**one.summary["spec"]["config"], **one.summary["spec"], "format": one.summary["format"]} for one in sides]
     found = []
     for name in SETTINGS:
         values = [json.dumps(settings.get(name)) for settings in asked]

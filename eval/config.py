@@ -4,8 +4,8 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from train.command import argument, option
-from train.errors import UserError
+from counsel.cli import argument, option
+from counsel.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class JudgeConfig:
     model: str = option(dataclasses.MISSING, "the judge, by the name its server knows")
     url: str = option("http://127.0.0.1:8000/v1", "the judge's OpenAI-compatible server")
     arms: tuple[str, ...] = option((), "two arms, comma-separated: the second against the first (base, the adapter)")
-    labels: str = option("", "file of human labels to measure the judge by (see eval/agreement.py)")
+    labels: str = option("", "file of human labels to measure the judge by (see eval/judge/agreement.py)")
     max_tokens: int = option(400, "longest reply, in tokens")
     seed: int = option(0, "of the bootstrap")
     concurrency: int = option(16, "requests in flight")
@@ -111,7 +111,9 @@ class BatchConfig:
     url: str = option("", "the OpenAI-compatible server that answers (default: http://127.0.0.1:8000/v1)")
     base: str = option("", "answer without a server, on an engine of this command's own with this base model")
     store: str = option("", "with --base: adapter store whose adapters the requests may name (default: store)")
-    engine: str = option("", "with --base: YAML file of settings as for `python -m serve` (dtype, max_rank, slots ...)")
+    engine: str = option(
+        "", "with --base: YAML file of settings as for `python -m serve` (dtype, max_lora_rank, max_loras ...)"
+    )
     shard: str = option("", "K/N, such as 1/4: answer only the Kth of N parts of the requests, into a file of its own")
     concurrency: int | None = option(None, "requests in flight (default: 32, or 2048 with --base)")
     timeout_s: float = option(600.0, "longest wait for one answer of a server")

@@ -16,13 +16,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from counsel.cli import CANNOT_BE_JUDGED, MISSED, Result, nearest
+from counsel.errors import UserError
 from eval.compare import side
 from eval.config import GateConfig
 from eval.metrics import METRICS
 from eval.stats import LEAST_TO_SHOW
 from eval.summary import FORMAT
-from train.command import CANNOT_BE_JUDGED, MISSED, Result, nearest
-from train.errors import UserError
 
 _COUNTS = ("errors", "empty", "cut")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -103,7 +103,7 @@ def gate(config: GateConfig) -> Result:
         raise UserError(
             f"{str(one.folder)!r} was made by another version; first give python -m eval report {one.folder}"
         )
-    base, results = one.summary["plan"]["base"], []
+    base, results = one.summary["spec"]["base"], []
     for rule in rules:
         value, n, problem = observed(rule, one.arm, base, one.summary)
         passed = None if problem or value is None else _OPERATORS[rule.operator](value, rule.limit)

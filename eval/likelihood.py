@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.chat import Message
-from train.errors import UserError
+from counsel.chat import Message
+from counsel.errors import UserError
 
 # What vLLM's server sends for minus infinity, which JSON has no number for.
 MINUS_INFINITY = -9999.0

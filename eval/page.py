@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.ask import Question
 from eval.metrics import METRICS
-from eval.online import Question
 from eval.report import judged_lead, judged_tables
 from eval.samples import Row
 
@@ -28,7 +28,7 @@ def page(
         "judged": judged
         and {
             "lead": judged_lead(judged),
-            "alarms": judged["alarms"],
+            "warnings": judged["warnings"],
             "tables": judged_tables(judged),
             "document": judged,
         },

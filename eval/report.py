@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from eval.judge.rubric import HOLD_FOR_NOISE, RUBRIC
 from eval.metrics import METRICS, PRIMARY
-from eval.rubric import HOLD_FOR_NOISE, RUBRIC
 from eval.summary import DIVERSITY_WORDS
 
 _ARROWS = {"higher": "↑", "lower": "↓", "": " "}
@@ -26,7 +26,7 @@ def terminal(summary: Mapping[str, Any]) -> str:
             "p: paired permutation test, Holm-corrected over the primary metrics (" + ", ".join(PRIMARY) + ").\n"
             "↑ ↓ say which way is better. human: one counsellor against the others; shuffled, echo, canned: floors."
         )
-    blocks += [f"! {alarm}" for alarm in summary["alarms"]]
+    blocks += [f"! {warning}" for warning in summary["warnings"]]
     return "\n\n".join(blocks)
 
 
@@ -39,8 +39,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"{summary['questions']} held-out questions, {summary['samples_per_question']} answer(s) each, "
         f"{summary['references']} reference answers. Values carry 95 % intervals over questions.",
     ]
-    if summary["alarms"]:
-        parts.append("## Before you believe a number\n\n" + "\n".join(f"- {alarm}" for alarm in summary["alarms"]))
+    if summary["warnings"]:
+        parts.append(
+            "## Before you believe a number\n\n" + "\n".join(f"- {warning}" for warning in summary["warnings"])
+        )
     for name, arm in arms.items():
         if arm["kind"] == "adapter" and base is not None:
             parts.append(f"## {name} beside {base}\n\n" + _pipes(_beside(summary, base, name)))
@@ -68,7 +70,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 def judged_terminal(judged: Mapping[str, Any]) -> str:
     """What a person reads when a judging ends."""
-    return "\n\n".join([judged_lead(judged), *(f"! {alarm}" for alarm in judged["alarms"]),
+    return "\n\n".join([judged_lead(judged), *(f"! {warning}" for warning in judged["warnings"]),
                         *(table(rows) for rows in judged_tables(judged))])  # fmt: skip
 
 
@@ -77,7 +79,7 @@ def judged_markdown(judged: Mapping[str, Any]) -> str:
     parts = [
         f"## Judged by {judged['judge']}",
         judged_lead(judged),
-        "\n".join(f"- {alarm}" for alarm in judged["alarms"]),
+        "\n".join(f"- {warning}" for warning in judged["warnings"]),
         *(_pipes(rows) for rows in judged_tables(judged)),
         "Criteria:\n\n" + "\n".join(f"- **{name}**: {statement}" for name, statement in RUBRIC.items()),
     ]

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from train.errors import UserError
-from train.files import write_jsonl
+from counsel.errors import UserError
+from counsel.files import write_jsonl
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]

@@ -19,12 +19,12 @@ ceiling are:
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.arms import YARDSTICKS
-from eval.neighbours import nearest
-from eval.online import Question
+from eval.ask import Question
+from eval.contamination import nearest
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.samples import Row
 from eval.similarity import Encoder, greedy_match, to_references
-from eval.wording import Copying, distinct, reading_grade, words
+from eval.text_stats import Copying, distinct, reading_grade, words
 
 CANNED = (
     "Thank you for sharing this with me. I am sorry that you are going through such a hard time. Your feelings are "

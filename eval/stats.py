@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from train.errors import UserError
+from counsel.errors import UserError
 
 Floats = NDArray[np.float64]
 

@@ -14,9 +14,9 @@ summary.json
 | `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `missing`, `p_holm`};
   `wins` are questions on which `arm` is better, for a metric without a better side those on which it is higher |
 | `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, where n is at least `MIN_TOPIC` |
-| `seen` | question_id to why it may have been seen in training (see eval.neighbours.Seen) |
-| `alarms` | what a reader must know before believing a number |
-| `plan` | how it was made: config.json |
+| `seen` | question_id to why it may have been seen in training (see eval.contamination.Contamination) |
+| `warnings` | what a reader must know before believing a number |
+| `spec` | how it was made: config.json |
 """
 
 import math
@@ -28,7 +28,7 @@ from eval.likelihood import bits_per_byte
 from eval.metrics import METRICS, PRIMARY
 from eval.samples import FINAL_ERRORS, Row, failed
 from eval.stats import Ratio, difference, holm, interval, ratio
-from eval.wording import distinct_over, words
+from eval.text_stats import distinct_over, words
 
 PARROT_MARGIN = 0.05
 FORMAT = 3
@@ -195,7 +195,7 @@ def by_topic(
     return found
 
 
-def alarms(
+def warnings(
     arms: Mapping[str, Any], likelihoods: Sequence[Row], base: str, seen: Mapping[str, str], current: bool
 ) -> list[str]:
     """What makes a number here less than it seems; `current`: the rows are of this version of the stack."""

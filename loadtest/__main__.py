@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from counsel.cli import Command, Result, argument, main, option
+from counsel.files import read_json
 from loadtest.capacity import Capacity, find_capacity
 from loadtest.compare import Compare, compare
 from loadtest.launch import run_worker
-from loadtest.play import judge, play
+from loadtest.run import judge, play
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import table, verdict_text
 from loadtest.verdict import EXIT_STATUS
-from train.command import Command, Result, argument, main, option
-from train.files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Worker:
     """A process on this machine for a run that another machine leads."""
 
     dir: str = argument("the run's results directory, shared or copied to this machine once the run waits for workers")
-    master: str = option("127.0.0.1:5557", "HOST:PORT that the run was given as --join")
+    master: str = option("127.0.0.1:5557", "HOST:PORT that the run was given as --bind")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ COMMANDS = {
     "find-capacity": Command(Capacity, find_capacity, "search for the highest rate that holds the objectives"),
     "compare": Command(Compare, compare, "say whether run B is better or worse than run A, with intervals"),
     "report": Command(Report, report, "judge the rows of a run again, or of one that was killed, and write its report"),
-    "worker": Command(Worker, work, "send requests for a run that another machine leads (--join)"),
+    "worker": Command(Worker, work, "send requests for a run that another machine leads (--bind)"),
 }
 
 if __name__ == "__main__":

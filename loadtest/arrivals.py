@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loadtest.expr import parse
-from train.errors import UserError
+from counsel.errors import UserError
+from loadtest.distributions import parse
 
 RATES = {
     "": "R requests/s",

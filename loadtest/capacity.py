@@ -14,19 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from counsel.cli import Result, option
+from counsel.errors import UserError
+from counsel.files import write_json, write_text
 from loadtest.charts import curves
-from loadtest.figures import curve_point, rounded
+from loadtest.metrics import curve_point, rounded
 from loadtest.mix import shares
-from loadtest.play import play
 from loadtest.prepare import ask_models, results_directory
 from loadtest.report import page, section
+from loadtest.run import play
 from loadtest.scenario import Scenario
 from loadtest.slo import parse_objective, rows_needed
 from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
-from train.command import Result, option
-from train.errors import UserError
-from train.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Capacity(Scenario):
             raise UserError(
                 f"arrivals is {self.arrivals!r}; find-capacity needs a rate to set: poisson, constant, gamma"
             )
-        if self.web or self.join:
-            raise UserError("find-capacity plays many runs on its own; it takes neither --web nor --join")
+        if self.web or self.bind:
+            raise UserError("find-capacity plays many runs on its own; it takes neither --web nor --bind")
         if self.lowest is None and "(" in self.rate:
             raise UserError(f"rate is {self.rate!r}; find-capacity sets it itself: give the --lowest to begin with")
         if not 0 < self.begin <= self.highest or self.repeats < 1 or self.precision <= 0:

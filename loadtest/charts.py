@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loadtest.rows import FAILED, Row
+from loadtest.records import FAILED, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

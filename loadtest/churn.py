@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from counsel import store as adapter_store
+from counsel.catalog import resolve
+from counsel.errors import UserError
+from counsel.files import read_json
 from loadtest.scenario import Scenario
-from train import store as shelves
-from train.catalog import resolve
-from train.errors import UserError
-from train.files import read_json
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def churning(scenario: Scenario, directory: Path) -> Iterator[None]:
         return
     target = read_json(directory / "target.json")
     store = Path(scenario.churn_store)
-    names = [name for name in shelves.names(store) if name in target["models"]]
+    names = [name for name in adapter_store.names(store) if name in target["models"]]
     if not names:
         raise UserError(f"churn_store {scenario.churn_store!r} holds none of the models {', '.join(target['models'])}")
     stop = threading.Event()
@@ -57,8 +57,8 @@ def _publish(every_s: float, store: Path, names: Sequence[str], directory: Path,
             count += 1
 
 
-def _publish_again(store: Path, name: str, count: int) -> shelves.Manifest:
-    manifest = shelves.find(store, name)
-    base, folder = resolve(manifest.base["hub_id"]), shelves.version_dir(store, manifest)
+def _publish_again(store: Path, name: str, count: int) -> adapter_store.Manifest:
+    manifest = adapter_store.find(store, name)
+    base, folder = resolve(manifest.base["hub_id"]), adapter_store.version_dir(store, manifest)
     system = f"{manifest.prompt['system'].split(' (load test')[0]} (load test {count})".strip()
-    return shelves.publish(store, name, folder, base, system=system, run=manifest.run)
+    return adapter_store.publish(store, name, folder, base, system=system, run=manifest.run)

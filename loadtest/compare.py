@@ -18,23 +18,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from counsel.cli import Result, argument, option
+from counsel.errors import UserError
+from counsel.files import read_json
 from loadtest.blocks import FEWEST, Figure, Values, number_of_blocks, point, resampled
-from loadtest.figures import LATENCIES, measured, rounded
-from loadtest.rows import FAILED, Row, read_rows
+from loadtest.metrics import LATENCIES, measured, rounded
+from loadtest.records import FAILED, Row, read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS, arrivals_until, read_plan, read_seconds, window_of
 from loadtest.window import Window
-from train.command import Result, argument, option
-from train.errors import UserError
-from train.files import read_json
 
 _RESAMPLES = 1000
 # What makes the load what it is; the rest is where it goes, how it is sent, and what is asked of it.
 _LOAD = (
     "arrivals", "rate", "burstiness", "trace", "trace_speed", "concurrency", "mix", "base_share", "cold_share",
-    "output_tokens", "exact_output", "bare", "prompt_words", "unique", "turns", "think_s", "long_share", "long_words",
-    "cancel_share", "cancel_after_s", "temperature", "churn_s",
+    "output_tokens", "ignore_eos", "no_system_prompt", "prompt_words", "unique_prompts", "turns", "think_s",
+    "long_share", "long_words", "cancel_share", "cancel_after_s", "temperature", "churn_s",
 )  # fmt: skip
 
 

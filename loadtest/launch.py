@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from counsel.errors import UserError
 from loadtest.scenario import Scenario, host_port
-from train.errors import UserError
 
 # Locust's status where the collector gave the run up, and has said why.
 GIVEN_UP = 3
@@ -39,9 +39,9 @@ def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
         argv += ["--autostart", "--web-host", "127.0.0.1", "--web-port", str(scenario.web_port)]
     else:
         argv += ["--headless"]
-    if scenario.join:
-        host, join_port = host_port("join", scenario.join)
-        argv += ["--master", "--master-bind-host", host, "--master-bind-port", str(join_port)]
+    if scenario.bind:
+        host, bind_port = host_port("bind", scenario.bind)
+        argv += ["--master", "--master-bind-host", host, "--master-bind-port", str(bind_port)]
         argv += ["--expect-workers", str(scenario.workers)]
     elif scenario.workers > 1:
         argv += ["--processes", str(scenario.workers), "--master-bind-host", "127.0.0.1", "--master-host", "127.0.0.1",
@@ -63,8 +63,8 @@ def run_locust(scenario: Scenario, directory: Path) -> bool:
     """
     if scenario.web:
         print(f"live page: http://127.0.0.1:{scenario.web_port}; Ctrl-C ends the run", file=sys.stderr)
-    if scenario.join:
-        print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.join}",
+    if scenario.bind:
+        print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.bind}",
               file=sys.stderr)  # fmt: skip
     with _reserved_port() as port:
         return _run(locust_argv(scenario, directory, port), directory)

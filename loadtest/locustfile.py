@@ -21,13 +21,13 @@ from locust.exception import StopUser
 from locust.runners import MasterRunner, WorkerRunner
 from locust.user.task import LOCUST_STATE_STOPPING
 
+from counsel.files import read_jsonl
 from loadtest.clock import Clock
-from loadtest.collect import Collector, Outbox
-from loadtest.player import Player
+from loadtest.collector import Collector, Outbox
+from loadtest.dispatcher import Player
 from loadtest.scenario import read_scenario
 from loadtest.stream import make_client, rehearse
-from loadtest.work import Arrival
-from train.files import read_jsonl
+from loadtest.workload import Arrival
 
 # One line per request otherwise.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -49,7 +49,7 @@ rehearse(SCENARIO)
 gc.freeze()
 
 
-class Here:
+class ProcessState:
     """This Locust process: its number, player and outbox, and which of its users play (numbered from 0, reused)."""
 
     worker = 0
@@ -64,29 +64,29 @@ class Here:
     begun = Event()
 
 
-class Source(User):
-    """A source of arrivals, or in a closed loop one client; see loadtest/player.py."""
+class ArrivalSource(User):
+    """A source of arrivals, or in a closed loop one client; see loadtest/dispatcher.py."""
 
     @task
     def play(self) -> None:
         """Play this user's share of the plan, then wait for what is still running."""
-        own = next(number for number in range(len(Here.playing) + 1) if number not in Here.playing)
+        own = next(number for number in range(len(ProcessState.playing) + 1) if number not in ProcessState.playing)
         if own and not SCENARIO.closed and not SCENARIO.web:
             # Locust hands a lost worker's users to the others; playing on here would double this worker's share.
             raise StopUser
-        Here.playing.add(own)
-        Here.begun.wait()
-        gevent.sleep(max(-Here.player.now_s(), 0))
+        ProcessState.playing.add(own)
+        ProcessState.begun.wait()
+        gevent.sleep(max(-ProcessState.player.now_s(), 0))
         try:
             if SCENARIO.closed:
-                Here.player.play_closed(self._told_to_stop)
+                ProcessState.player.play_closed(self._told_to_stop)
             else:
-                Here.player.play_open(own * SCENARIO.workers + Here.worker, self._told_to_stop)
-            if Here.playing == {own}:
-                Here.player.drain()
+                ProcessState.player.play_open(own * SCENARIO.workers + ProcessState.worker, self._told_to_stop)
+            if ProcessState.playing == {own}:
+                ProcessState.player.drain()
         finally:
-            Here.playing.remove(own)
-            Here.outbox.finished = not Here.playing
+            ProcessState.playing.remove(own)
+            ProcessState.outbox.finished = not ProcessState.playing
         raise StopUser
 
     def _told_to_stop(self) -> bool:
@@ -101,11 +101,11 @@ def prepare(environment: Environment, **_: Any) -> None:
     # Here and not at import: the last listener is asked first, and Locust's own would say goodbye before our last rows.
     environment.events.quitting.add_listener(end)
     if isinstance(runner, WorkerRunner):
-        runner.register_message("share", lambda msg, **_: setattr(Here, "worker", msg.data["number"]))
+        runner.register_message("share", lambda msg, **_: setattr(ProcessState, "worker", msg.data["number"]))
         runner.register_message("time", lambda msg, **_: told_the_time(runner, **msg.data))
-        runner.register_message("begin", lambda msg, **_: begin(Here.clock.here(msg.data["leader_s"])))
+        runner.register_message("begin", lambda msg, **_: begin(ProcessState.clock.here(msg.data["leader_s"])))
         return
-    collector = Here.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
+    collector = ProcessState.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
     if isinstance(runner, MasterRunner):
         runner.register_message("report", lambda msg, **_: collector.take(msg.data))
         runner.register_message("ask", lambda msg, **_: tell_the_time(runner, msg.node_id, msg.data["asked_s"]))
@@ -116,26 +116,31 @@ def prepare(environment: Environment, **_: Any) -> None:
 def start(environment: Environment, **_: Any) -> None:
     """Begin with a fresh player, outbox and files; workers, once all of them know what time it is."""
     runner = environment.runner
-    if Here.collector:
-        Here.collector.restart()
+    if ProcessState.collector:
+        ProcessState.collector.restart()
     if isinstance(runner, MasterRunner):
-        Here.aligned = set()
-        deal(runner)
+        ProcessState.aligned = set()
+        assign_shares(runner)
         return
-    gevent.killall(Here.jobs)
-    Here.begun.clear()
+    gevent.killall(ProcessState.jobs)
+    ProcessState.begun.clear()
     client = make_client(SCENARIO.url, SCENARIO.reuse)
-    Here.player = Player(SCENARIO, PLAN, PROMPTS, client, Here.worker, lambda row: Here.outbox.add(row))
-    Here.outbox = Outbox(environment, Here.player, deliver)
-    Here.playing = set()
-    Here.jobs = (gevent.spawn(Here.outbox.run), gevent.spawn(Here.outbox.observe, Here.begun))
+    ProcessState.player = Player(
+        SCENARIO, PLAN, PROMPTS, client, ProcessState.worker, lambda row: ProcessState.outbox.add(row)
+    )
+    ProcessState.outbox = Outbox(environment, ProcessState.player, deliver)
+    ProcessState.playing = set()
+    ProcessState.jobs = (
+        gevent.spawn(ProcessState.outbox.run),
+        gevent.spawn(ProcessState.outbox.observe, ProcessState.begun),
+    )
     if isinstance(runner, WorkerRunner):
-        Here.clock = Clock()
-        Here.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s}))
+        ProcessState.clock = Clock()
+        ProcessState.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s}))
     else:
-        assert Here.collector, "what is no worker collects"
+        assert ProcessState.collector, "what is no worker collects"
         now_s = time.monotonic()
-        Here.collector.begin(now_s)
+        ProcessState.collector.begin(now_s)
         begin(now_s)
 
 
@@ -146,29 +151,29 @@ def tell_the_time(runner: MasterRunner, worker: str, asked_s: float) -> None:
 
 def told_the_time(runner: WorkerRunner, asked_s: float, leader_s: float) -> None:
     """Ask again, or say that it is enough."""
-    Here.clock.answer(asked_s, leader_s)
-    if not Here.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s})):
-        Here.outbox.clock_error_s = Here.clock.error_s
+    ProcessState.clock.answer(asked_s, leader_s)
+    if not ProcessState.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s})):
+        ProcessState.outbox.clock_error_s = ProcessState.clock.error_s
         runner.send_message("aligned")
 
 
 def begin_when_aligned(runner: MasterRunner, collector: Collector, worker: str) -> None:
     """Say when the run begins, once every worker can tell."""
-    Here.aligned.add(worker)
-    if len(Here.aligned) == SCENARIO.workers:
+    ProcessState.aligned.add(worker)
+    if len(ProcessState.aligned) == SCENARIO.workers:
         leader_s = time.monotonic() + _LEAD_S
         collector.begin(leader_s)
-        for each in Here.aligned:
+        for each in ProcessState.aligned:
             runner.send_message("begin", {"leader_s": leader_s}, client_id=each)
 
 
 def begin(start_s: float) -> None:
     """Start this process's clock of the run, and its sources."""
-    Here.player.start_s = start_s
-    Here.begun.set()
+    ProcessState.player.start_s = start_s
+    ProcessState.begun.set()
 
 
-def deal(runner: MasterRunner) -> None:
+def assign_shares(runner: MasterRunner) -> None:
     """Tell each worker which share of the plan is its own, before it is told to start.
 
     Locust's own number of a worker will not do: one that went away before the start leaves a gap in them.
@@ -177,16 +182,16 @@ def deal(runner: MasterRunner) -> None:
     for number, node in enumerate(ready):
         runner.send_message("share", {"number": number}, client_id=node.id)
     if len(ready) != SCENARIO.workers:
-        assert Here.collector, "the master collects"
-        Here.collector.give_up(f"{len(ready)} workers joined a run for {SCENARIO.workers}; end those too many")
+        assert ProcessState.collector, "the master collects"
+        ProcessState.collector.give_up(f"{len(ready)} workers joined a run for {SCENARIO.workers}; end those too many")
 
 
 def deliver(report: dict[str, Any]) -> None:
     """Bring a report to the collector: ours, or the master's."""
-    if Here.collector:
-        Here.collector.take(report)
+    if ProcessState.collector:
+        ProcessState.collector.take(report)
     else:
-        runner = Here.outbox.environment.runner
+        runner = ProcessState.outbox.environment.runner
         assert isinstance(runner, WorkerRunner), "only a worker has no collector"
         runner.send_message("report", report)
 
@@ -194,7 +199,7 @@ def deliver(report: dict[str, Any]) -> None:
 @events.user_error.add_listener
 def broken(exception: Exception, **_: Any) -> None:
     """Locust logs what a task raises and runs the task again: here it is our own bug, and ends the run."""
-    Here.player.bugs.append("".join(traceback.format_exception(exception)))
+    ProcessState.player.bugs.append("".join(traceback.format_exception(exception)))
 
 
 def end(environment: Environment, **_: Any) -> None:
@@ -202,8 +207,8 @@ def end(environment: Environment, **_: Any) -> None:
     runner = environment.runner
     assert runner is not None, "it was there when this was registered"
     runner.stop()
-    if Here.jobs:
-        Here.outbox.flush()
+    if ProcessState.jobs:
+        ProcessState.outbox.flush()
 
 
 def end_with_parent(parent: int) -> None:

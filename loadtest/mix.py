@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loadtest.expr import parse
-from train.command import nearest
-from train.errors import UserError
+from counsel.cli import nearest
+from counsel.errors import UserError
+from loadtest.distributions import parse
 
 MIXES = {"uniform": "uniform", "zipf": "zipf(A)", "weights": "weights(NAME=W, ...)"}
 

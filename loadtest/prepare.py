@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counsel.cli import nearest
+from counsel.errors import UserError
+from counsel.files import read_jsonl, write_json, write_jsonl
+from counsel.run import open_run, provenance
 from loadtest.arrivals import due_times, rate_knots, trace_times
 from loadtest.mix import choose, shares, with_cold
 from loadtest.scenario import Scenario
 from loadtest.slo import parse_objective
 from loadtest.stream import make_client
-from loadtest.work import Arrival, Prompts, Work, make_plan
-from train.command import nearest
-from train.errors import UserError
-from train.files import read_jsonl, write_json, write_jsonl
-from train.run import open_run, provenance
+from loadtest.workload import Arrival, Prompts, Work, make_plan
 
 # A closed loop has no schedule; its clients go round a plan of this many requests.
 _CLOSED_PLAN = 4096
@@ -41,7 +41,7 @@ def prepare(scenario: Scenario) -> Path:
     directory = results_directory(scenario)
     if directory.exists():
         raise UserError(f"{str(directory)!r} exists; choose another --out")
-    if scenario.unique:
+    if scenario.unique_prompts:
         # Numbers that start from 0 in every run would find the last run's prompts in the server's prefix cache.
         tag = secrets.token_hex(2)
         prompts = [f"[{tag}]{text}" for text in prompts]
@@ -115,7 +115,7 @@ def plan_of(scenario: Scenario, models: Models, questions: Sequence[str]) -> tup
     shares_by_model = shares(scenario.mix, models.names, models.base, scenario.base_share)
     chosen = choose(shares_by_model, len(due_s), scenario.seed)
     adapters = [name for name in models.names if name != models.base]
-    prompts = Prompts(questions, scenario.unique, scenario.seed)
+    prompts = Prompts(questions, scenario.unique_prompts, scenario.seed)
     work = Work(
         output_tokens=scenario.output_tokens, prompt_words=scenario.prompt_words, turns=scenario.turns,
         think_s=scenario.think_s, long_share=scenario.long_share, long_words=scenario.long_words,

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from counsel.files import read_json, write_text
 from loadtest.charts import curves, latencies, timeline
-from loadtest.rows import read_rows
+from loadtest.records import read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.table import model_cells, objective_cells
 from loadtest.verdict import read_samples
-from train.files import read_json, write_text
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1e; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }

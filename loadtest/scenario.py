@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from counsel.cli import load_config, nearest, option
+from counsel.errors import UserError
+from counsel.files import read_json
 from loadtest.arrivals import PROCESSES, RATES, rate_knots
 from loadtest.mix import MIXES
 from loadtest.slo import parse_limit, parse_objective
-from loadtest.work import LENGTHS
-from train.command import load_config, nearest, option
-from train.errors import UserError
-from train.files import read_json
+from loadtest.workload import LENGTHS
 
 _LENGTH = " | ".join(LENGTHS.values())
 
@@ -38,9 +38,9 @@ class Scenario:
     warmup_s: float = option(0.0, "requests due before this are sent and kept, but are in no figure")
     drain_s: float = option(60.0, "how long running requests may take to end after the last arrival")
     max_in_flight: int = option(2000, "requests in flight at which arrivals are dropped, and counted")
-    request_s: float = option(120.0, "longest one request may take")
+    request_timeout_s: float = option(120.0, "longest one request may take")
     reuse: bool = option(True, "send on connections that earlier requests left open, as browsers and most clients do")
-    silence_s: float = option(60.0, "longest a stream may say nothing")
+    idle_timeout_s: float = option(60.0, "longest a stream may say nothing")
     # Whom
     models: tuple[str, ...] = option((), "models to ask, the hottest first (default: all that the server lists)")
     mix: str = option("uniform", "share of each model: " + " | ".join(MIXES.values()))
@@ -50,10 +50,10 @@ class Scenario:
     cold_share: float = option(0.0, "share of requests sent to the adapter left alone longest")
     # What
     output_tokens: str = option("64", f"most tokens of a reply: {_LENGTH}")
-    exact_output: bool = option(False, "make every reply that long (ignore the end of sequence)")
-    bare: bool = option(False, "send the question alone, without the stack's system text")
+    ignore_eos: bool = option(False, "make every reply that long (ignore the end of sequence)")
+    no_system_prompt: bool = option(False, "send the question alone, without the stack's system text")
     prompt_words: str = option("", f"words of a question: {_LENGTH} (default: as they are)")
-    unique: bool = option(True, "number run and prompt, so that the server's prefix cache cannot answer for it")
+    unique_prompts: bool = option(True, "number run and prompt, so that the server's prefix cache cannot answer for it")
     turns: str = option("1", f"turns of a conversation: {_LENGTH}")
     think_s: str = option("0", f"pause before the next turn: {_LENGTH}")
     long_share: float = option(0.0, "share of requests with a long prompt")
@@ -66,10 +66,10 @@ class Scenario:
     churn_store: str = option("store", "the server's adapter store, for churn")
     # What counts as good
     slo: tuple[str, ...] = option((), "objectives, such as 'ttft_p90_s <= 2' or 'gentle: error_rate <= 0.01'")
-    good: tuple[str, ...] = option((), "limits a request must keep to count as goodput, such as 'ttft_s <= 1'")
+    goodput_slo: tuple[str, ...] = option((), "limits a request must keep to count as goodput, such as 'ttft_s <= 1'")
     # With what
     workers: int = option(1, "Locust processes that send")
-    join: str = option("", "HOST:PORT where workers of other machines join; then none is started here")
+    bind: str = option("", "HOST:PORT where workers of other machines join; then none is started here")
     web: bool = option(False, "open Locust's page during the run; end with Ctrl-C")
     web_port: int = option(8089, "port of that page, on 127.0.0.1")
 
@@ -78,7 +78,7 @@ class Scenario:
             raise UserError(f"arrivals is {self.arrivals!r}; {nearest(self.arrivals, PROCESSES)}")
         if (self.arrivals == "trace") != bool(self.trace):
             raise UserError(f"arrivals is {self.arrivals!r} and trace is {self.trace!r}; give both or neither")
-        for name in ("duration_s", "request_s", "silence_s", "burstiness", "trace_speed", "concurrency",
+        for name in ("duration_s", "request_timeout_s", "idle_timeout_s", "burstiness", "trace_speed", "concurrency",
                      "max_in_flight", "workers", "long_words"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be a number above 0")
@@ -97,12 +97,12 @@ class Scenario:
             raise UserError("run and prompts are both given; give one")
         if self.closed and self.concurrency < self.workers:
             raise UserError(f"concurrency is {self.concurrency}; each of the {self.workers} workers needs a client")
-        if self.join:
-            host_port("join", self.join)
+        if self.bind:
+            host_port("bind", self.bind)
         rate_knots(self.rate, self.duration_s)
         for text in self.slo:
             parse_objective(text)
-        for text in self.good:
+        for text in self.goodput_slo:
             parse_limit(text)
 
     @property

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve.client import API_KEY
-from train.files import write_jsonl
+from counsel.client import API_KEY
+from counsel.files import write_jsonl
 
 SERIES = {
     "vllm:num_requests_running": "running",

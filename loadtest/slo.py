@@ -4,7 +4,7 @@
     MODEL: METRIC <= NUMBER     over one model's
     *: METRIC <= NUMBER         over each model's on its own
 
-METRIC is a latency percentile (`ttft_p90_s`; latencies in loadtest/figures.py), `error_rate`, `goodput_share`,
+METRIC is a latency percentile (`ttft_p90_s`; latencies in loadtest/metrics.py), `error_rate`, `goodput_share`,
 `goodput_per_s`, `tokens_per_s` or `requests_per_s`. Goodput counts the requests that came back whole within every
 limit of `good`: `ttft_s <= 1`, `tpot_s <= 0.05`, `e2e_s <= 10`.
 
@@ -19,10 +19,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from loadtest.figures import LATENCIES, PERCENTILES, percentile
-from loadtest.rows import FAILED, Row
-from train.command import nearest
-from train.errors import UserError
+from counsel.cli import nearest
+from counsel.errors import UserError
+from loadtest.metrics import LATENCIES, PERCENTILES, percentile
+from loadtest.records import FAILED, Row
 
 _OBJECTIVE = re.compile(r"(?:\s*(?P<scope>\S+)\s*:)?\s*(?P<metric>[a-z0-9_]+)\s*(?P<sign><=|>=)\s*(?P<bound>\S+)\s*")
 _PERCENTILE = re.compile(r"(?P<latency>[a-z0-9_]+)_p(?P<percent>\d+)_s")

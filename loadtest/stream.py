@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import httpx2
 import openai
 
-from loadtest.rows import WHOLE, Row
+from counsel.client import API_KEY, checked_url
+from loadtest.records import WHOLE, Row
 from loadtest.scenario import Scenario
-from serve.client import API_KEY, checked_url
 
 # A server may close an idle connection at any moment (vLLM does after 5 s); a request sent just then fails. Dropping
 # idle connections earlier than any common server does keeps that race out of the error counts.
@@ -50,7 +50,7 @@ class _Connections(httpx2.BaseTransport):
         self._verify = ssl.create_default_context()
         self._free: list[httpx2.HTTPTransport] = []
         self._all: list[httpx2.HTTPTransport] = []
-        # Here, because the first one imports what it needs, and no request should wait for that.
+        # ProcessState, because the first one imports what it needs, and no request should wait for that.
         self._add()
 
     def _add(self) -> None:
@@ -134,7 +134,7 @@ def request_body(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    if scenario.exact_output:
+    if scenario.ignore_eos:
         body["extra_body"] = {"ignore_eos": True}
     return body
 
@@ -143,8 +143,8 @@ class Limits(NamedTuple):
     """Seconds after sending: when the client hangs up (None: never), longest request, longest silence."""
 
     cancel_s: float | None
-    request_s: float
-    silence_s: float
+    request_timeout_s: float
+    idle_timeout_s: float
 
 
 class _TimeUp(BaseException):
@@ -168,8 +168,8 @@ def ask(
     sent = time.monotonic()
     row.sent_s = sent - start_s
     hang_up = sent + limits.cancel_s if limits.cancel_s is not None else math.inf
-    stop = min(sent + limits.request_s, hang_up)
-    patience_s = max(min(limits.silence_s, stop - sent), 0.001)
+    stop = min(sent + limits.request_timeout_s, hang_up)
+    patience_s = max(min(limits.idle_timeout_s, stop - sent), 0.001)
     text: list[str] = []
     try:
         with (

@@ -24,8 +24,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from loadtest.figures import measured, percentile
-from loadtest.rows import Row
+from loadtest.metrics import measured, percentile
+from loadtest.records import Row
 from loadtest.scenario import Scenario
 from loadtest.slo import Judged, parse_objective, percent_of, rows_needed
 

@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from counsel.cli import CANNOT_BE_JUDGED, MISSED
+from counsel.files import read_json, read_jsonl
 from loadtest.arrivals import rate_knots
-from loadtest.figures import cold_penalty, measured, rounded, step_points, summarise
-from loadtest.rows import Row, read_rows
+from loadtest.metrics import cold_penalty, measured, rounded, step_points, summarise
+from loadtest.records import Row, read_rows
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.scrape import server_figures
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
 from loadtest.window import Window, arrivals_end_s, closed_window, open_window
-from loadtest.work import Arrival
-from train.command import CANNOT_BE_JUDGED, MISSED
-from train.files import read_json, read_jsonl
+from loadtest.workload import Arrival
 
 # Of a run, and of a comparison of two.
 EXIT_STATUS = {
@@ -35,7 +35,7 @@ def conclude(directory: Path, note: str = "", stopped: str = "") -> dict[str, An
     """The summary of a run; `note` is what the scraper had to say, `stopped` why the run did not come to its end."""
     scenario = read_scenario(directory)
     rows = read_rows(directory / "requests.jsonl")
-    limits = [parse_limit(text) for text in scenario.good]
+    limits = [parse_limit(text) for text in scenario.goodput_slo]
 
     def good(row: Row) -> bool:
         return is_good(row, limits)
@@ -91,7 +91,7 @@ def _steps(scenario: Scenario, rows: list[Row], good: Callable[[Row], bool]) -> 
 
 
 def read_seconds(directory: Path) -> list[dict[str, Any]]:
-    """What the client saw of itself (see loadtest/collect.py), without a last second that was not written whole."""
+    """What the client saw of itself (see loadtest/collector.py), without a last second that was not written whole."""
     return read_jsonl(directory / "client.jsonl", torn=True)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loadtest.rows import Row
+from loadtest.records import Row
 
 # Far below the distance of two arrivals, far above what is lost by adding up times.
 _CLOCK_S = 1e-6

@@ -6,12 +6,12 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from serve import chat, shelf
+from counsel import store as adapter_store
+from counsel.cli import Command, Result, main
+from serve import chat, commands
 from serve.config import ServeConfig
 from serve.server import Server
 from serve.supervise import supervise
-from train import store as shelves
-from train.command import Command, Result, main
 
 
 class Terminated(KeyboardInterrupt):
@@ -39,7 +39,7 @@ def serve(config: ServeConfig) -> Result:
 def _welcome(server: Server) -> str:
     """What is served, how to ask, how to stop: what a person needs who has just started a server."""
     store = Path(server.config.store)
-    adapters = shelves.names(store)
+    adapters = adapter_store.names(store)
     shown = ", ".join(adapters[:5]) + (", ..." if len(adapters) > 5 else "")
     return "\n".join(
         (
@@ -56,7 +56,7 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 
 COMMANDS = {
     "": Command(ServeConfig, serve, "serve a base model and the adapters of a store"),
-    **shelf.COMMANDS,
+    **commands.COMMANDS,
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from train.chat import NOTICE, Message
-from train.command import Result, argument, nearest, option
-from train.errors import UserError
+from counsel.chat import NOTICE, Message
+from counsel.cli import Result, argument, nearest, option
+from counsel.errors import UserError
 
 # What vLLM's refusals of a conversation that is too long have in common.
 TOO_LONG = ("maximum context length", "maximum model length")
@@ -34,7 +34,7 @@ def chat(options: Chat) -> Result:
     import httpx2
     import openai
 
-    from serve.client import make_client
+    from counsel.client import make_client
 
     client = make_client(options.url)
     try:

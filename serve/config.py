@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.command import nearest, option
-from train.errors import UserError
+from counsel.cli import nearest, option
+from counsel.errors import UserError
 
 ENVIRONMENT = "COUNSEL_SERVE"
 # What the parent calls the child it started, and where the child says it back.
@@ -30,21 +30,27 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on; any other than loopback needs keys")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     # Capacity
-    slots: int = option(8, "adapters that one batch may mix (they stay resident; the least recently used gives way)")
-    host_adapters: int = option(64, "adapters kept in host memory, ready to enter a slot")
-    max_rank: int = option(64, f"largest adapter rank served, one of {', '.join(map(str, RANKS))}; lower is faster")
+    max_loras: int = option(
+        8, "adapters that one batch may mix (they stay resident; the least recently used gives way)"
+    )
+    max_cpu_loras: int = option(64, "adapters kept in host memory, ready to enter a slot")
+    max_lora_rank: int = option(
+        64, f"largest adapter rank served, one of {', '.join(map(str, RANKS))}; lower is faster"
+    )
     adapter_wait_s: float = option(
         2.0, "longest wait in seconds of an adapter for a slot that others hold; they take turns"
     )
-    context_tokens: int | None = option(None, "longest prompt + answer in tokens (default: the model's, at most 4096)")
-    running: int | None = option(None, "requests decoded together (default: by the machine)")
+    max_model_len: int | None = option(None, "longest prompt + answer in tokens (default: the model's, at most 4096)")
+    max_num_seqs: int | None = option(None, "requests decoded together (default: by the machine)")
     dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)} (auto: on a CPU what is fast there)")
     compile: bool = option(True, "compile the model: faster answers, half a minute at a model's first start")
-    kv_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
+    kv_cache_memory_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
     vllm_args: str = option("", "further vLLM flags, which win over the launch plan, such as '--block-size 64'")
     # Who may ask, and how much
     keys: str = option("", "file of hashed keys, made with `python -m serve key`; reread when it changes")
-    cors: tuple[str, ...] = option((), "origins that browsers may call from, comma-separated (default: none)")
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins that browsers may call from, comma-separated (default: none)"
+    )
     max_body_kb: int = option(1024, "largest request body in KiB")
     max_completion_tokens: int = option(1024, "most tokens one answer may have")
     key_running: int = option(64, "answers in the engine at a time per key; further ones wait their turn")
@@ -59,7 +65,7 @@ class ServeConfig:
     restarts: int = option(5, "restarts in ten minutes after which a dying server is given up")
 
     def __post_init__(self) -> None:
-        for name in ("slots", "host_adapters", "max_body_kb", "max_completion_tokens", "key_running", "queued"):
+        for name in ("max_loras", "max_cpu_loras", "max_body_kb", "max_completion_tokens", "key_running", "queued"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("drain_s", "leave_s", "comment_s", "restarts", "port", "key_queued"):
@@ -69,12 +75,12 @@ class ServeConfig:
             raise UserError(f"port is {self.port}; it must be at most 65535")
         if not self.adapter_wait_s > 0:
             raise UserError(f"adapter_wait_s is {self.adapter_wait_s}; it must be above 0")
-        if self.max_rank not in RANKS:
-            raise UserError(f"max_rank is {self.max_rank}; vLLM allows {', '.join(map(str, RANKS))}")
+        if self.max_lora_rank not in RANKS:
+            raise UserError(f"max_lora_rank is {self.max_lora_rank}; vLLM allows {', '.join(map(str, RANKS))}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype is {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
-        if self.host_adapters < self.slots:
-            raise UserError(f"host_adapters is {self.host_adapters}; it must be at least slots, {self.slots}")
+        if self.max_cpu_loras < self.max_loras:
+            raise UserError(f"max_cpu_loras is {self.max_cpu_loras}; it must be at least max_loras, {self.max_loras}")
 
     @property
     def loopback(self) -> bool:
@@ -100,4 +106,4 @@ def is_loopback(host: str) -> bool:
 def from_environment() -> ServeConfig:
     """The config the parent resolved for this child."""
     values = json.loads(os.environ[ENVIRONMENT])
-    return ServeConfig(**{**values, "cors": tuple(values["cors"])})
+    return ServeConfig(**{**values, "allowed_origins": tuple(values["allowed_origins"])})

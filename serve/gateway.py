@@ -1,8 +1,9 @@
-"""The gate in front of vLLM: pure ASGI middleware, outside every route.
+"""The gateway in front of vLLM: pure ASGI middleware, outside every route.
 
 Only the routes below exist; each has a role. What passes is bounded (body, tokens, requests in flight), named exactly
-(serve/bodies.py), held in the engine while it runs (serve/plane.py), counted (serve/meters.py) and written down without
-its text (serve/journal.py). Bodies are parsed on the generating routes alone; streams pass through byte for byte.
+(serve/request_rewrite.py), held in the engine while it runs (serve/adapter_pool.py), counted (serve/metrics.py) and
+written down without its text (serve/access_log.py). Bodies are parsed on the generating routes alone; streams pass
+through byte for byte.
 """
 
 import asyncio
@@ -17,17 +18,17 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.bodies import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
+from serve.access_log import AccessLog
+from serve.adapter_pool import AdapterPool
+from serve.api_errors import ApiError
+from serve.chat_turns import Template
 from serve.config import INSTANCE, INSTANCE_HEADER, ServeConfig, is_loopback
-from serve.journal import Journal
 from serve.keys import ADMIN, USER, Key, KeyRing
 from serve.limits import Limits
-from serve.meters import Meters
-from serve.openai_errors import Refusal
-from serve.plane import Plane
+from serve.metrics import ServerMetrics
 from serve.reply import Message, Reply, Send
-from serve.tally import CURRENT, Tally
-from serve.turns import Template
+from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
+from serve.token_counts import CURRENT, Tally
 
 log = logging.getLogger("vllm.counsel")
 
@@ -69,20 +70,20 @@ class Service:
     """What the gate and the routes share; on vLLM's app as `state.counsel`."""
 
     config: ServeConfig
-    plane: Plane
+    pool: AdapterPool
     keys: KeyRing
     limits: Limits
-    meters: Meters
-    journal: Journal
+    metrics: ServerMetrics
+    access_log: AccessLog
     template: Template
-    context_tokens: int
+    max_model_len: int
     # Told to stop: first no balancer should choose it any more, then nothing new is taken.
     leaving: bool = False
     draining: bool = False
 
 
 @dataclass
-class Visit:
+class RequestLog:
     """One request as it passes the gate."""
 
     request_id: str
@@ -117,7 +118,7 @@ class Gateway:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        visit = Visit(request_id, scope["method"], _without_last_slash(scope["path"][:MAX_PATH]))
+        visit = RequestLog(request_id, scope["method"], _without_last_slash(scope["path"][:MAX_PATH]))
         scope = {**scope, "path": visit.path, "raw_path": visit.path.encode()}
         extra = [(b"x-request-id", request_id.encode())]
         if visit.path == "/health":
@@ -129,22 +130,24 @@ class Gateway:
             role = _role(service, visit, headers)
             visit.key = _key(service, role, headers)
             if role == ADMIN and visit.key.role != ADMIN:
-                raise Refusal(403, "this needs an admin key")
+                raise ApiError(403, "this needs an admin key")
             if visit.path == "/ready" and service.leaving:
-                raise Refusal(503, "the server is about to stop", retry_after_s=5)
+                raise ApiError(503, "the server is about to stop", retry_after_s=5)
             if visit.method == "POST" and visit.path in GENERATING:
                 await self._generate(service, visit, scope, receive, reply)
             else:
                 await self.app(_as_health(scope) if visit.path == "/ready" else scope, receive, reply.send)
-        except Refusal as refusal:
-            service.meters.refusals.labels(str(refusal.status), refusal.code).inc()
+        except ApiError as refusal:
+            service.metrics.refusals.labels(str(refusal.status), refusal.code).inc()
             await reply.refuse(refusal, _permission(service, headers))
         finally:
             _write_down(service, visit, reply, scope.get(TARGET, ""))
 
-    async def _generate(self, service: Service, visit: Visit, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _generate(
+        self, service: Service, visit: RequestLog, scope: Scope, receive: Receive, reply: Reply
+    ) -> None:
         if service.draining:
-            raise Refusal(503, "the server is stopping; ask again in a moment", retry_after_s=5)
+            raise ApiError(503, "the server is stopping; ask again in a moment", retry_after_s=5)
         limits, caller = service.limits, visit.key.name
         # It counts from its first byte, as one until it is read: bodies take memory.
         arriving = limits.enter(caller, 1)
@@ -152,9 +155,9 @@ class Gateway:
             body = _parse(await _read(receive, service.config.max_body_kb << 10))
         finally:
             limits.leave(caller, 1, arriving)
-        n = weight(visit.path, body, service.config.max_completion_tokens, service.context_tokens)
+        n = weight(visit.path, body, service.config.max_completion_tokens, service.max_model_len)
         turn = limits.enter(caller, n)
-        service.meters.in_flight.inc(n)
+        service.metrics.in_flight.inc(n)
         visit.streamed = body.get("stream") is True
         signs = asyncio.create_task(_show_life(reply, service.config.comment_s if visit.streamed else 0))
         try:
@@ -163,18 +166,18 @@ class Gateway:
         finally:
             signs.cancel()
             limits.leave(caller, n, turn)
-            service.meters.in_flight.dec(n)
+            service.metrics.in_flight.dec(n)
             if visit.adapter:
-                service.meters.answered(visit.adapter, reply.status, visit.tally, visit.ttft_s, visit.streamed)
+                service.metrics.answered(visit.adapter, reply.status, visit.tally, visit.ttft_s, visit.streamed)
 
     async def _answer(
-        self, service: Service, visit: Visit, body: Body, scope: Scope, receive: Receive, reply: Reply
+        self, service: Service, visit: RequestLog, body: Body, scope: Scope, receive: Receive, reply: Reply
     ) -> None:
-        plane = service.plane
+        pool = service.pool
         model = body.get("model")
         manifest = None
-        if isinstance(model, str) and model not in ("", plane.base_name):
-            manifest = await plane.resolve(model)
+        if isinstance(model, str) and model not in ("", pool.base_name):
+            manifest = await pool.resolve(model)
         ready = prepare(
             visit.path,
             body,
@@ -186,20 +189,20 @@ class Gateway:
         try:
             raw = json.dumps(ready, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise Refusal(400, "a text holds half a surrogate pair, which is no character") from error
-        resident = await plane.acquire(manifest) if manifest else None
-        visit.adapter = manifest.id if manifest else plane.base_name
+            raise ApiError(400, "a text holds half a surrogate pair, which is no character") from error
+        resident = await pool.acquire(manifest) if manifest else None
+        visit.adapter = manifest.id if manifest else pool.base_name
         CURRENT.set(visit.tally)
         try:
             scope, receive = _with_body(scope, receive, raw, visit.request_id)
             await self.app(scope, receive, reply.send)
-        except Refusal:
+        except ApiError:
             raise
         except Exception as error:  # vLLM's stream of response events lets through whatever went wrong
             raise _as_refusal(error, visit.request_id) from error
         finally:
             if resident is not None:
-                plane.release(resident)
+                pool.release(resident)
 
 
 async def _show_life(reply: Reply, every_s: float) -> None:
@@ -209,7 +212,7 @@ async def _show_life(reply: Reply, every_s: float) -> None:
             return
 
 
-def _as_refusal(error: Exception, request_id: str) -> Refusal:
+def _as_refusal(error: Exception, request_id: str) -> ApiError:
     """What vLLM would answer for an exception of its own."""
     from vllm.entrypoints.serve import create_error_response
 
@@ -218,10 +221,10 @@ def _as_refusal(error: Exception, request_id: str) -> Refusal:
         error = error.__cause__
     said = create_error_response(error).error
     if said.code < 500:
-        return Refusal(400, said.message, param=said.param)
+        return ApiError(400, said.message, param=said.param)
     # The message may quote the request: it is for nobody's log.
     log.error("request %s failed: %s", request_id, type(error).__name__)
-    return Refusal(500, f"the server failed to answer: {type(error).__name__}")
+    return ApiError(500, f"the server failed to answer: {type(error).__name__}")
 
 
 def _without_last_slash(path: str) -> str:
@@ -233,9 +236,9 @@ def _as_health(scope: Scope) -> Scope:
     return {**scope, "path": "/health", "raw_path": b"/health"}
 
 
-def _role(service: Service, visit: Visit, headers: Headers) -> str:
+def _role(service: Service, visit: RequestLog, headers: Headers) -> str:
     asked = headers.get(b"access-control-request-method", b"").decode("latin-1")
-    if visit.method == "OPTIONS" and service.config.cors and asked and b"origin" in headers:
+    if visit.method == "OPTIONS" and service.config.allowed_origins and asked and b"origin" in headers:
         # A browser asks beforehand, without a key, whether it may; vLLM's CORS middleware answers by itself.
         return ANYONE
     role = ROUTES.get((visit.method, visit.path))
@@ -243,8 +246,8 @@ def _role(service: Service, visit: Visit, headers: Headers) -> str:
         role = USER
     if role is None:
         if any(path == visit.path for _, path in ROUTES):
-            raise Refusal(405, f"{visit.path} does not answer {visit.method}")
-        raise Refusal(404, f"there is no {visit.method} {visit.path} here", code="unknown_url")
+            raise ApiError(405, f"{visit.path} does not answer {visit.method}")
+        raise ApiError(404, f"there is no {visit.method} {visit.path} here", code="unknown_url")
     if role == ADMIN and visit.path == "/metrics" and service.keys.open:
         # On a server without keys, which only this machine can reach, figures are as open as answers.
         return USER
@@ -252,7 +255,7 @@ def _role(service: Service, visit: Visit, headers: Headers) -> str:
 
 
 def _refuse_foreign_name(headers: Headers) -> None:
-    """Raise Refusal 403 unless the request names this machine as localhost.
+    """Raise ApiError 403 unless the request names this machine as localhost.
 
     Without keys, being on this machine is the only pass, and a web page can borrow it: the name of its host may be made
     to mean 127.0.0.1 once the page is loaded (DNS rebinding). The browser still sends that name.
@@ -262,7 +265,7 @@ def _refuse_foreign_name(headers: Headers) -> None:
     except ValueError:
         name = None
     if not is_loopback(name or ""):
-        raise Refusal(403, f"a server without keys answers to localhost only, not to {name!r}; start it with --keys")
+        raise ApiError(403, f"a server without keys answers to localhost only, not to {name!r}; start it with --keys")
 
 
 def _key(service: Service, role: str, headers: Headers) -> Key:
@@ -273,7 +276,7 @@ def _key(service: Service, role: str, headers: Headers) -> Key:
     if key is None and service.keys.open and role == USER:
         return ANONYMOUS
     if key is None:
-        raise Refusal(
+        raise ApiError(
             401, "an API key is needed: Authorization: Bearer <key>" if not token else "the API key is unknown"
         )
     return key
@@ -284,18 +287,18 @@ async def _read(receive: Receive, max_bytes: int) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise Refusal(400, "the request ended before its body did")
+            raise ApiError(400, "the request ended before its body did")
         part = message.get("body", b"")
         size += len(part)
         if size > max_bytes:
-            raise Refusal(413, f"the body is larger than {max_bytes >> 10} KiB")
+            raise ApiError(413, f"the body is larger than {max_bytes >> 10} KiB")
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts)
 
 
 async def _wait(turn: asyncio.Future[None], receive: Receive) -> None:
-    """Until it is this request's turn. Raises Refusal when the caller hangs up first."""
+    """Until it is this request's turn. Raises ApiError when the caller hangs up first."""
     if turn.done():
         return
     gone = asyncio.create_task(_hung_up(receive))
@@ -304,7 +307,7 @@ async def _wait(turn: asyncio.Future[None], receive: Receive) -> None:
     finally:
         gone.cancel()
     if not turn.done():
-        raise Refusal(400, "the caller hung up before its turn")
+        raise ApiError(400, "the caller hung up before its turn")
 
 
 async def _hung_up(receive: Receive) -> None:
@@ -316,9 +319,9 @@ def _parse(raw: bytes) -> Body:
     try:
         body = json.loads(raw, parse_constant=_no_number, parse_int=_int64)
     except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}") from error
+        raise ApiError(400, f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise Refusal(400, f"the body is a JSON {type(body).__name__}; an object is needed")
+        raise ApiError(400, f"the body is a JSON {type(body).__name__}; an object is needed")
     return body
 
 
@@ -350,12 +353,12 @@ def _with_body(scope: Scope, receive: Receive, body: bytes, request_id: str) -> 
 def _permission(service: Service, headers: Headers) -> list[tuple[bytes, bytes]]:
     """What lets a browser's page read a refusal; vLLM's CORS middleware sees only what passed the gate."""
     origin = headers.get(b"origin", b"")
-    if origin and ("*" in service.config.cors or origin.decode("latin-1") in service.config.cors):
+    if origin and ("*" in service.config.allowed_origins or origin.decode("latin-1") in service.config.allowed_origins):
         return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
     return []
 
 
-def _write_down(service: Service, visit: Visit, reply: Reply, target: str) -> None:
+def _write_down(service: Service, visit: RequestLog, reply: Reply, target: str) -> None:
     if visit.path in ("/health", "/ready", "/metrics") and reply.status == 200:
         return
     row: dict[str, Any] = {
@@ -366,7 +369,7 @@ def _write_down(service: Service, visit: Visit, reply: Reply, target: str) -> No
         "status": reply.status,
     }
     if ROUTES.get((visit.method, visit.path)) == ADMIN and visit.key is not ANONYMOUS:
-        service.journal.audit(**row, target=target)
+        service.access_log.audit(**row, target=target)
     duration_s = round(time.monotonic() - visit.started_s, 4)
     if visit.path in GENERATING:
         row |= {
@@ -376,4 +379,4 @@ def _write_down(service: Service, visit: Visit, reply: Reply, target: str) -> No
             "completion_tokens": visit.tally.completion_tokens,
             "ttft_s": visit.ttft_s and round(visit.ttft_s, 4),
         }
-    service.journal.request(**row, code=reply.code, duration_s=duration_s)
+    service.access_log.request(**row, code=reply.code, duration_s=duration_s)

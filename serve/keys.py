@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.errors import UserError
-from train.files import locked, write_text
+from counsel.errors import UserError
+from counsel.files import locked, write_text
 
 USER, ADMIN = "user", "admin"
 ROLES = (USER, ADMIN)

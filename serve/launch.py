@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counsel.catalog import Base, weight_files
+from counsel.files import read_json
 from serve.config import ServeConfig
-from serve.machine import Machine
-from train.catalog import Base, weight_files
-from train.files import read_json
+from serve.hardware import Hardware
 
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 def plan(
     config: ServeConfig,
     base: Base,
-    machine: Machine,
+    machine: Hardware,
     ranks: Sequence[int] = (),
     targets: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
@@ -64,7 +64,7 @@ def plan(
     """How to serve `base` on `machine`.
 
     ranks: those of the adapters in the store. targets: the layers of this base that an adapter may change, as vLLM
-    names them (train.layers); with none, all that vLLM can change.
+    names them (counsel.lora_layers); with none, all that vLLM can change.
     """
     chosen = _Choices(environ)
     chosen.flag("--model", str(base.path))
@@ -76,7 +76,7 @@ def plan(
     _lora(chosen, config, ranks, targets)
     described = read_json(Path(base.path) / "config.json")
     shape = described.get("text_config", described)
-    running = config.running or min(256, 32 * len(machine.cpus))
+    running = config.max_num_seqs or min(256, 32 * len(machine.cpus))
     dtype = _dtype(chosen, config, base, described, machine)
     _shape(chosen, config, shape, running, machine, itemsize=4 if dtype == "float32" else 2)
     _compile(chosen, config, machine)
@@ -101,14 +101,14 @@ def plan(
     if config.vllm_args:
         chosen.argv += shlex.split(config.vllm_args)
         chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
-    return Plan((sys.executable, "-m", "serve.entry", *chosen.argv), chosen.env, tuple(chosen.reasons))
+    return Plan((sys.executable, "-m", "serve.api_process", *chosen.argv), chosen.env, tuple(chosen.reasons))
 
 
-def gate_flags(config: ServeConfig) -> tuple[str, ...]:
+def gateway_flags(config: ServeConfig) -> tuple[str, ...]:
     """vLLM's flags that put our gate in front of it and close what it would leave open."""
     return (
         *("--middleware", "serve.gateway.Gateway"),
-        *("--allowed-origins", json.dumps(config.cors)),
+        *("--allowed-origins", json.dumps(config.allowed_origins)),
         *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
         # A small model asked for JSON may write blanks for ever where the grammar lets it.
         *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
@@ -145,14 +145,14 @@ class _Choices:
 
 def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int], targets: Sequence[str]) -> None:
     chosen.flag("--enable-lora")
-    chosen.flag("--max-loras", str(config.slots), why="adapters that one batch may mix (slots)")
-    chosen.flag("--max-cpu-loras", str(config.host_adapters), why="adapters in host memory (host_adapters)")
+    chosen.flag("--max-loras", str(config.max_loras), why="adapters that one batch may mix (max_loras)")
+    chosen.flag("--max-cpu-loras", str(config.max_cpu_loras), why="adapters in host memory (max_cpu_loras)")
     largest = max(ranks, default=0)
-    if largest > config.max_rank:
-        why = f"max_rank; the store holds rank {largest}, which will be refused: start with --max-rank {largest}"
+    if largest > config.max_lora_rank:
+        why = f"max_lora_rank; the store holds rank {largest}, which is refused: start with --max-lora-rank {largest}"
     else:
-        why = "max_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
-    chosen.flag("--max-lora-rank", str(config.max_rank), why=why)
+        why = "max_lora_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
+    chosen.flag("--max-lora-rank", str(config.max_lora_rank), why=why)
     wait = json.dumps({WAIT: config.adapter_wait_s})
     chosen.flag("--additional-config", wait, why="how long an adapter may wait for a slot before others give way")
     if targets:
@@ -160,7 +160,7 @@ def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int], targets: 
         chosen.flag("--lora-target-modules", *targets, why=why)
 
 
-def _dtype(chosen: _Choices, config: ServeConfig, base: Base, described: Mapping[str, Any], machine: Machine) -> str:
+def _dtype(chosen: _Choices, config: ServeConfig, base: Base, described: Mapping[str, Any], machine: Hardware) -> str:
     dtype, why = config.dtype, "dtype" if config.dtype != "auto" else "the model's"
     # A quantized base's own kernels decide what they take.
     if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in described:
@@ -176,23 +176,23 @@ def _dtype(chosen: _Choices, config: ServeConfig, base: Base, described: Mapping
 
 
 def _shape(
-    chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Machine, itemsize: int
+    chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Hardware, itemsize: int
 ) -> None:
     """Context, running requests, batched tokens, key-value memory."""
-    context = config.context_tokens or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
-    why = "context_tokens" if config.context_tokens else f"the model's, at most {CONTEXT_CAP_TOKENS}"
+    context = config.max_model_len or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
+    why = "max_model_len" if config.max_model_len else f"the model's, at most {CONTEXT_CAP_TOKENS}"
     chosen.flag("--max-model-len", str(context), why=why)
     if machine.device != "cpu":
-        if config.running:
-            chosen.flag("--max-num-seqs", str(config.running), why="running")
-        if config.kv_gb:
-            chosen.flag("--kv-cache-memory-bytes", str(int(config.kv_gb * 1e9)), why="kv_gb")
+        if config.max_num_seqs:
+            chosen.flag("--max-num-seqs", str(config.max_num_seqs), why="max_num_seqs")
+        if config.kv_cache_memory_gb:
+            chosen.flag("--kv-cache-memory-bytes", str(int(config.kv_cache_memory_gb * 1e9)), why="kv_cache_memory_gb")
         return
 
     cores = len(machine.cpus)
     why = (
-        "running"
-        if config.running
+        "max_num_seqs"
+        if config.max_num_seqs
         else f"32 for each of {cores} cores: with more, each waits longer for no more in all"
     )
     chosen.flag("--max-num-seqs", str(running), why=why)
@@ -200,28 +200,34 @@ def _shape(
     chosen.flag("--max-num-batched-tokens", str(max(running, min(2048, 256 * cores))), why=why)
     why = "prefixes are shared in whole blocks; vLLM's 128 would miss most system prompts"
     chosen.flag("--block-size", str(BLOCK_TOKENS), why=why)
-    kv_bytes = int(config.kv_gb * 1e9) if config.kv_gb else _kv_bytes(shape, context, running, machine, itemsize)
+    kv_bytes = (
+        int(config.kv_cache_memory_gb * 1e9)
+        if config.kv_cache_memory_gb
+        else _kv_bytes(shape, context, running, machine, itemsize)
+    )
     why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
-    chosen.flag("--kv-cache-memory-bytes", str(kv_bytes), why="kv_gb" if config.kv_gb else why)
+    chosen.flag(
+        "--kv-cache-memory-bytes", str(kv_bytes), why="kv_cache_memory_gb" if config.kv_cache_memory_gb else why
+    )
 
 
-def _kv_bytes(shape: Mapping[str, int], context_tokens: int, running: int, machine: Machine, itemsize: int) -> int:
+def _kv_bytes(shape: Mapping[str, int], max_model_len: int, running: int, machine: Hardware, itemsize: int) -> int:
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     token_bytes = 2 * itemsize * shape["num_hidden_layers"] * heads * head_size
     # One request of full length must fit, whatever else. More costs time too: a server touches all of it to start.
-    wanted = token_bytes * max(context_tokens, running * REQUEST_TOKENS)
+    wanted = token_bytes * max(max_model_len, running * REQUEST_TOKENS)
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
 
 
-def _compile(chosen: _Choices, config: ServeConfig, machine: Machine) -> None:
+def _compile(chosen: _Choices, config: ServeConfig, machine: Hardware) -> None:
     if not config.compile:
         chosen.flag("--enforce-eager", why="no-compile: ready sooner, slower answers")
     elif machine.device == "cpu" and machine.compiler is None:
         chosen.flag("--enforce-eager", why="compiling needs g++, which is not here (Debian: apt install g++)")
 
 
-def _threads(chosen: _Choices, machine: Machine) -> None:
+def _threads(chosen: _Choices, machine: Hardware) -> None:
     if len(machine.cpus) > FEW_CORES:
         chosen.variable(THREADS_BIND, "auto", "vLLM binds one thread a core and keeps one core back")
         return
@@ -235,12 +241,12 @@ def _threads(chosen: _Choices, machine: Machine) -> None:
         chosen.variable(EXECUTOR, "uni", why)
 
 
-def _intel_openmp(chosen: _Choices, machine: Machine) -> bool:
+def _intel_openmp(chosen: _Choices, machine: Hardware) -> bool:
     # vLLM refuses to start with two OpenMPs.
     return machine.openmp is not None and "libgomp" not in chosen.environ.get("LD_PRELOAD", "")
 
 
-def _preload(chosen: _Choices, machine: Machine, scratch_bytes: int) -> None:
+def _preload(chosen: _Choices, machine: Hardware, scratch_bytes: int) -> None:
     libraries, whys = [], []
     preloaded = chosen.environ.get("LD_PRELOAD", "")
     if _intel_openmp(chosen, machine):

@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from serve.openai_errors import Refusal
+from serve.api_errors import ApiError
 
 
 @dataclass
@@ -34,17 +34,17 @@ class Limits:
     def enter(self, key: str, n_sequences: int) -> asyncio.Future[None]:
         """Count a request in; the future is done when it may run. Pair with `leave`, whether or not its turn came.
 
-        Raises Refusal with the seconds after which to try again.
+        Raises ApiError with the seconds after which to try again.
         """
         if n_sequences > self.per_key:
-            raise Refusal(
+            raise ApiError(
                 400, f"the request asks for {n_sequences} answers; at most {self.per_key} are allowed", param="n"
             )
         line = self.lines.get(key, _Line())
         turn = asyncio.get_running_loop().create_future()
         runs = not line.waiting and line.running + n_sequences <= self.per_key
         if not runs and line.n_waiting + n_sequences > self.queued_per_key:
-            raise Refusal(
+            raise ApiError(
                 429,
                 f"this key has {line.running} answers running of {self.per_key} "
                 f"and {line.n_waiting} waiting of {self.queued_per_key}",
@@ -53,7 +53,7 @@ class Limits:
         # A quarter is kept for keys that have nothing in, so that a few callers cannot shut out the others.
         room = self.total if key not in self.lines else self.total - self.total // 4
         if self.in_flight + n_sequences > room:
-            raise Refusal(503, f"the server is full: {self.in_flight} answers running or waiting", retry_after_s=2)
+            raise ApiError(503, f"the server is full: {self.in_flight} answers running or waiting", retry_after_s=2)
         self.lines[key] = line
         self.in_flight += n_sequences
         if runs:

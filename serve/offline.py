@@ -3,7 +3,7 @@
     async with OfflineEngine(ServeConfig(model="smollm2-135m", store="store"), Path("engine.log")) as engine:
         answer = await engine.ask("/v1/chat/completions", {"model": "gentle", "messages": messages})
 
-The engine runs in a child (serve/offline_entry.py) with a server's launch plan and is answered by a server's code, so
+The engine runs in a child (serve/offline_process.py) with a server's launch plan and is answered by a server's code, so
 the same request has the same answer. Parent and child talk in JSON lines over the child's standard input and output.
 When the parent is gone, however it went, the pipe ends and the engine stops.
 """
@@ -19,13 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from counsel.catalog import Base, resolve
+from counsel.errors import UserError
+from counsel.lora_layers import targets
 from serve import config as configs
-from serve import launch, machine
+from serve import hardware, launch
 from serve.config import ServeConfig
 from serve.server import reason_in
-from train.catalog import Base, resolve
-from train.errors import UserError
-from train.layers import targets
 
 STOP_S = 15.0
 # One line is one request or one answer; likelihoods of long prompts take megabytes.
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class OfflineEngine:
-    """A running `serve.offline_entry` child. Entering starts it and waits until it is ready; leaving stops it."""
+    """A running `serve.offline_process` child. Entering starts it and waits until it is ready; leaving stops it."""
 
     def __init__(self, config: ServeConfig, log: Path) -> None:
         """`log` takes vLLM's output, and is written over. Raises UserError when there is no such base."""
@@ -52,11 +52,11 @@ class OfflineEngine:
 
     def plan(self) -> launch.Plan:
         """What will be started, and why so."""
-        return launch.plan(self.config, self.base, machine.look(), targets=targets(self.base.path))
+        return launch.plan(self.config, self.base, hardware.detect(), targets=targets(self.base.path))
 
     def flags(self) -> tuple[str, ...]:
         """vLLM's flags, as the child is given them."""
-        return (*self.plan().argv[3:], *launch.gate_flags(self.config), "--disable-log-stats")
+        return (*self.plan().argv[3:], *launch.gateway_flags(self.config), "--disable-log-stats")
 
     async def ask(self, path: str, body: dict[str, Any]) -> Answer:
         """The answer to one request; any number may wait at once. Raises UserError when the engine has ended."""
@@ -78,7 +78,7 @@ class OfflineEngine:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "serve.offline_entry", *self.flags()),
+                *(sys.executable, "-m", "serve.offline_process", *self.flags()),
                 env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,

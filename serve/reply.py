@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from serve.openai_errors import Refusal
+from serve.api_errors import ApiError
 
 Message = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
@@ -45,7 +45,7 @@ class Reply:
             elif not self._ended:
                 await self._body(message)
 
-    async def refuse(self, refusal: Refusal, headers: Headers) -> None:
+    async def refuse(self, refusal: ApiError, headers: Headers) -> None:
         """Say an error of ours, with `headers`: as the whole reply, or as the last event of a stream that has begun."""
         async with self._turn:
             self.status, self.code = refusal.status, refusal.code

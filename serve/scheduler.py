@@ -1,4 +1,4 @@
-"""The scheduler that serve/launch.py and serve/cpu_platform.py name: adapters take turns in the slots.
+"""The scheduler that serve/launch.py and serve/cpu/platform.py name: adapters take turns in the slots.
 
 vLLM passes over a waiting request while other adapters' answers run in every slot, and lets newer requests for those
 adapters in before it: beside a few busy adapters another may wait for ever. Here an adapter that has waited long enough
@@ -173,7 +173,7 @@ class AsyncTurnsScheduler(TurnsScheduler, AsyncScheduler):
 
 
 class CleanBlocksScheduler(TurnsScheduler):
-    """The same where blocks must be cleared before use: serve/cpu_runner.py does, once it is told which are new."""
+    """The same where blocks must be cleared before use: serve/cpu/runner.py does, once it is told which are new."""
 
     def __init__(self, *args: Any, kv_cache_config: KVCacheConfig, **kwargs: Any) -> None:
         told = copy.copy(kv_cache_config)

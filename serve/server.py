@@ -21,16 +21,16 @@ import time
 import urllib.parse
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal
+from typing import IO, Literal, Self
 
+from counsel import store as adapter_store
+from counsel.catalog import Base, resolve
+from counsel.errors import UserError
+from counsel.lora_layers import targets
 from serve import config as configs
-from serve import launch, machine
+from serve import hardware, launch
 from serve.config import ServeConfig
 from serve.keys import KeyRing
-from train import store as shelves
-from train.catalog import Base, resolve
-from train.errors import UserError
-from train.layers import targets
 
 POLL_S = 0.2
 SAY_EVERY_S = 5.0
@@ -55,7 +55,7 @@ _ECHOES = ("Engine core initialization failed", "WorkerProc initialization faile
 
 
 class Server:
-    """A running `serve.entry` child. Entering starts it and waits until it answers; leaving stops it."""
+    """A running `serve.api_process` child. Entering starts it and waits until it answers; leaving stops it."""
 
     def __init__(self, config: ServeConfig, *, quiet: bool = False) -> None:
         """Raises UserError for what can be seen beforehand: no such base, port in use, no keys on an open address."""
@@ -93,11 +93,11 @@ class Server:
     def plan(self) -> launch.Plan:
         """What will be started, and why so."""
         ranks = _ranks(Path(self.config.store))
-        return launch.plan(self.config, self.base, machine.look(), ranks, targets(self.base.path))
+        return launch.plan(self.config, self.base, hardware.detect(), ranks, targets(self.base.path))
 
     def command(self) -> tuple[str, ...]:
         """The child's whole command line."""
-        return (*self.plan().argv, *launch.gate_flags(self.config))
+        return (*self.plan().argv, *launch.gateway_flags(self.config))
 
     def start(self) -> None:
         """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
@@ -114,7 +114,7 @@ class Server:
                 self.command(),
                 env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()}
                 | {configs.INSTANCE: self._instance},
-                # It ends with us: serve.entry stops when this pipe closes.
+                # It ends with us: serve.api_process stops when this pipe closes.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -165,7 +165,7 @@ class Server:
             return None
         return reason_in(self.log) or f"it ended with status {self.process.returncode}"
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -226,10 +226,10 @@ def reason_in(log: Path) -> str | None:
 
 def _ranks(store: Path) -> list[int]:
     ranks = []
-    for name in shelves.names(store):
+    for name in adapter_store.names(store):
         # One broken version must not keep the others from being served: the child leaves it out and logs why.
         with contextlib.suppress(UserError, FileNotFoundError):
-            ranks += [manifest.rank for manifest in shelves.read_shelf(store, name).versions.values()]
+            ranks += [manifest.rank for manifest in adapter_store.read_versions(store, name).versions.values()]
     return ranks
 
 

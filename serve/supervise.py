@@ -10,8 +10,8 @@ import threading
 import time
 from collections import deque
 
+from counsel.errors import UserError
 from serve.server import Server, reason_in
-from train.errors import UserError
 
 WINDOW_S = 600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0

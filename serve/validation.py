@@ -6,13 +6,13 @@ hundreds of complaints for one missing id.
 
 from typing import Any
 
-from serve.openai_errors import Refusal
+from serve.api_errors import ApiError
 
 _SHOWN = 3
 
 
 async def refuse(request: Any, error: Any) -> Any:
-    """FastAPI's handler of a RequestValidationError: raises Refusal 400 with the first complaints and their places."""
+    """FastAPI's handler of a RequestValidationError: raises ApiError 400 with the first complaints and their places."""
     from vllm.entrypoints.serve.exception_handling.handlers.validation import clean_loc_for_param
 
     said: dict[str, str] = {}
@@ -22,4 +22,4 @@ async def refuse(request: Any, error: Any) -> Any:
         said.setdefault(place, str(complaint["msg"]).removeprefix("Value error, "))
     shown = "; ".join(f"{place}: {text}" if place else text for place, text in list(said.items())[:_SHOWN])
     more = f"; and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    raise Refusal(400, shown + more, param=next(iter(said), None))
+    raise ApiError(400, shown + more, param=next(iter(said), None))

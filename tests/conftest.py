@@ -17,14 +17,14 @@ import openai
 import psutil
 import pytest
 
-from serve.client import make_client
+from counsel import store as adapter_store
+from counsel.catalog import Base, resolve
+from counsel.client import make_client
 from serve.config import ServeConfig
 from serve.keys import ADMIN, USER, add_key
 from serve.server import Server
 from tests.tiny import tiny_adapter, tiny_base
 from tests.waiting import until
-from train import store as shelves
-from train.catalog import Base, resolve
 
 # TRL sets ERROR when it is imported: what servers and loggers warn of would then depend on which tests ran before.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
@@ -126,8 +126,8 @@ class Served:
             for process in engine:
                 process.resume()
 
-    def publish(self, name: str, folder: Path, system: str = "") -> shelves.Manifest:
-        return shelves.publish(self.store, name, folder, self.base, system=system)
+    def publish(self, name: str, folder: Path, system: str = "") -> adapter_store.Manifest:
+        return adapter_store.publish(self.store, name, folder, self.base, system=system)
 
 
 def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
@@ -138,12 +138,12 @@ def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
         "logs": str(folder / "logs"),
         "port": 0,
         "dtype": "float32",
-        "context_tokens": 512,
-        "running": 16,
-        "kv_gb": 0.1,
-        "slots": 2,
-        "host_adapters": 4,
-        "max_rank": 16,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "kv_cache_memory_gb": 0.1,
+        "max_loras": 2,
+        "max_cpu_loras": 4,
+        "max_lora_rank": 16,
         "drain_s": 5.0,
         "leave_s": 0.0,
         "compile": False,  # two tiny layers: compiling them takes longer than any test that asks them
@@ -167,9 +167,9 @@ def server(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         name: tiny_adapter(tiny_model.path, folder / name, seed=seed) for name, seed in (("gentle", 1), ("calm", 2))
     }
     bounds = {"max_body_kb": 64, "max_completion_tokens": 256, "key_running": 64, "key_queued": 16, "queued": 128}
-    asked = {"cors": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
+    asked = {"allowed_origins": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
     config = tiny_config(folder, tiny_model.path, keys=str(keys), **asked, **bounds)
     for name, source in adapters.items():
-        shelves.publish(Path(config.store), name, source, tiny_model, system=SYSTEM if name == "gentle" else "")
+        adapter_store.publish(Path(config.store), name, source, tiny_model, system=SYSTEM if name == "gentle" else "")
     with Server(config, quiet=True) as running:
         yield Served(running, tiny_model, Path(config.store), adapters, user_key, admin_key)

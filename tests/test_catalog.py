@@ -6,11 +6,11 @@ import zipfile
 import pytest
 from transformers import AutoTokenizer
 
+from counsel import catalog
+from counsel.catalog import CATALOG, resolve
+from counsel.chat import SYSTEM_PROMPT, prompt_messages
+from counsel.errors import UserError
 from tests.tiny import tiny_base, tiny_tokenizer
-from train import catalog
-from train.catalog import CATALOG, resolve
-from train.chat import SYSTEM_PROMPT, prompt_messages
-from train.errors import UserError
 
 
 @pytest.fixture

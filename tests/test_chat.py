@@ -15,11 +15,11 @@ from collections.abc import Callable
 import psutil
 import pytest
 
+from counsel.errors import UserError
 from serve.chat import Chat, chat
 from tests.json_handler import JsonHandler
 from tests.test_layout import ROOT
 from tests.waiting import HANG_S, until
-from train.errors import UserError
 
 # As vLLM refuses a conversation that is too long, and ours a request beyond a limit.
 TOO_LONG = {"message": "This model's maximum context length is 8 tokens. However, you requested more.", "code": 400}

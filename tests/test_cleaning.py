@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.cleaning import clean, count_words, fault
+from counsel.errors import UserError
+from train.cleaning import clean, count_words, drop_reason
 from train.contacts import contacts, mask
 from train.data import DataConfig, clean_rows, prepare
-from train.errors import UserError
 
 QUESTION = "What helps when I cannot sleep?"
 PARTS = st.sampled_from(
@@ -160,7 +160,7 @@ def test_words_are_counted_in_every_script(text, words, by_hand):
 )
 def test_yes_is_too_short_in_any_language(answer):
     """Counting letters must not let through what is no answer."""
-    assert fault(QUESTION, answer) == "answer under 6 words"
+    assert drop_reason(QUESTION, answer) == "answer under 6 words"
 
 
 HELPLINES = [
@@ -212,7 +212,7 @@ def test_a_free_phone_number_stays(number):
 @pytest.mark.parametrize("answer", HELPLINES)
 def test_helplines_stay_whole(answer):
     """Under drop and mask alike: a crisis line that is cut out may be the sentence that mattered."""
-    assert fault(QUESTION, answer) is None
+    assert drop_reason(QUESTION, answer) is None
     assert mask(answer) == answer
 
 

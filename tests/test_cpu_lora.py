@@ -13,7 +13,7 @@ from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
 from serve import cpu_kernel  # noqa: E402
-from serve.cpu_lora import GroupedPunicaWrapper  # noqa: E402
+from serve.cpu.lora import GroupedPunicaWrapper  # noqa: E402
 
 MAX_RANK = 64
 # Of the values' own size: bfloat16 has 8 bits of mantissa, and the sum is rounded to it once.

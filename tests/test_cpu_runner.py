@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from serve.cpu_runner import CounselCpuModelRunner, rows_not_finite  # noqa: E402
+from serve.cpu.runner import CounselCpuModelRunner, rows_not_finite  # noqa: E402
 
 NAN, INF = float("nan"), float("inf")
 

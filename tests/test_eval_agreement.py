@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.agreement import MIN_QUESTIONS, Target, calibrate, cohen, krippendorff, majority, read_labels
-from train.errors import UserError
-from train.files import write_jsonl
+from counsel.errors import UserError
+from counsel.files import write_jsonl
+from eval.judge.agreement import MIN_QUESTIONS, Target, calibrate, cohen, krippendorff, majority, read_labels
 
 
 def units(*observers: str) -> dict[str, list[str]]:

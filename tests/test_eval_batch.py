@@ -12,6 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
+from counsel import store as adapter_store
+from counsel.catalog import Base
+from counsel.errors import UserError
+from counsel.files import write_jsonl, write_text
 from eval.batch import batch, shard_of
 from eval.config import BatchConfig
 from eval.samples import read_rows
@@ -20,10 +24,6 @@ from tests.greedy import greedy_answers
 from tests.held import kill_when_stopped
 from tests.json_handler import JsonHandler
 from tests.test_eval import command
-from train import store as shelves
-from train.catalog import Base
-from train.errors import UserError
-from train.files import write_jsonl, write_text
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 N_TOKENS = 16
@@ -35,10 +35,10 @@ GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_t
 ENGINE = """
 compile: false
 dtype: float32
-context_tokens: 512
-running: 16
-kv_gb: 0.1
-max_rank: 16
+max_model_len: 512
+max_num_seqs: 16
+kv_cache_memory_gb: 0.1
+max_lora_rank: 16
 max_completion_tokens: 256
 """
 
@@ -61,7 +61,7 @@ class Batch:
 
     def __init__(self, served: Served, folder: Path) -> None:
         self.served, self.folder = served, folder
-        self.exact = shelves.find(served.store, "gentle").id
+        self.exact = adapter_store.find(served.store, "gentle").id
         self.models = ("calm", "gentle", self.exact, served.base.name)
         self.bad = [
             request("unknown field", "calm", messages=asked("work"), temprature=0),

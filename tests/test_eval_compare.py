@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from counsel.errors import UserError
+from counsel.files import write_json, write_jsonl
 from eval.compare import compare, side, told_apart
 from eval.config import CompareConfig
 from eval.summary import FORMAT
-from train.errors import UserError
-from train.files import write_json, write_jsonl
 
 SETTINGS = {"max_tokens": 128, "temperature": 0.7, "top_p": 0.95, "samples": 1, "references": 3, "questions": 60}
 
@@ -53,7 +53,7 @@ def evaluation(
     )
     write_json(folder / "summary.json", {
         "format": FORMAT, "run": run.name, "stamp": stamp, "arms": {"gentle": {"kind": "adapter"}},
-        "plan": {"test_sha256": "t", "base": "tiny", "config": settings, "system_prompt": "be kind"},
+        "spec": {"test_sha256": "t", "base": "tiny", "config": settings, "system_prompt": "be kind"},
     })  # fmt: skip
     write_json(run / "train.json", {})
     return folder
@@ -71,7 +71,7 @@ def test_columns_and_spread_are_over_shared_questions(tmp_path: Path) -> None:
         assert {name: cell["n"] for name, cell in metrics.items() if name != "perplexity"} == dict.fromkeys(
             ("bits_per_byte", "nll_per_token", "similarity_max", "distinct_2"), 10
         )
-    assert found["alarms"] == []
+    assert found["warnings"] == []
 
 
 def test_a_metric_is_over_the_questions_for_which_every_side_has_it(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_other_settings_are_said(tmp_path: Path, name: str, capsys: pytest.Captu
     found = compare(CompareConfig(tuple(map(str, folders)))).document
     said = f"the sides were evaluated with different {name}: one:gentle {SETTINGS[name]}, two:gentle {other[name]}"
 
-    assert found["alarms"] == [said]
+    assert found["warnings"] == [said]
     assert f"! {said}" in capsys.readouterr().out
 
 

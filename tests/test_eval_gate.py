@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from counsel.cli import CANNOT_BE_JUDGED, MISSED
+from counsel.errors import UserError
+from counsel.files import write_json, write_jsonl
+from counsel.run import Run
 from eval.arms import YARDSTICKS, Arm, choose, served
 from eval.config import GateConfig
 from eval.evaluate import folder_for
 from eval.gate import gate
-from eval.summary import FORMAT, alarms, paired, summarize_arms
+from eval.summary import FORMAT, paired, summarize_arms, warnings
 from tests.test_eval import called, make_run
-from train.command import CANNOT_BE_JUDGED, MISSED
-from train.errors import UserError
-from train.files import write_json, write_jsonl
-from train.run import Run
 
 BETTER = "difference.bits_per_byte.high<0"
 N = 60
@@ -44,7 +44,7 @@ def better_by(*nats: float) -> list[dict[str, Any]]:
 def decided(folder: Path, rules: str, likelihoods: list[dict], answers: list[dict] = ()) -> tuple[int, list[dict]]:
     """The gate's exit status and its rules, on an evaluation that left these rows."""
     summary = {
-        "format": FORMAT, "run": "r", "questions": N, "plan": {"base": "base"},
+        "format": FORMAT, "run": "r", "questions": N, "spec": {"base": "base"},
         "arms": summarize_arms(["base", "gentle"], "base", answers, answers, likelihoods, seed=0),
         "differences": paired(answers, likelihoods, [("gentle", "base")], seed=0),
     }  # fmt: skip
@@ -155,18 +155,18 @@ def test_a_part_of_an_evaluation_is_not_reported_as_the_whole(
 def test_failed_rows_of_a_finished_evaluation_are_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`report` ends with 1 where a row failed; the same plan then continues that folder, until all is well."""
+    """`report` ends with 1 where a row failed; the same spec then continues that folder, until all is well."""
     run, folder = unfinished(tmp_path, samples=12, error="APITimeoutError: timed out")
-    plan = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     status, out, err = called(capsys, "report", str(folder))
 
     assert (status, json.loads(out.splitlines()[-1])["arms"]["gentle"]["errors"]) == (1, 1)
     assert "1 rows failed; the same evaluation given again asks them once more" in err
-    plan["config"]["run"] = "runs/run"  # another way to say the same
-    assert folder_for(run, plan) == folder
+    spec["config"]["run"] = "runs/run"  # another way to say the same
+    assert folder_for(run, spec) == folder
     assert not (folder / "summary.json").exists()
     write_json(folder / "summary.json", {"arms": {"gentle": {"errors": 0}}})
-    assert folder_for(run, plan) != folder
+    assert folder_for(run, spec) != folder
 
 
 def offer(*adapters: str) -> Any:
@@ -202,12 +202,12 @@ def test_base_is_the_base_whatever_adapters_are_called() -> None:
 def test_likelihoods_that_are_all_missing_do_not_show_that_weights_have_no_effect() -> None:
     """Nothing was measured, so nothing is equal; equal numbers are still found out."""
 
-    def alarm(nats: float | None) -> str:
+    def warning(nats: float | None) -> str:
         rows = [
             likelihood(arm, at, nats, None if nats else "too long") for at in range(3) for arm in ("base", "gentle")
         ]
         arms = summarize_arms(["base", "gentle"], "base", [], [], rows, seed=0)
-        return " ".join(alarms(arms, rows, "base", {}, True))
+        return " ".join(warnings(arms, rows, "base", {}, True))
 
-    assert "no effect" not in alarm(None)
-    assert "gentle predicts every answer exactly as base does: its weights have no effect" in alarm(3.0)
+    assert "no effect" not in warning(None)
+    assert "gentle predicts every answer exactly as base does: its weights have no effect" in warning(3.0)

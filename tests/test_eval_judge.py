@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from counsel.cli import main
+from counsel.errors import UserError
+from counsel.files import read_json, write_json, write_jsonl
 from eval.__main__ import COMMANDS
+from eval.ask import Outcome, Question, sample_fields
 from eval.config import JudgeConfig
-from eval.judge import JUDGEMENT_KEY, Item, answers, ask_missing, findings, judge, plan_items
-from eval.online import Outcome, Question, sample_fields
-from eval.rubric import (
+from eval.judge.ask import JUDGEMENT_KEY, Item, answers, ask_missing, findings, judge, plan_items
+from eval.judge.rubric import (
     PREFERENCE_SCHEMA,
     RUBRIC,
     RUBRIC_SCHEMA,
@@ -29,9 +32,6 @@ from tests.conftest import Served
 from tests.held import kill_when_stopped
 from tests.mock_judge import mock_judge
 from tests.test_eval import called, command, make_run
-from train.command import main
-from train.errors import UserError
-from train.files import read_json, write_json, write_jsonl
 
 # By question: what the base says, and what gentle says. The judges of tests/mock_judge.py look for "better" and for the
 # names of criteria. Gentle's answer is the longer one of the first and third, the shorter one of the second.
@@ -123,7 +123,7 @@ def test_a_fair_judge_gives_the_numbers_worked_by_hand(folder: Path, url: str) -
 
 
 def test_a_judge_that_always_takes_the_first_is_found_out(folder: Path, url: str) -> None:
-    """Its verdicts never agree, so nothing is won; all of them go to the first place, and an alarm says so."""
+    """Its verdicts never agree, so nothing is won; all of them go to the first place, and an warning says so."""
     found = judged(folder, url, "first")
     preference = found["preference"]
 
@@ -131,7 +131,7 @@ def test_a_judge_that_always_takes_the_first_is_found_out(folder: Path, url: str
     assert preference["first_chosen"]["value"] == 1.0
     assert [preference[key] for key in ("wins", "ties", "losses")] == [0, 5, 0]
     assert (preference["win_rate"]["value"], preference["p"], preference["longer_wins"]) == (0.5, None, None)
-    assert any("position bias: 100%" in alarm for alarm in found["alarms"])
+    assert any("position bias: 100%" in warning for warning in found["warnings"])
 
 
 def test_a_judge_that_takes_the_longer_is_found_out(folder: Path, url: str) -> None:
@@ -152,7 +152,7 @@ def test_unreadable_replies_are_counted_and_never_scored(folder: Path, url: str,
     assert (found["preference"]["judged"], found["preference"]["unreadable"]) == (0, 5)
     assert found["preference"]["win_rate"] is None
     assert found["rubric"]["arms"]["gentle"]["practical"]["value"] == pytest.approx(3 / 5)
-    assert any("10 of 21 replies are not the JSON" in alarm for alarm in found["alarms"])
+    assert any("10 of 21 replies are not the JSON" in warning for warning in found["warnings"])
 
 
 def test_refused_requests_fail_the_command_and_are_asked_again(
@@ -257,7 +257,7 @@ def test_human_labels_are_set_beside_the_judge(folder: Path, url: str) -> None:
     assert agreement["human_alpha"] == pytest.approx(1 - 9 * 2 / (10**2 - 7**2 - 3**2))
     assert agreement["validated"] is False
     assert list(found["agreement"]) == ["preference"]
-    assert any("not validated" in alarm for alarm in found["alarms"])
+    assert any("not validated" in warning for warning in found["warnings"])
 
     write_jsonl(folder / "labels.jsonl", [{**labels[0], "stamp": "another"}])
     with pytest.raises(UserError, match="label 1: stamp is 'another'"):
@@ -283,7 +283,7 @@ def test_labels_of_what_was_not_judged_are_counted(folder: Path, url: str) -> No
 
     assert found["labels_unmatched"] == 3
     assert found["agreement"]["empathy"]["n"] == 1
-    assert any(alarm.startswith("3 labels count for nothing") for alarm in found["alarms"])
+    assert any(warning.startswith("3 labels count for nothing") for warning in found["warnings"])
 
 
 def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:

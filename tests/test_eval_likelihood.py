@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from counsel.chat import prompt_messages, template_text
 from eval.likelihood import Renderer
 from tests.tiny import WORDS, tiny_base, tiny_tokenizer
-from train.chat import prompt_messages, template_text
 from train.sft import examples
 
 SYSTEM = "you are supportive"

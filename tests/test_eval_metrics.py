@@ -5,17 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from counsel.errors import UserError
+from eval.ask import Outcome, Question, likelihood_fields
+from eval.contamination import Contamination, nearest
 from eval.likelihood import Renderer, Span, bits_per_byte, perplexity, span_nll
-from eval.neighbours import Seen, nearest
-from eval.online import Outcome, Question, likelihood_fields
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.samples import failed
 from eval.scoring import CANNED, answer_scores, human_scores, score_rows
 from eval.similarity import Encoder, greedy_match, to_references
 from eval.summary import by_topic, paired, summarize_arms
-from eval.wording import Copying, distinct, distinct_over, reading_grade, words
+from eval.text_stats import Copying, distinct, distinct_over, reading_grade, words
 from tests.tiny import tiny_tokenizer
-from train.errors import UserError
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +236,7 @@ def test_an_answer_identical_to_a_reference_has_full_marks(encoder: Encoder) -> 
 
 def test_contamination_is_found_and_said_why() -> None:
     """An answer that training holds, a question that repeats a training question; and a new one."""
-    training = Seen([{"question": "I feel so lonely since we moved to the city", "answer": "Join a club."}])
+    training = Contamination([{"question": "I feel so lonely since we moved to the city", "answer": "Join a club."}])
 
     assert training.reason("Something else entirely, my friend, today", ["join a CLUB"]) == "answer"
     assert training.reason("Help: I feel so lonely since we moved to the city", ["x"]) == "question"

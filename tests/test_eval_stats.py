@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from counsel.errors import UserError
 from eval.stats import difference, holm, interval, ratio, swap_test, upper_rate
-from train.errors import UserError
 
 
 def test_a_ratio_weighs_questions_by_their_denominator() -> None:

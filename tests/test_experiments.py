@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from counsel.errors import UserError
+from counsel.files import read_json, write_jsonl
 from tests.test_train import recipe_for
 from tests.tiny import tiny_base
 from train import data
 from train.data import DataConfig
-from train.errors import UserError
 from train.experiments import equal_counts, leak_experiment, seen_share, whole_questions
-from train.files import read_json, write_jsonl
-from train.sft import spread
+from train.sft import evenly_spaced
 
 
 def row(question: str, answer: int) -> dict[str, str]:
@@ -50,7 +50,7 @@ def test_both_splits_give_the_same_number_of_rows(tmp_path):
               for seed in (1, 2)]  # fmt: skip
     assert len({len(split["train"]) for split in splits}) > 1
     for name, count in (("train", n_train), ("val", n_val)):
-        assert {len(spread(split[name], count)) for split in splits} == {count}
+        assert {len(evenly_spaced(split[name], count)) for split in splits} == {count}
         assert count in {len(split[name]) for split in splits}
 
 

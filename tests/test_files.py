@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from train.errors import UserError
-from train.files import (
+from counsel.errors import UserError
+from counsel.files import (
     new_directory,
     read_json,
     read_jsonl,

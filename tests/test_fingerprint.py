@@ -4,10 +4,10 @@ import os
 
 import pytest
 
+from counsel import fingerprint as module
+from counsel.errors import UserError
+from counsel.fingerprint import fingerprint
 from tests.tiny import tiny_base
-from train import fingerprint as module
-from train.errors import UserError
-from train.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from serve.client import make_client
+from counsel.client import make_client
 from serve.gateway import ROUTES
 from serve.keys import USER, add_key
 from tests.conftest import ORIGIN, Served

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from serve import platform
+from counsel.catalog import Base
+from counsel.errors import UserError
+from counsel.processor import Processor, described
 from serve.config import ServeConfig
+from serve.cpu import plugin as platform
+from serve.hardware import Hardware, detect
 from serve.launch import PLUGINS, plan
-from serve.machine import Machine, look
 from train import hardware
-from train.catalog import Base
-from train.errors import UserError
-from train.processor import Processor, described
 from train.recipe import Recipe
 
 GIB = 1 << 30
 NEW = Processor("AMD EPYC", "AVX512-BF16", bf16=True)
-SMALL = Machine("cpu", (0, 1), 24 * GIB, NEW, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
-LARGE = Machine("cpu", tuple(range(32)), 256 * GIB, NEW, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
-GPU = Machine("cuda", tuple(range(16)), 128 * GIB, NEW)
+SMALL = Hardware("cpu", (0, 1), 24 * GIB, NEW, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
+LARGE = Hardware("cpu", tuple(range(32)), 256 * GIB, NEW, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
+GPU = Hardware("cuda", tuple(range(16)), 128 * GIB, NEW)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
     assert made.env["COUNSEL_CPU_EXECUTOR"] == "uni"
     assert made.env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert "apt install libtcmalloc-minimal4" in made.explain()
-    assert made.argv[1:3] == ("-m", "serve.entry")
+    assert made.argv[1:3] == ("-m", "serve.api_process")
     # 64 requests x 1024 tokens x 30 layers x 3 heads x 64 values x key and value x 2 bytes
     assert flag(made, "--kv-cache-memory-bytes") == str(64 * 1024 * 30 * 3 * 64 * 2 * 2)
     assert flag(made, "--max-model-len") == "4096"
@@ -164,7 +164,7 @@ def test_how_long_an_adapter_may_wait_reaches_the_scheduler(base):
 
 def test_every_choice_can_be_overridden(base):
     """A config field, a vLLM flag in vllm_args and a variable already set each win, and the reason says so."""
-    config = ServeConfig(running=7, kv_gb=0.5, context_tokens=512, vllm_args="--block-size 64")
+    config = ServeConfig(max_num_seqs=7, kv_cache_memory_gb=0.5, max_model_len=512, vllm_args="--block-size 64")
     set_by_user = {"VLLM_CPU_OMP_THREADS_BIND": "1", "LD_PRELOAD": "/mine.so"}
     made = plan(config, base, SMALL, environ=set_by_user)
     assert flag(made, "--max-num-seqs") == "7"
@@ -178,8 +178,8 @@ def test_every_choice_can_be_overridden(base):
 
 
 def test_an_adapter_above_the_largest_rank_is_foretold(base):
-    """A store with rank 128 under max_rank 64 is said at the start, not at the first request."""
-    assert "start with --max-rank 128" in plan(ServeConfig(), base, SMALL, (16, 128), environ={}).explain()
+    """A store with rank 128 under max_lora_rank 64 is said at the start, not at the first request."""
+    assert "start with --max-lora-rank 128" in plan(ServeConfig(), base, SMALL, (16, 128), environ={}).explain()
 
 
 def test_the_plan_is_what_vllm_understands(base):
@@ -205,7 +205,7 @@ def test_plugins_are_installed_under_the_names_the_plan_allows():
 
 def test_this_machine_can_be_looked_at():
     """Looking gives at least one core, some memory and a known device."""
-    machine = look()
+    machine = detect()
     assert machine.cpus
     assert machine.memory_bytes > GIB // 4
     assert machine.device in ("cpu", "cuda")
@@ -216,7 +216,7 @@ def test_a_vllm_that_was_not_tested_keeps_its_own_path_with_a_warning(monkeypatc
     pytest.importorskip("vllm")
     if not platform.vllm_is_cpu_build():
         pytest.skip("a CUDA build: the plugin stands aside anyway")
-    assert platform.register() == "serve.cpu_platform.CounselCpuPlatform"
+    assert platform.register() == "serve.cpu.platform.CounselCpuPlatform"
     monkeypatch.setattr(platform, "TESTED", ("9.9.",))
     with caplog.at_level("WARNING", logger="vllm.counsel"):
         assert platform.register() is None

@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("train", "serve", "eval", "loadtest")
+PACKAGES = ("counsel", "train", "serve", "eval", "loadtest")
 ALLOWED = {
-    "train": {"train"},
-    "serve": {"train", "serve"},
-    "eval": {"train", "serve", "eval"},
-    "loadtest": {"train", "serve", "loadtest"},
+    "counsel": {"counsel"},
+    "train": {"counsel", "train"},
+    "serve": {"counsel", "serve"},
+    "eval": {"counsel", "serve", "eval"},
+    "loadtest": {"counsel", "loadtest"},
 }
 # What another package, or a --help, may import without paying for it.
-LIGHT = ["train.errors", "train.command", "train.files", "train.run", "train.catalog", "train.chat", "train.data",
-         "train.store", "train.adapter", "serve.config", "serve.client", "train.__main__", "serve.__main__",
-         "eval.__main__", "loadtest.__main__"]  # fmt: skip
+LIGHT = ["counsel.errors", "counsel.cli", "counsel.files", "counsel.run", "counsel.catalog", "counsel.chat",
+         "train.data", "counsel.store", "counsel.adapter_check", "serve.config", "counsel.client",
+         "train.__main__", "serve.__main__", "eval.__main__", "loadtest.__main__"]  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "datasets", "trl", "peft", "locust", "sentence_transformers", "matplotlib")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -10,12 +10,12 @@ from statistics import median
 
 import pytest
 
+from counsel.files import read_jsonl
 from loadtest.prepare import prepare
-from loadtest.rows import read_rows
+from loadtest.records import read_rows
 from loadtest.scenario import Scenario
 from loadtest.verdict import EXIT_STATUS
 from tests.sse_server import standin
-from train.files import read_jsonl
 
 # 40 requests in 2 s. None is due in the first 2.5 s: a source that begins late leaves out what was due before. And many
 # seconds are left after the last: what is sent later than the schedule's end does not count as sent.
@@ -81,7 +81,9 @@ def test_no_two_runs_send_the_same_prompt_unless_asked_to(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     with standin("base") as url:
         runs = [
-            prepare(Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / name), unique=unique))
+            prepare(
+                Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / name), unique_prompts=unique)
+            )
             for name, unique in (("a", True), ("b", True), ("c", False), ("d", False))
         ]
     plans = [(run / "plan.jsonl").read_text() for run in runs]
@@ -105,7 +107,7 @@ def test_open_arrivals_do_not_wait_for_replies(tmp_path):
 def test_arrivals_beyond_the_cap_are_dropped_and_counted(tmp_path):
     """Three in flight that never end: the rest are rows with outcome dropped, and the run is no pass."""
     with standin("slow.holds-0") as url:
-        patience = ("--request-s", "3600", "--silence-s", "3600", "--drain-s", "1")
+        patience = ("--request-timeout-s", "3600", "--idle-timeout-s", "3600", "--drain-s", "1")
         done = loadtest(tmp_path, "--url", url, *LOAD, *patience, "--max-in-flight", "3")
 
     summary = json.loads(done.stdout.strip().split("\n")[-1])

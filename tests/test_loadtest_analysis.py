@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
+from counsel.cli import load_config
+from counsel.errors import UserError
+from counsel.files import write_jsonl
 from loadtest import capacity
 from loadtest.capacity import Capacity, Found, search
 from loadtest.charts import per_second
-from loadtest.figures import cold_penalty, step_points
+from loadtest.metrics import cold_penalty, step_points
 from loadtest.scenario import Scenario
-from loadtest.work import Arrival
+from loadtest.workload import Arrival
 from tests.test_loadtest_figures import anything, failure, reply, summarise
-from train.command import load_config
-from train.errors import UserError
-from train.files import write_jsonl
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "loadtest/scenarios").glob("*.yaml"))
 
@@ -164,10 +164,10 @@ def test_a_capacity_needs_an_objective():
         Capacity()
 
 
-@pytest.mark.parametrize("options", [{"web": True}, {"join": "127.0.0.1:5557"}])
+@pytest.mark.parametrize("options", [{"web": True}, {"bind": "127.0.0.1:5557"}])
 def test_a_capacity_is_searched_without_anybody(options):
     """Each of its runs would wait for a Ctrl-C, or for workers."""
-    with pytest.raises(UserError, match="neither --web nor --join"):
+    with pytest.raises(UserError, match="neither --web nor --bind"):
         Capacity(slo=("ttft_p50_s <= 1",), **options)
 
 
@@ -229,8 +229,8 @@ def write_plan(folder: Path, due_s: list[float], model: str = "base") -> None:
 
 def test_a_report_needs_nothing_from_outside(tmp_path):
     """Made from files alone, whole, with the model's name escaped and no address to fetch from."""
+    from loadtest.records import append_rows
     from loadtest.report import write_report
-    from loadtest.rows import append_rows
     from loadtest.verdict import conclude
 
     scenario = Scenario(duration_s=40, slo=("ttft_p90_s <= 1",))

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from counsel import store as adapter_store
+from counsel.catalog import Base, resolve
+from counsel.files import read_jsonl
 from loadtest import churn
-from loadtest.play import play
+from loadtest.run import play
 from loadtest.scenario import Scenario
 from tests.sse_server import standin
 from tests.tiny import tiny_adapter
-from train import store as shelves
-from train.catalog import Base, resolve
-from train.files import read_jsonl
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
         publish, left = churn._publish_again, [n]
         with standin("base.holds-0", "gentle", "calm") as url:
 
-            def counted(*given: object) -> shelves.Manifest:
+            def counted(*given: object) -> adapter_store.Manifest:
                 left[0] -= 1
                 try:
                     return publish(*given)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
 
             monkeypatch.setattr(churn, "_publish_again", counted)
             scenario = {"arrivals": "closed", "requests": 24, "duration_s": 900.0, "churn_s": 0.2,
-                        "silence_s": 3600.0, "request_s": 3600.0}  # fmt: skip
+                        "idle_timeout_s": 3600.0, "request_timeout_s": 3600.0}  # fmt: skip
             return play(
                 Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"),
                          churn_store=str(tmp_path / "store"), **scenario)  # type: ignore[arg-type]
@@ -55,21 +55,21 @@ def test_each_adapter_in_turn_gets_new_versions(base, tmp_path, churned):
     """Two adapters, something new every 0.2 s: they take turns, and no content comes twice."""
     store = tmp_path / "store"
     for name, system in (("gentle", "you are kind"), ("calm", "")):
-        shelves.publish(store, name, tiny_adapter(base.path, tmp_path / name, seed=1), base, system=system)
-    begun = {name: shelves.find(store, name).version for name in ("gentle", "calm")}
+        adapter_store.publish(store, name, tiny_adapter(base.path, tmp_path / name, seed=1), base, system=system)
+    begun = {name: adapter_store.find(store, name).version for name in ("gentle", "calm")}
     summary = churned(4)
 
     published = read_jsonl(tmp_path / "out/churn.jsonl")
     assert [row["model"] for row in published[:4]] == ["calm", "gentle", "calm", "gentle"]
     versions = [*begun.values(), *(row["version"] for row in published)]
     assert len(set(versions)) == len(versions)
-    assert shelves.find(store, "gentle").prompt["system"].startswith("you are kind (load test ")
+    assert adapter_store.find(store, "gentle").prompt["system"].startswith("you are kind (load test ")
     assert not any("churn" in reason for reason in summary["invalid"])
 
 
 def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path, churned):
     """The base is gone when the first version is to be published: the load is played and reported, and says why."""
-    shelves.publish(tmp_path / "store", "gentle", tiny_adapter(base.path, tmp_path / "gentle", seed=1), base)
+    adapter_store.publish(tmp_path / "store", "gentle", tiny_adapter(base.path, tmp_path / "gentle", seed=1), base)
     shutil.rmtree(base.path)
     summary = churned(1)
 

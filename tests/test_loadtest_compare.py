@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from counsel.cli import main
 from loadtest.__main__ import COMMANDS
 from loadtest.blocks import FEWEST, Figure, Values, dependence, number_of_blocks, point, resampled
 from loadtest.compare import Run, differences, different_load
-from loadtest.rows import Row
+from loadtest.records import Row
 from loadtest.scenario import Scenario
 from loadtest.window import Window, open_window
 from tests.test_loadtest_figures import failure, reply
 from tests.test_loadtest_truth import every, judged, played, queued
-from train.command import main
 
 
 def run(ttft_s: float, seed: int) -> list[Row]:

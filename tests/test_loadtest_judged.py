@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from counsel.cli import main
+from counsel.files import read_json, read_jsonl, write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
-from loadtest.rows import Row, append_rows
+from loadtest.records import Row, append_rows
 from loadtest.scenario import Scenario
 from tests.sse_server import Behaviour, standin
-from train.command import main
-from train.files import read_json, read_jsonl, write_json, write_jsonl
 
 COMMON = ("--arrivals", "constant", "--output-tokens", "4")
 
@@ -55,7 +55,7 @@ def loadtest(
     """
     (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loadtest.play.run_locust", reckoned)
+    monkeypatch.setattr("loadtest.run.run_locust", reckoned)
 
     def run(*words: str) -> tuple[int, dict[str, Any], str]:
         capsys.readouterr()

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
+from counsel.errors import UserError
 from loadtest.arrivals import due_times, expected_count, rate_knots, trace_times
 from loadtest.mix import choose, shares, with_cold
 from loadtest.prepare import Models, plan_of
 from loadtest.scenario import Scenario
-from train.errors import UserError
 
 QUESTIONS = ["one two three", "four five six", "seven eight nine"]
 
@@ -116,7 +116,7 @@ def test_a_cold_request_goes_to_the_adapter_left_alone_longest():
 
 def test_a_plan_repeats_and_is_numbered_by_due_time():
     """The same scenario gives the same plan; each question comes once before any comes again."""
-    scenario = Scenario(rate="3", duration_s=10, unique=False, output_tokens="uniform(5, 9)")
+    scenario = Scenario(rate="3", duration_s=10, unique_prompts=False, output_tokens="uniform(5, 9)")
     plan, texts = plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)
 
     assert plan == plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)[0]
@@ -155,7 +155,7 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
         ({"seed": -1}, "seed is -1"),
         ({"slo": ("error_rate <= 5",)}, "a share from 0 to 1, not percent; write 0.05"),
         ({"slo": ("goodput_share >= 90",)}, "a share from 0 to 1, not percent; write 0.9"),
-        ({"good": ("ttft_s <= soon",)}, "'soon' is not a number"),
+        ({"goodput_slo": ("ttft_s <= soon",)}, "'soon' is not a number"),
     ],
 )
 def test_a_wrong_scenario_is_one_line_that_says_what_is_allowed(option, says):

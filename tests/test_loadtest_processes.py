@@ -19,18 +19,18 @@ from typing import Any
 
 import pytest
 
+from counsel.errors import UserError
+from loadtest.dispatcher import Player
 from loadtest.launch import worker_argv
-from loadtest.player import Player
-from loadtest.rows import Row, read_rows
+from loadtest.records import Row, read_rows
 from loadtest.scenario import Scenario
 from loadtest.stream import make_client
 from loadtest.verdict import EXIT_STATUS
-from loadtest.work import Arrival
+from loadtest.workload import Arrival
 from tests.sse_server import standin
 from tests.test_layout import ROOT
 from tests.test_loadtest import LOAD
 from tests.waiting import until
-from train.errors import UserError
 
 # A crowded machine may make the client late, and then the run says so; nothing else may be wrong with it.
 CROWDED = ("schedule_lag_s", "clock_error_s", "hub_lag_p50_s", "hub_lag_s", "client_cpu")
@@ -86,7 +86,7 @@ def wait_for_line(process: subprocess.Popen, words: str) -> str:
 def led(start: Any, port: int, url: str, slo: str) -> tuple[subprocess.Popen, str, str, list[Any]]:
     """A run led here, joined by two workers started apart: the leader, what it printed, and both workers."""
     leader = start(
-        "--prompts", "q.jsonl", "--out", "out", "--url", url, *LOAD, "--workers", "2", "--join", f"127.0.0.1:{port}",
+        "--prompts", "q.jsonl", "--out", "out", "--url", url, *LOAD, "--workers", "2", "--bind", f"127.0.0.1:{port}",
         "--slo", slo,
     )  # fmt: skip
     command = wait_for_line(leader, "waiting for 2 workers").split("python -m loadtest ")[1]
@@ -145,7 +145,7 @@ def test_failures_do_not_fail_a_worker(start, port):
 def test_an_address_needs_both_halves(text):
     """One line that says the form, for the run and for the worker."""
     with pytest.raises(UserError, match="the form is HOST:PORT"):
-        Scenario(join=text)
+        Scenario(bind=text)
     with pytest.raises(UserError, match="the form is HOST:PORT"):
         worker_argv(Path("out"), text)
 
@@ -162,7 +162,7 @@ def test_a_source_that_joins_late_leaves_alone_what_was_due_before(monkeypatch):
 
     # A clock that only these sleeps move.
     monkeypatch.setattr(Player, "now_s", lambda _: clock.now_s)
-    monkeypatch.setattr("loadtest.player.gevent", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr("loadtest.dispatcher.gevent", SimpleNamespace(sleep=sleep))
     with standin("base") as url, make_client(url) as client:
         player = Player(Scenario(url=url, duration_s=20), plan, ["hi"], client, 0, rows.append)
         player.play_open(0, lambda: False)
@@ -241,7 +241,7 @@ TORN = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from loadtest.collect import Collector
+from loadtest.collector import Collector
 
 there = SimpleNamespace(process_exit_code=None, runner=SimpleNamespace(quit=lambda: None), web_ui=None)
 collector = Collector(there, Path(sys.argv[1]), 1)
@@ -272,7 +272,8 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port,
     with standin("base.holds-10", "gentle.holds-10") as url:
         run = start(
             "--prompts", "q.jsonl", "--out", "out", "--url", url, "--rate", "20", "--duration-s", "900",
-            "--silence-s", "3600", "--request-s", "3600", *(("--web", "--web-port", str(port)) if web else ()),
+            "--idle-timeout-s", "3600", "--request-timeout-s", "3600",
+            *(("--web", "--web-port", str(port)) if web else ()),
         )  # fmt: skip
         if web:
             wait_for_line(run, "live page")

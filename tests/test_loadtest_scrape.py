@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from counsel.files import read_jsonl
 from loadtest.scrape import Scraper, over_engines, read_metrics, server_figures
 from tests.waiting import until
-from train.files import read_jsonl
 
 PAGE = (
     "# HELP vllm:num_requests_running Number of requests.\n"

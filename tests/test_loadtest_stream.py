@@ -13,7 +13,7 @@ import httpx2
 import openai
 import pytest
 
-from loadtest.rows import OUTCOMES, Row
+from loadtest.records import OUTCOMES, Row
 from loadtest.scenario import Scenario
 from loadtest.stream import Limits, ask, make_client, request_body, sse_data
 from tests.sse_server import Behaviour, delta, standin

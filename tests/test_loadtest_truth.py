@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
+from counsel.cli import main
+from counsel.files import write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
 from loadtest.arrivals import due_times, rate_knots
-from loadtest.rows import Row, append_rows
+from loadtest.records import Row, append_rows
 from loadtest.scenario import Scenario
 from loadtest.verdict import conclude
-from loadtest.work import Arrival
+from loadtest.workload import Arrival
 from tests.sse_server import standin
 from tests.test_loadtest_figures import failure, reply
-from train.command import main
-from train.files import write_json, write_jsonl
 
 Reply = Callable[[int, float], Row]
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from counsel.catalog import Base
 from serve.config import ServeConfig
 from serve.offline import Answer, OfflineEngine
-from train.catalog import Base
 
 
 def test_cancelling_one_ask_leaves_the_others(tiny_model: Base, tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from counsel.cli import load_config
+from counsel.errors import UserError
+from counsel.lora_layers import Layers, served_layers
 from tests.tiny import tiny_base, tiny_gpt2
-from train.command import load_config
-from train.errors import UserError
-from train.hardware import Machine, machine, plan
-from train.layers import Layers, served_layers
+from train.hardware import TrainHardware, machine, plan
 from train.preflight import check, needed_rank
 from train.recipe import RECIPES, Recipe
 
 SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
-CPU = Machine("cpu", "two cores", bf16=True, memory_bytes=24 << 30)
-GPU = Machine("cuda", "a GPU", bf16=True, memory_bytes=24 << 30)
+CPU = TrainHardware("cpu", "two cores", bf16=True, memory_bytes=24 << 30)
+GPU = TrainHardware("cuda", "a GPU", bf16=True, memory_bytes=24 << 30)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -34,10 +34,15 @@ def test_reference_holds_the_notebooks_numbers():
     """The reference recipe is the source project's, number for number."""
     recipe = load_config(Recipe, str(RECIPES / "reference.yaml"), {})
 
-    assert (recipe.base, recipe.load_4bit, recipe.attention) == ("gemma-2-2b-it", True, "eager")
-    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.targets) == (64, 32, 0.05, ("all-linear",))
-    assert (recipe.learning_rate, recipe.batch_size, recipe.accumulation, recipe.epochs) == (2e-4, 1, 4, 3.0)
-    assert (recipe.max_length, recipe.optimizer) == (2000, "paged_adamw_8bit")
+    assert (recipe.base, recipe.load_in_4bit, recipe.attn_implementation) == ("gemma-2-2b-it", True, "eager")
+    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.target_modules) == (64, 32, 0.05, ("all-linear",))
+    assert (recipe.learning_rate, recipe.batch_size, recipe.gradient_accumulation_steps, recipe.epochs) == (
+        2e-4,
+        1,
+        4,
+        3.0,
+    )
+    assert (recipe.max_length, recipe.optim) == (2000, "paged_adamw_8bit")
 
 
 def test_without_cuda_4_bits_are_dropped_and_said():
@@ -46,13 +51,13 @@ def test_without_cuda_4_bits_are_dropped_and_said():
 
     here = plan(recipe, CPU)
 
-    assert (here.load_4bit, here.optimizer, here.dtype) == (False, "adamw_torch_fused", "bfloat16")
+    assert (here.load_in_4bit, here.optimizer, here.dtype) == (False, "adamw_torch_fused", "bfloat16")
     assert [(d.asked, d.used) for d in here.downgrades] == [
         ("a 4-bit base", "a bfloat16 base"),
         ("paged_adamw_8bit", "adamw_torch_fused"),
     ]
     assert plan(recipe, GPU).downgrades == ()
-    assert plan(recipe, GPU).load_4bit
+    assert plan(recipe, GPU).load_in_4bit
     with pytest.raises(UserError, match="--strict: asked a 4-bit base, used a bfloat16 base, because"):
         plan(replace(recipe, strict=True), CPU)
 
@@ -94,7 +99,7 @@ def test_layers_that_the_server_would_leave_out_are_refused_before_training(llam
     assert not refused.ok
     assert {f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"} == set(re.findall(r"model[\w.]+", refused.seen))
     assert "train on some of these: down_proj, gate_proj, up_proj" in refused.seen
-    assert findings(llama, tmp_path, targets=("gate_proj", "up_proj"))["served"].ok
+    assert findings(llama, tmp_path, target_modules=("gate_proj", "up_proj"))["served"].ok
 
     unpublished = findings(llama, tmp_path, store="")["served"]
     assert unpublished.ok
@@ -111,7 +116,7 @@ def test_a_base_on_which_no_adapter_is_served_is_refused_before_training(tmp_pat
 
 def test_where_vllm_is_not_installed_the_layers_are_not_tried(llama, tmp_path, monkeypatch):
     """A machine that only trains: it says so, and trains."""
-    monkeypatch.setattr("train.layers._vllm_versions", list)
+    monkeypatch.setattr("counsel.lora_layers._vllm_versions", list)
 
     found = findings(llama, tmp_path)["served"]
     assert found.ok
@@ -146,7 +151,7 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
         ({"name": "Not Allowed"}, "name", "not allowed"),
         ({"base": "no-such-base"}, "base", "no base model"),
         ({"rank": 513}, "lora", "rank is 513"),
-        ({"targets": ("q_proj", "query")}, "targets", "'query', which matches no layer"),
+        ({"target_modules": ("q_proj", "query")}, "targets", "'query', which matches no layer"),
         ({"data": "absent.csv"}, "data", "absent.csv"),
         ({"question_column": "Question"}, "data", "no column 'Question'"),
         ({"max_length": 20}, "rows", "raise max_length"),
@@ -157,10 +162,10 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
             "system",
             "the system prompt has 8,001 characters, and an adapter is published with at",
         ),
-        ({"optimizer": "adamm"}, "optimizer", "did you mean 'adamw_torch'?"),
-        ({"optimizer": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
-        ({"optimizer": "schedule_free_adamw"}, "optimizer", "does not work here"),
-        ({"optimizer": "galore_adamw"}, "optimizer", "does not work here"),
+        ({"optim": "adamm"}, "optimizer", "did you mean 'adamw_torch'?"),
+        ({"optim": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
+        ({"optim": "schedule_free_adamw"}, "optimizer", "does not work here"),
+        ({"optim": "galore_adamw"}, "optimizer", "does not work here"),
         ({"contacts": "keep"}, "data", "it must be drop or mask"),
         ({"store": str(RECIPES / "smoke.yaml")}, "store", "is a file; give a folder"),
         ({"store": str(RECIPES / "smoke.yaml" / "store")}, "store", "is a file; give a folder"),
@@ -219,27 +224,27 @@ def test_rows_longer_than_the_base_are_found(llama, tmp_path):
         ({"rank": 0}, "rank is 0"),
         ({"alpha": -1}, "alpha is -1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"accumulation": 0}, "accumulation is 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"max_val_rows": 0}, "max_val_rows is 0"),
         ({"max_length": 0}, "max_length is 0"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
-        ({"warmup": -0.1}, "warmup is -0.1"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio is -0.1"),
         ({"val_share": -0.1}, "val_share is -0.1"),
         ({"test_share": float("nan")}, "test_share is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"split_seed": 2**32}, "split_seed is 4294967296"),
         ({"seeds": (1, -2)}, "seeds is -2"),
         ({"seeds": (1, 2, 1)}, "seeds is 1, 2, 1; each seed is one run: give each once"),
-        ({"targets": ()}, "targets is empty"),
-        ({"targets": ("all-linear", "q_proj")}, "give all-linear alone"),
-        ({"schedule": "cosin"}, "schedule is 'cosin'; allowed"),
-        ({"attention": "flash"}, "attention is 'flash'; allowed"),
+        ({"target_modules": ()}, "target_modules is empty"),
+        ({"target_modules": ("all-linear", "q_proj")}, "give all-linear alone"),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'; allowed"),
+        ({"attn_implementation": "flash"}, "attn_implementation is 'flash'; allowed"),
         ({"data": ""}, "data is empty; leave it out for 'sample'"),
         ({"base": " "}, "base is empty"),
         ({"runs": ""}, "runs is empty"),
         ({"name": ""}, "name is empty"),
-        ({"optimizer": ""}, "optimizer is empty"),
+        ({"optim": ""}, "optim is empty"),
         ({"answer_column": "Context"}, "question_column and answer_column are both 'Context'"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
     ],
@@ -252,8 +257,9 @@ def test_a_value_out_of_range_is_refused_at_once(changes, said):
 
 def test_the_ends_of_the_ranges_are_allowed():
     """Zero switches off: steps by epochs, no patience, no samples, no decay, no clipping, no dropout, no validation."""
-    Recipe(max_rows=1, max_steps=0, patience=0, samples=0, weight_decay=0.0, max_grad_norm=0.0, dropout=0.0, warmup=0.0,
-           val_share=0.0, test_share=0.0, seed=0, split_seed=2**32 - 1, system="", store="")  # fmt: skip
+    Recipe(max_rows=1, max_steps=0, patience=0, samples=0, weight_decay=0.0, max_grad_norm=0.0, dropout=0.0,
+           warmup_ratio=0.0, val_share=0.0, test_share=0.0, seed=0, split_seed=2**32 - 1, system="",
+           store="")  # fmt: skip
 
 
 def test_sharding_without_a_gpu_is_refused(monkeypatch):
@@ -297,8 +303,8 @@ def test_sdpa_is_refused_for_gemma_2(tmp_path):
     """Gemma 2 caps its attention scores, which sdpa drops: eager is asked for."""
     base = tiny_base(tmp_path / "tiny-gemma2", "gemma2")
 
-    assert "eager" in findings(base, tmp_path, attention="sdpa")["attention"].seen
-    assert findings(base, tmp_path, attention="eager")["attention"].ok
+    assert "eager" in findings(base, tmp_path, attn_implementation="sdpa")["attention"].seen
+    assert findings(base, tmp_path, attn_implementation="eager")["attention"].ok
 
 
 def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
@@ -319,6 +325,6 @@ def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
 
 def test_too_much_memory_is_refused(llama, tmp_path):
     """The estimate is held against what the machine has."""
-    small = Machine("cpu", "a small machine", bf16=True, memory_bytes=1 << 30)
+    small = TrainHardware("cpu", "a small machine", bf16=True, memory_bytes=1 << 30)
 
     assert "lower batch_size" in findings(llama, tmp_path, machine=small)["memory"].seen

@@ -6,12 +6,12 @@ from pathlib import Path
 import openai
 import pytest
 
-from serve.client import make_client, timed_reply
+from counsel import store as adapter_store
+from counsel.client import make_client, timed_reply
 from tests.conftest import SYSTEM, Served
 from tests.greedy import greedy_ids
 from tests.tiny import tiny_adapter
 from tests.waiting import until
-from train import store as shelves
 
 ASK = [{"role": "user", "content": "i feel lonely since we moved"}]
 ASK_GENTLY = [{"role": "system", "content": SYSTEM}, *ASK]
@@ -74,10 +74,10 @@ def test_what_is_published_while_it_runs_is_served_replaced_rolled_back_and_remo
     assert ask(server, first.id) == texts[0]
     assert ask(server, second.id) == texts[1]
 
-    shelves.rollback(server.store, "fresh")
+    adapter_store.rollback(server.store, "fresh")
     until(lambda: ask(server, "fresh") == texts[0])
 
-    shelves.remove(server.store, "fresh")
+    adapter_store.remove(server.store, "fresh")
     until(lambda: "fresh" not in model_ids(server))
     with pytest.raises(openai.NotFoundError):
         ask(server, "fresh")
@@ -93,7 +93,7 @@ def test_more_adapters_than_the_engine_holds_take_turns(server, tmp_path):
     for _ in range(2):
         assert [ask(server, name) for name in names] == texts
     for name in names:
-        shelves.remove(server.store, name)
+        adapter_store.remove(server.store, name)
 
 
 def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_name(server, tmp_path):
@@ -102,7 +102,7 @@ def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_
     for n, name in enumerate(names):
         server.publish(name, tiny_adapter(server.base.path, tmp_path / name, seed=40 + n))
 
-    def others_pass(kept: shelves.Manifest) -> set[str]:
+    def others_pass(kept: adapter_store.Manifest) -> set[str]:
         states = set()
         for name in names:
             ask(server, name)
@@ -110,7 +110,7 @@ def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_
         return states
 
     first = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept1", seed=50))
-    shelves.pin(server.store, "kept", pinned=True)
+    adapter_store.pin(server.store, "kept", pinned=True)
     ask(server, "kept")
     until(lambda: all(row["pinned"] for row in rows_of_admin(server) if row["id"] == first.id))
     assert others_pass(first) == {"loaded"}
@@ -119,12 +119,12 @@ def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_
     until(lambda: states_of(server).get(second.id) == "loaded")
     until(lambda: states_of(server).get(first.id) == "published")
     assert others_pass(second) == {"loaded"}
-    shelves.pin(server.store, "kept", pinned=False)
+    adapter_store.pin(server.store, "kept", pinned=False)
     until(lambda: not any(row["pinned"] for row in rows_of_admin(server)))
     others_pass(second)
     assert states_of(server)[second.id] == "published"
     for name in (*names, "kept"):
-        shelves.remove(server.store, name)
+        adapter_store.remove(server.store, name)
 
 
 def rows_of_admin(served: Served) -> list[dict[str, object]]:
@@ -137,16 +137,16 @@ def states_of(served: Served) -> dict[str, str]:
 
 def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_never_served(server, tmp_path):
     """A manifest of another base is refused by name, not answered as this base."""
+    from counsel.catalog import resolve
     from tests.tiny import tiny_base
-    from train.catalog import resolve
 
     other = resolve(str(tiny_base(tmp_path / "other", seed=5)))
-    manifest = shelves.publish(server.store, "stranger", tiny_adapter(other.path, tmp_path / "a", seed=1), other)
+    manifest = adapter_store.publish(server.store, "stranger", tiny_adapter(other.path, tmp_path / "a", seed=1), other)
     with pytest.raises(openai.NotFoundError, match="made for base other"):
         ask(server, "stranger")
     assert "stranger" not in model_ids(server)
     assert states_of(server)[manifest.id] == "refused"
-    shelves.remove(server.store, "stranger")
+    adapter_store.remove(server.store, "stranger")
 
 
 def test_an_unknown_model_is_answered_with_the_nearest_names(server):
@@ -159,7 +159,7 @@ def test_an_unknown_model_is_answered_with_the_nearest_names(server):
 def test_the_models_route_says_parent_version_and_state(server):
     """/v1/models lists the base, each name and each exact version."""
     cards = {card.id: card.model_dump() for card in server.client().models.list()}
-    version = shelves.find(server.store, "calm").version
+    version = adapter_store.find(server.store, "calm").version
     assert cards[server.base.name]["parent"] is None
     assert cards["calm"]["parent"] == server.base.name
     assert cards["calm"]["version"] == version
@@ -172,7 +172,7 @@ def test_a_timed_reply_counts_what_the_server_counts(server):
     reply = timed_reply(server.client(), "calm", ASK, N_TOKENS, temperature=0, extra_body={"ignore_eos": True})
     whole = server.client().chat.completions.create(model="calm", messages=ASK, **GREEDY)
     assert reply.text == whole.choices[0].message.content
-    assert reply.model == shelves.find(server.store, "calm").id
+    assert reply.model == adapter_store.find(server.store, "calm").id
     assert (reply.completion_tokens, reply.finish_reason) == (N_TOKENS, "length")
     assert 0 < reply.ttft_s == reply.chunk_s[0] <= reply.chunk_s[-1] <= reply.duration_s
 
@@ -180,8 +180,8 @@ def test_a_timed_reply_counts_what_the_server_counts(server):
 def test_admins_load_and_unload_in_vllms_own_words(server):
     """/v1/unload_lora_adapter withdraws and frees; /v1/load_lora_adapter brings back, from the store alone."""
     admin = make_client(server.base_url, server.admin_key)
-    manifest = shelves.find(server.store, "calm")
-    folder = str(shelves.version_dir(server.store, manifest))
+    manifest = adapter_store.find(server.store, "calm")
+    folder = str(adapter_store.version_dir(server.store, manifest))
     before = len(posts(server.lines("audit.jsonl", lambda rows: True)))
 
     said = admin.post("/unload_lora_adapter", body={"lora_name": "calm"}, cast_to=str)

@@ -4,16 +4,19 @@ import json
 
 import pytest
 
+from counsel.errors import UserError
 from serve.config import ServeConfig
-from serve.launch import gate_flags
+from serve.launch import gateway_flags
 from serve.server import Server, reason_in
-from train.errors import UserError
 
 
 def test_browsers_are_let_in_from_nowhere_unless_origins_are_named():
     """What vLLM's CORS middleware is told: no origin by default."""
-    for config, origins in ((ServeConfig(), []), (ServeConfig(cors=("https://a.example",)), ["https://a.example"])):
-        flags = gate_flags(config)
+    for config, origins in (
+        (ServeConfig(), []),
+        (ServeConfig(allowed_origins=("https://a.example",)), ["https://a.example"]),
+    ):
+        flags = gateway_flags(config)
         assert json.loads(flags[flags.index("--allowed-origins") + 1]) == origins
 
 

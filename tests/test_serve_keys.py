@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 
-from serve import journal
+from counsel.errors import UserError
+from serve import access_log
+from serve.access_log import AccessLog
+from serve.api_errors import ApiError
 from serve.gateway import _refuse_foreign_name
-from serve.journal import Journal
 from serve.keys import ADMIN, USER, KeyRing, add_key
-from serve.openai_errors import Refusal
-from train.errors import UserError
 
 
 def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
@@ -115,13 +115,13 @@ def test_a_key_file_that_is_none_is_told_in_one_line(tmp_path):
 
 def test_what_an_admin_tried_is_written_down_however_it_is_spelled(tmp_path):
     """Half a surrogate pair in a name must not keep a line out of the audit."""
-    Journal(tmp_path).audit(target="\ud800")
+    AccessLog(tmp_path).audit(target="\ud800")
     assert json.loads((tmp_path / "audit.jsonl").read_text())["target"] == "\ud800"
 
 
 def test_a_line_is_written_where_its_folder_was_deleted(tmp_path):
     """Somebody clears the logs of a running server: the next line is in a new file, and no request fails."""
-    log = Journal(tmp_path / "logs")
+    log = AccessLog(tmp_path / "logs")
     log.request(number=1)
     shutil.rmtree(tmp_path / "logs")
     log.request(number=2)
@@ -132,8 +132,8 @@ def test_a_line_is_written_where_its_folder_was_deleted(tmp_path):
 
 def test_strangers_cannot_fill_the_disk(tmp_path, monkeypatch):
     """The log of requests starts anew at its bound and keeps one file before it."""
-    monkeypatch.setattr(journal, "MAX_BYTES", 10_000)
-    log = Journal(tmp_path)
+    monkeypatch.setattr(access_log, "MAX_BYTES", 10_000)
+    log = AccessLog(tmp_path)
     for number in range(1000):
         log.request(path="/x", number=number)
     assert sorted(path.name for path in tmp_path.glob("requests*")) == ["requests.jsonl", "requests.jsonl.1"]
@@ -148,5 +148,5 @@ def test_strangers_cannot_fill_the_disk(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_server_without_keys_answers_to_loopback_names_only(host, is_ours):
     """A page whose name was made to mean 127.0.0.1 sends that name."""
-    with contextlib.nullcontext() if is_ours else pytest.raises(Refusal, match="answers to localhost only"):
+    with contextlib.nullcontext() if is_ours else pytest.raises(ApiError, match="answers to localhost only"):
         _refuse_foreign_name({b"host": host})

@@ -8,14 +8,14 @@ import httpx
 import prometheus_client
 import pytest
 
-from serve import adapters, meters
+from serve import metrics, vllm_plugin
+from serve.access_log import AccessLog
+from serve.chat_turns import TAKES_ALL
 from serve.config import ServeConfig
 from serve.gateway import Gateway, Service
-from serve.journal import Journal
 from serve.keys import KeyRing
 from serve.limits import Limits
-from serve.meters import Meters
-from serve.turns import TAKES_ALL
+from serve.metrics import ServerMetrics
 
 ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -31,23 +31,23 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     registry = prometheus_client.CollectorRegistry()
     for kind in ("Counter", "Gauge", "Histogram"):
         made = getattr(prometheus_client, kind)
-        monkeypatch.setattr(meters, kind, lambda *given, made=made, **more: made(*given, registry=registry, **more))
+        monkeypatch.setattr(metrics, kind, lambda *given, made=made, **more: made(*given, registry=registry, **more))
     return Service(
         config=ServeConfig(),
-        plane=types.SimpleNamespace(base_name="base"),  # type: ignore[arg-type]
+        pool=types.SimpleNamespace(base_name="base"),  # type: ignore[arg-type]
         keys=KeyRing(None, {}),
         limits=Limits(4, 4, 8),
-        meters=Meters(),
-        journal=Journal(tmp_path),
+        metrics=ServerMetrics(),
+        access_log=AccessLog(tmp_path),
         template=TAKES_ALL,
-        context_tokens=512,
+        max_model_len=512,
     )
 
 
 def test_it_leaves_then_drains_and_is_alive_to_the_end(service, monkeypatch):
     """/ready says 503 at once while work is taken; then work is refused, until what runs has ended; then it stops."""
     killed: list[int] = []
-    monkeypatch.setattr(adapters.os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(vllm_plugin.os, "kill", lambda pid, number: killed.append(number))
     leaving = asyncio.Event()
 
     async def rest(seconds: float) -> None:
@@ -71,8 +71,8 @@ def test_it_leaves_then_drains_and_is_alive_to_the_end(service, monkeypatch):
 
             assert await seen() == (200, 200, 200)
             running = service.limits.enter("somebody", 1)
-            monkeypatch.setattr(adapters, "asyncio", types.SimpleNamespace(sleep=rest))
-            stopping = asyncio.create_task(adapters._stop(service, 600))
+            monkeypatch.setattr(vllm_plugin, "asyncio", types.SimpleNamespace(sleep=rest))
+            stopping = asyncio.create_task(vllm_plugin._stop(service, 600))
             while not service.leaving:
                 await asyncio.sleep(0)
             assert await seen() == (503, 200, 200)
@@ -83,6 +83,6 @@ def test_it_leaves_then_drains_and_is_alive_to_the_end(service, monkeypatch):
             assert killed == []
             service.limits.leave("somebody", 1, running)
             await stopping
-            assert killed == [adapters.signal.SIGTERM]
+            assert killed == [vllm_plugin.signal.SIGTERM]
 
     asyncio.run(scene())

@@ -18,16 +18,16 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.gateway_overhead import model_process
+from counsel import store as adapter_store
+from counsel.catalog import Base
+from counsel.client import make_client
+from counsel.errors import UserError
 from serve import supervise
-from serve.client import make_client
 from serve.server import Server
 from tests.conftest import tiny_config
-from tests.gate_cost import model_process
 from tests.tiny import tiny_adapter
 from tests.waiting import HANG_S, is_alive, until
-from train import store as shelves
-from train.catalog import Base
-from train.errors import UserError
 
 ASK = [{"role": "user", "content": "listen"}]
 LONG = {"ignore_eos": True}
@@ -38,7 +38,7 @@ SERVE = ("-m", "serve")
 IMPATIENT = (
     "-c",
     "import sys, serve.supervise as s; s.HEALTH_EVERY_S, s.HEALTH_WAIT_S, s.HEALTH_MISSES = 1.0, 60.0, 1\n"
-    "from serve.__main__ import COMMANDS; from train.command import main; sys.exit(main('serve', COMMANDS))",
+    "from serve.__main__ import COMMANDS; from counsel.cli import main; sys.exit(main('serve', COMMANDS))",
 )
 
 
@@ -67,8 +67,8 @@ class Doomed(Small):
 def start(base: Base, folder: Path, *flags: str, how: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
     """`python -m serve` as a user runs it in a terminal (a process group of its own), with a store of one adapter."""
     words = [sys.executable, *how, "--model", str(base.path), "--store", str(folder / "store")]
-    words += ["--port", "0", "--logs", str(folder / "logs"), "--dtype", "float32", "--context-tokens", "512"]
-    words += ["--kv-gb", "0.1", "--running", "8", "--no-compile", *flags]
+    words += ["--port", "0", "--logs", str(folder / "logs"), "--dtype", "float32", "--max-model-len", "512"]
+    words += ["--kv-cache-memory-gb", "0.1", "--max-num-seqs", "8", "--no-compile", *flags]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
@@ -97,7 +97,7 @@ def answers(client: openai.OpenAI, model: str, process: subprocess.Popen[str]) -
 @pytest.mark.slow
 def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_model, tmp_path):
     """The worker is killed: the server is back, adapter included. SIGTERM: what runs ends, what comes is refused."""
-    shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
+    adapter_store.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
     process = start(tiny_model, tmp_path, "--drain-s", "600")
     address = address_of(process)
     port = address.rsplit(":", 1)[1]
@@ -162,7 +162,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
 @pytest.mark.slow
 def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_path):
     """The API process stops without ending: the server is back. Ctrl-C: one line, status 0, nothing left running."""
-    shelves.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
+    adapter_store.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
     process = start(tiny_model, tmp_path, how=IMPATIENT)
     client = make_client(f"{address_of(process)}/v1", timeout_s=HANG_S)
     try:

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from serve.api_errors import ApiError
 from serve.limits import Limits
-from serve.openai_errors import Refusal
 
 
 def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
@@ -16,12 +16,12 @@ def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
         first = limits.enter("a", 2)
         second = limits.enter("a", 1)
         assert (first.done(), second.done()) == (True, False)
-        with pytest.raises(Refusal, match="2 answers running of 2 and 1 waiting of 1") as full:
+        with pytest.raises(ApiError, match="2 answers running of 2 and 1 waiting of 1") as full:
             limits.enter("a", 1)
         assert (full.value.status, full.value.retry_after_s) == (429, 1)
         third = limits.enter("b", 1)
         assert third.done()
-        with pytest.raises(Refusal) as full:
+        with pytest.raises(ApiError) as full:
             limits.enter("b", 1)
         assert (full.value.status, full.value.retry_after_s) == (503, 2)
         limits.leave("a", 2, first)
@@ -63,14 +63,14 @@ def test_a_few_callers_cannot_shut_out_the_others():
         limits = Limits(per_key=64, queued_per_key=64, total=160)
         for _ in range(120):
             limits.enter("a", 1)
-        with pytest.raises(Refusal, match="the server is full: 120 answers"):
+        with pytest.raises(ApiError, match="the server is full: 120 answers"):
             limits.enter("a", 1)
         limits.enter("b", 30)
-        with pytest.raises(Refusal, match="the server is full: 150 answers") as full:
+        with pytest.raises(ApiError, match="the server is full: 150 answers") as full:
             limits.enter("b", 1)
         assert full.value.status == 503
         limits.enter("c", 10)
-        with pytest.raises(Refusal, match="the server is full: 160 answers"):
+        with pytest.raises(ApiError, match="the server is full: 160 answers"):
             limits.enter("d", 1)
 
     asyncio.run(scene())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve.openai_errors import Refusal
+from serve.api_errors import ApiError
 from serve.reply import COMMENT, Reply
 
 STREAM = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
@@ -46,7 +46,7 @@ def run(*steps: Any, is_responses: bool = False) -> tuple[Wire, Reply]:
         for step in steps:
             if isinstance(step, dict):
                 await reply.send(step)
-            elif isinstance(step, Refusal):
+            elif isinstance(step, ApiError):
                 await reply.refuse(step, [])
             elif step == "comment":
                 await reply.comment()
@@ -63,7 +63,7 @@ def test_an_error_before_a_streams_first_event_is_an_http_error():
     assert (wire.status, reply.status, wire.ended) == (400, 400, True)
     assert json.loads(wire.body)["error"]["message"] == "no"
     # Also after what /v1/responses says before anything has happened.
-    wire, _ = run(STREAM, CREATED, Refusal(400, "no"), is_responses=True)
+    wire, _ = run(STREAM, CREATED, ApiError(400, "no"), is_responses=True)
     assert (wire.status, json.loads(wire.body)["error"]["message"]) == (400, "no")
 
 
@@ -73,7 +73,7 @@ def test_an_error_within_a_stream_counts_as_one():
     assert (wire.status, reply.status, reply.code) == (200, 400, "error_in_stream")
     assert wire.body.count(b"[DONE]") == 1
     assert wire.ended
-    wire, reply = run(STREAM, CREATED, b"event: response.output_text.delta\ndata: {}\n\n", Refusal(500, "x"),
+    wire, reply = run(STREAM, CREATED, b"event: response.output_text.delta\ndata: {}\n\n", ApiError(500, "x"),
                       is_responses=True)  # fmt: skip
     assert (wire.status, reply.status) == (200, 500)
     assert wire.body.endswith(b"\n\n")
@@ -95,7 +95,7 @@ def test_after_a_comment_an_error_is_the_streams_last_event(how):
     """Its status is spent, so the error is told in the stream, as OpenAI's clients expect it there."""
     failed = {"type": "http.response.start", "status": 404, "headers": []}
     steps = {
-        "refused": (Refusal(503, "no"),),
+        "refused": (ApiError(503, "no"),),
         "error in the stream": (STREAM, ERROR, b"data: [DONE]\n\n", None),
         "another reply": (failed, b'{"error": {"mess', b'age": "no", "code": 404}}', None),
     }[how]

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from serve.client import make_async_client, make_client
+from counsel.client import make_async_client, make_client
 from tests.conftest import Served
 from tests.waiting import until
 
@@ -167,7 +167,7 @@ def test_a_seed_holds_when_prompts_are_read_in_parts(server, client, model):
     """Seeded prompts longer than one step are read in several; each answer is the same among others as alone.
 
     Stock vLLM 0.32 on a CPU ends its engine here ("CPU Generator does not use offset"): seen by running this test with
-    serve/cpu_seeds.py left out of VLLM_PLUGINS.
+    serve/cpu/seeds.py left out of VLLM_PLUGINS.
     """
     from concurrent.futures import ThreadPoolExecutor
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from counsel.errors import UserError
 from train import delimited, documents
 from train.data import DataConfig, prepare
 from train.decoding import decode
-from train.errors import UserError
 from train.sources import load
 
 HEADER = ["Context", "Response", "topic"]

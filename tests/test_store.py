@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from counsel import store as adapter_store
+from counsel.catalog import Base, resolve
+from counsel.errors import UserError
 from tests.tiny import tiny_adapter, tiny_base
-from train import store as shelves
-from train.catalog import Base, resolve
-from train.errors import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -37,17 +37,17 @@ def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def kept(base: Base, made: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("kept") / "store"
     for folder in made:
-        shelves.publish(store, "gentle", folder, base)
+        adapter_store.publish(store, "gentle", folder, base)
     return store
 
 
 @pytest.fixture
-def stocked(kept: Path, tmp_path: Path) -> tuple[Path, shelves.Manifest, shelves.Manifest]:
+def stocked(kept: Path, tmp_path: Path) -> tuple[Path, adapter_store.Manifest, adapter_store.Manifest]:
     """A store that a test may spoil, and the two versions of `gentle` in it: the one before, and the current."""
     store = Path(shutil.copytree(kept, tmp_path / "stocked"))
-    shelf = shelves.read_shelf(store, "gentle")
-    before, current = shelf.history
-    return store, shelf.versions[before], shelf.versions[current]
+    adapter = adapter_store.read_versions(store, "gentle")
+    before, current = adapter.history
+    return store, adapter.versions[before], adapter.versions[current]
 
 
 @pytest.fixture
@@ -58,15 +58,15 @@ def adapter(made: list[Path], tmp_path: Path) -> Path:
 
 def test_publishing_makes_a_whole_version_and_the_name_means_it(base, made, tmp_path):
     """After publish the folder holds the files with the hashes the manifest says, and `find` returns that manifest."""
-    manifest = shelves.publish(tmp_path / "store", "gentle", made[0], base, system="Be kind.", run="r1")
+    manifest = adapter_store.publish(tmp_path / "store", "gentle", made[0], base, system="Be kind.", run="r1")
 
     folder = tmp_path / "store" / "gentle" / manifest.version
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS, "manifest.json"]
-    assert manifest.files[WEIGHTS]["sha256"] == shelves.sha256_of(made[0] / WEIGHTS)
+    assert manifest.files[WEIGHTS]["sha256"] == adapter_store.sha256_of(made[0] / WEIGHTS)
     assert (manifest.rank, manifest.alpha, manifest.prompt) == (8, 16.0, {"system": "Be kind."})
     assert "q_proj" in manifest.target_modules
-    assert shelves.find(tmp_path / "store", "gentle") == manifest
-    assert shelves.find(tmp_path / "store", manifest.id) == manifest
+    assert adapter_store.find(tmp_path / "store", "gentle") == manifest
+    assert adapter_store.find(tmp_path / "store", manifest.id) == manifest
     assert sorted(p.name for p in (tmp_path / "store").iterdir()) == ["gentle"]
     assert len(manifest.trial["tokens"]) == len(manifest.trial["adapter"]) + 1
 
@@ -89,54 +89,54 @@ def test_the_manifest_holds_what_peft_makes_of_the_trial_text(base, made, stocke
 def test_a_version_is_its_content(base, made, tmp_path):
     """The same content gets the same version and is stored once; other weights or another system text do not."""
     store = tmp_path / "store"
-    first = shelves.publish(store, "gentle", made[0], base)
-    assert shelves.publish(store, "gentle", made[0], base) == first
-    other = shelves.publish(store, "gentle", made[1], base)
-    asked = shelves.publish(store, "gentle", made[0], base, system="Be kind.")
+    first = adapter_store.publish(store, "gentle", made[0], base)
+    assert adapter_store.publish(store, "gentle", made[0], base) == first
+    other = adapter_store.publish(store, "gentle", made[1], base)
+    asked = adapter_store.publish(store, "gentle", made[0], base, system="Be kind.")
     assert len({first.version, other.version, asked.version}) == 3
-    assert list(shelves.read_shelf(store, "gentle").versions) == [first.version, other.version, asked.version]
+    assert list(adapter_store.read_versions(store, "gentle").versions) == [first.version, other.version, asked.version]
 
 
 def test_rollback_remove_and_garbage_collection_keep_what_they_promise(base, made, tmp_path):
     """Rollback moves only `current`; the current version cannot be removed; gc keeps current and the newest others."""
     store = tmp_path / "store"
-    one, two = (shelves.publish(store, "gentle", folder, base) for folder in made)
-    three = shelves.publish(store, "gentle", made[0], base, system="three")
-    assert shelves.rollback(store, "gentle") == two
+    one, two = (adapter_store.publish(store, "gentle", folder, base) for folder in made)
+    three = adapter_store.publish(store, "gentle", made[0], base, system="three")
+    assert adapter_store.rollback(store, "gentle") == two
     with pytest.raises(UserError, match="is the current version"):
-        shelves.remove(store, two.id)
-    assert shelves.rollback(store, "gentle", one.version) == one
+        adapter_store.remove(store, two.id)
+    assert adapter_store.rollback(store, "gentle", one.version) == one
     with pytest.raises(UserError, match="no version before"):
-        shelves.rollback(store, "gentle")
-    assert shelves.collect_garbage(store, keep=1) == [two.id]
-    assert list(shelves.read_shelf(store, "gentle").versions) == [one.version, three.version]
-    assert shelves.remove(store, three.id) == [three.id]
-    assert shelves.remove(store, "gentle") == [one.id]
+        adapter_store.rollback(store, "gentle")
+    assert adapter_store.collect_garbage(store, keep=1) == [two.id]
+    assert list(adapter_store.read_versions(store, "gentle").versions) == [one.version, three.version]
+    assert adapter_store.remove(store, three.id) == [three.id]
+    assert adapter_store.remove(store, "gentle") == [one.id]
     assert list(store.iterdir()) == []
 
 
 def test_an_at_sign_without_a_version_names_nothing(stocked):
     """`gentle@`, as a script with an empty variable writes it, is neither found nor removed as all of `gentle`."""
     store, before, current = stocked
-    for act in (shelves.find, shelves.remove):
+    for act in (adapter_store.find, adapter_store.remove):
         with pytest.raises(UserError, match="'gentle@' ends before its version"):
             act(store, "gentle@")
-    assert set(shelves.read_shelf(store, "gentle").versions) == {before.version, current.version}
+    assert set(adapter_store.read_versions(store, "gentle").versions) == {before.version, current.version}
 
 
 def test_a_rollback_goes_to_what_the_name_meant_before(base, made, stocked):
     """A, B, A again, then back: B, and then A. What a name meant is not the order in which contents were made."""
     store, a, b = stocked
-    assert shelves.publish(store, "gentle", made[0], base) == a
-    assert shelves.read_shelf(store, "gentle").history == (a.version, b.version, a.version)
-    assert shelves.rollback(store, "gentle") == b
-    assert shelves.rollback(store, "gentle") == a
+    assert adapter_store.publish(store, "gentle", made[0], base) == a
+    assert adapter_store.read_versions(store, "gentle").history == (a.version, b.version, a.version)
+    assert adapter_store.rollback(store, "gentle") == b
+    assert adapter_store.rollback(store, "gentle") == a
     with pytest.raises(UserError, match="no version before"):
-        shelves.rollback(store, "gentle")
+        adapter_store.rollback(store, "gentle")
     # A store of before there was a history: the order of publishing is all there is.
     (store / "gentle" / "history").unlink()
     (store / "gentle" / "current").write_text(b.version)
-    assert shelves.rollback(store, "gentle") == a
+    assert adapter_store.rollback(store, "gentle") == a
 
 
 @pytest.mark.parametrize("change", ["first publish", "rollback and remove"])
@@ -155,8 +155,8 @@ def test_a_store_that_is_changed_while_it_is_read_is_not_damaged(stocked, tmp_pa
             for entry in (before.version, current.version, "history", "current"):
                 (published / entry).rename(store / "gentle" / entry)
         else:
-            shelves.rollback(store, "gentle")
-            shelves.remove(store, current.id)
+            adapter_store.rollback(store, "gentle")
+            adapter_store.remove(store, current.id)
 
     listed = Path.iterdir
 
@@ -170,8 +170,8 @@ def test_a_store_that_is_changed_while_it_is_read_is_not_damaged(stocked, tmp_pa
         return listed(folder)
 
     monkeypatch.setattr(Path, "iterdir", listed_meanwhile)
-    assert shelves.read_shelf(store, "gentle").broken == {}
-    assert shelves.read_shelf(store, "gentle").current in (before.version, current.version)
+    assert adapter_store.read_versions(store, "gentle").broken == {}
+    assert adapter_store.read_versions(store, "gentle").current in (before.version, current.version)
 
 
 def test_what_is_published_can_be_read_by_whom_the_umask_lets(base, adapter, tmp_path):
@@ -179,10 +179,10 @@ def test_what_is_published_can_be_read_by_whom_the_umask_lets(base, adapter, tmp
     (adapter / WEIGHTS).chmod(0o600)
     before = os.umask(0o022)
     try:
-        manifest = shelves.publish(tmp_path / "store", "gentle", adapter, base)
+        manifest = adapter_store.publish(tmp_path / "store", "gentle", adapter, base)
     finally:
         os.umask(before)
-    folder = shelves.version_dir(tmp_path / "store", manifest)
+    folder = adapter_store.version_dir(tmp_path / "store", manifest)
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
@@ -208,27 +208,27 @@ DAMAGES = {
 def test_publishing_again_mends_what_is_damaged(damage, base, made, stocked):
     """Every file is again as its manifest says, and the name means it."""
     store, before, manifest = stocked
-    DAMAGES[damage](shelves.version_dir(store, manifest))
-    again = shelves.publish(store, "gentle", made[1], base)
+    DAMAGES[damage](adapter_store.version_dir(store, manifest))
+    again = adapter_store.publish(store, "gentle", made[1], base)
     assert again.version == manifest.version
-    assert shelves.find(store, "gentle") == again
-    assert shelves.damage(store, again) is None
-    shelf = shelves.read_shelf(store, "gentle")
-    assert (set(shelf.versions), shelf.broken) == ({before.version, again.version}, {})
+    assert adapter_store.find(store, "gentle") == again
+    assert adapter_store.damage(store, again) is None
+    adapter = adapter_store.read_versions(store, "gentle")
+    assert (set(adapter.versions), adapter.broken) == ({before.version, again.version}, {})
 
 
 @pytest.mark.parametrize("damage", ["broken manifest", "no manifest", "manifest in bytes"])
 def test_what_is_damaged_can_be_removed_and_collected_and_stepped_back_from(damage, stocked):
     """One bad version is one complaint: every command goes on with the others."""
     store, good, bad = stocked
-    DAMAGES[damage](shelves.version_dir(store, bad))
+    DAMAGES[damage](adapter_store.version_dir(store, bad))
     with pytest.raises(UserError, match="damaged"):
-        shelves.find(store, bad.id)
-    assert shelves.collect_garbage(store, keep=5) == []
-    assert shelves.rollback(store, "gentle") == good
-    assert shelves.collect_garbage(store, keep=5) == [bad.id]
-    DAMAGES[damage](shelves.version_dir(store, good))
-    assert shelves.remove(store, "gentle") == [good.id]
+        adapter_store.find(store, bad.id)
+    assert adapter_store.collect_garbage(store, keep=5) == []
+    assert adapter_store.rollback(store, "gentle") == good
+    assert adapter_store.collect_garbage(store, keep=5) == [bad.id]
+    DAMAGES[damage](adapter_store.version_dir(store, good))
+    assert adapter_store.remove(store, "gentle") == [good.id]
 
 
 def test_collecting_takes_what_killed_commands_left_and_nothing_else_that_is_hidden(stocked):
@@ -244,31 +244,34 @@ def test_collecting_takes_what_killed_commands_left_and_nothing_else_that_is_hid
         os.utime(path, (1, 1))
     fresh = store / ".publish.00000000"
     fresh.mkdir()
-    assert set(shelves.collect_garbage(store, keep=5)) == {str(path) for path in left}
+    assert set(adapter_store.collect_garbage(store, keep=5)) == {str(path) for path in left}
     assert all(path.is_dir() for path in (*kept, fresh))
 
 
 def test_the_same_content_for_another_base_is_another_version(made, stocked, tmp_path):
     """Its manifest says the base it was published for, and the one before stays what it was."""
     store, first, _ = stocked
-    second = shelves.publish(store, "gentle", made[0], resolve(str(tiny_base(tmp_path / "other", seed=1))))
+    second = adapter_store.publish(store, "gentle", made[0], resolve(str(tiny_base(tmp_path / "other", seed=1))))
     assert first.version != second.version
-    assert shelves.find(store, first.id).base["fingerprint"] != shelves.find(store, "gentle").base["fingerprint"]
+    assert (
+        adapter_store.find(store, first.id).base["fingerprint"]
+        != adapter_store.find(store, "gentle").base["fingerprint"]
+    )
 
 
 def test_writers_at_once_take_turns(base, made, stocked):
     """Two publishers of one content, a publish beside a removal, a rollback beside a removal: each ends well or says
     in one line what it found, and what is left is whole."""
     store, _, _ = stocked
-    jobs = [lambda: shelves.publish(store, "gentle", made[0], base)] * 4
-    jobs += [lambda: shelves.remove(store, "gentle"), lambda: shelves.rollback(store, "gentle")] * 2
+    jobs = [lambda: adapter_store.publish(store, "gentle", made[0], base)] * 4
+    jobs += [lambda: adapter_store.remove(store, "gentle"), lambda: adapter_store.rollback(store, "gentle")] * 2
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
         errors = [job.exception() for job in [pool.submit(job) for job in jobs]]
     assert [error for error in errors[:4] if error] == []
     assert all(error is None or isinstance(error, UserError) for error in errors)
-    shelf = shelves.read_shelf(store, "gentle")
-    assert shelf.broken == {}
-    assert all(shelves.damage(store, manifest) is None for manifest in shelf.versions.values())
+    adapter = adapter_store.read_versions(store, "gentle")
+    assert adapter.broken == {}
+    assert all(adapter_store.damage(store, manifest) is None for manifest in adapter.versions.values())
     assert list(store.glob(".*")) == []
 
 
@@ -279,11 +282,11 @@ def test_a_name_that_is_a_link_is_refused(base, made, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (store / "gentle").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="symbolic link"):
-        shelves.publish(store, "gentle", made[0], base)
+        adapter_store.publish(store, "gentle", made[0], base)
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    assert shelves.names(store) == []
+    assert adapter_store.names(store) == []
     with pytest.raises(UserError, match="no adapter"):
-        shelves.remove(store, "gentle")
+        adapter_store.remove(store, "gentle")
 
 
 def _rewrite_config(folder: Path, **changes: object) -> None:
@@ -392,7 +395,7 @@ def test_a_bad_adapter_is_refused_and_nothing_is_left(breach, base, adapter, tmp
     spoil, message = BREACHES[breach]
     spoil(adapter)
     with pytest.raises(UserError, match=message) as refusal:
-        shelves.publish(tmp_path / "store", "gentle", adapter, base)
+        adapter_store.publish(tmp_path / "store", "gentle", adapter, base)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "store").exists() or list((tmp_path / "store").iterdir()) == []
     assert not Path("pwned").exists()
@@ -416,26 +419,26 @@ KINDRED = {
 def test_what_other_trainers_write_is_published(kind, base, adapter, tmp_path):
     """Its rank is what vLLM will count: the largest in the config."""
     _rewrite_config(adapter, **KINDRED[kind])
-    manifest = shelves.publish(tmp_path / "store", "gentle", adapter, base)
+    manifest = adapter_store.publish(tmp_path / "store", "gentle", adapter, base)
     assert manifest.rank == KINDRED[kind].get("r", 8)
 
 
 def test_a_system_text_has_its_bound(base, adapter, tmp_path):
     """It is put before every question: 8,000 characters pass, one more does not."""
-    shelves.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8000)
+    adapter_store.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8000)
     with pytest.raises(UserError, match="8001 characters; at most 8000"):
-        shelves.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8001)
+        adapter_store.publish(tmp_path / "store", "gentle", adapter, base, system="a" * 8001)
 
 
 @pytest.mark.parametrize("name", ["../evil", "UPPER", "", "a/b", ".hidden", "a" * 65, "a@b", "tiny"])
 def test_names_follow_the_grammar(name, base, made, tmp_path):
     """Names that escape the store, clash with the base (`tiny`) or cannot be served are refused."""
     with pytest.raises(UserError, match="name"):
-        shelves.publish(tmp_path / "store", name, made[0], base)
+        adapter_store.publish(tmp_path / "store", name, made[0], base)
 
 
 def test_an_unknown_adapter_is_answered_with_the_nearest_name(base, made, tmp_path):
     """A typo is met with the name that was meant."""
-    shelves.publish(tmp_path / "store", "gentle", made[0], base)
+    adapter_store.publish(tmp_path / "store", "gentle", made[0], base)
     with pytest.raises(UserError, match="did you mean 'gentle'"):
-        shelves.find(tmp_path / "store", "gentel")
+        adapter_store.find(tmp_path / "store", "gentel")

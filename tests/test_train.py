@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl, write_json, write_jsonl
+from counsel.store import find
 from tests.held import kill_when_stopped, stopping
 from tests.hub_server import Hub
 from tests.tiny import WORDS, tiny_base
-from train.errors import UserError
-from train.files import read_json, read_jsonl, write_json, write_jsonl
 from train.recipe import Recipe
-from train.store import find
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,8 +141,8 @@ def test_the_card_is_filled_from_the_run(finished):
 
 def test_the_card_links_a_base_of_the_hub_and_names_the_samples_language(finished, tmp_path):
     """A hub id is linked and named in the card's metadata; the shipped sample is English."""
+    from counsel.run import Run
     from train.card import card_text
-    from train.run import Run
 
     recipe, summary = finished
     run = Run(tmp_path / "tiny")
@@ -174,15 +174,15 @@ def evaluation(stamp: str, value: float) -> dict:
             "human": {"kind": "yardstick", "rows": 0, "errors": 0, "empty": 0, "cut": 0, "retries": 0, "tokens": 0,
                       "metrics": {"rouge_1": {"value": 0.4, "low": 0.3, "high": 0.5, "n": 10}}},
         },
-        "differences": [], "topics": {}, "seen": {}, "alarms": ["tiny: 9 of 10 answers were cut"], "plan": {},
+        "differences": [], "topics": {}, "seen": {}, "warnings": ["tiny: 9 of 10 answers were cut"], "spec": {},
     }  # fmt: skip
 
 
 def test_the_card_tells_the_latest_evaluation(finished, tmp_path):
-    """Without one it says so; with two, the newer one's values, intervals and alarms; a push sends that card."""
+    """Without one it says so; with two, the newer one's values, intervals and warnings; a push sends that card."""
+    from counsel.run import Run
     from train.card import card_text
     from train.push import Push, push
-    from train.run import Run
 
     recipe, _ = finished
     run = Run(tmp_path / "tiny")
@@ -230,9 +230,9 @@ def test_early_stopping_keeps_the_best_checkpoint(base, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from train.bench import mean_answer_loss
-    from train.run import Run
-    from train.sft import examples, spread, train
+    from benchmarks.training import mean_answer_loss
+    from counsel.run import Run
+    from train.sft import evenly_spaced, examples, train
 
     recipe = recipe_for(base, tmp_path, max_rows=6, max_val_rows=8, epochs=30.0, evaluations=15, patience=2,
                         learning_rate=0.02, samples=0, store="")  # fmt: skip
@@ -246,7 +246,7 @@ def test_early_stopping_keeps_the_best_checkpoint(base, tmp_path):
     assert (done["best_step"], done["val_loss"]) == (best, val[best])
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     kept = PeftModel.from_pretrained(plain, str(recipe.run_path / "adapter"))
-    rows = examples(spread(Run(recipe.run_path).split("val"), 8), recipe.system)
+    rows = examples(evenly_spaced(Run(recipe.run_path).split("val"), 8), recipe.system)
     found = mean_answer_loss(kept, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
     # In bfloat16 both losses carry some noise; what tells the checkpoints apart is larger.
     assert abs(found - val[best]) < (val[done["steps"]] - val[best]) / 2
@@ -463,9 +463,9 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from train.bench import mean_answer_loss
-    from train.run import Run
-    from train.sft import examples, spread
+    from benchmarks.training import mean_answer_loss
+    from counsel.run import Run
+    from train.sft import evenly_spaced, examples
 
     # Seven validation rows in threes: the last round of two processes would be filled with five rows seen before.
     recipe = recipe_for(base, tmp_path, samples=0, max_val_rows=7, val_share=0.2)
@@ -482,7 +482,7 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(
         base, dtype=getattr(torch, read_json(recipe.run_path / "provenance.json")["dtype"])
     )
-    rows = examples(spread(Run(recipe.run_path).split("val"), 7), recipe.system)
+    rows = examples(evenly_spaced(Run(recipe.run_path).split("val"), 7), recipe.system)
     assert len(rows) == 7
     expected = mean_answer_loss(plain, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
     assert document["val_loss_base"] == pytest.approx(expected, rel=1.5e-3)  # bfloat16
@@ -563,11 +563,11 @@ def test_a_base_whose_layers_mix_rows_is_trained_by_trl(base, tmp_path, capsys):
     import torch
     from transformers import AutoModelForCausalLM
 
+    from benchmarks.training import mean_answer_loss
+    from counsel.run import Run
     from tests.families import tiny_config
     from tests.tiny import tiny_tokenizer
-    from train.bench import mean_answer_loss
-    from train.run import Run
-    from train.sft import examples, spread, train
+    from train.sft import evenly_spaced, examples, train
 
     tokenizer, config = tiny_tokenizer(), tiny_config("lfm2")
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 1024
@@ -582,7 +582,7 @@ def test_a_base_whose_layers_mix_rows_is_trained_by_trl(base, tmp_path, capsys):
     said = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("path"))
     assert re.match(r"path +TRL, because the fast path's loss is .* the model's own is", said), said
     assert not done["fast_loss"]
-    rows = examples(spread(Run(recipe.run_path).split("val"), 4), recipe.system)
+    rows = examples(evenly_spaced(Run(recipe.run_path).split("val"), 4), recipe.system)
     expected = mean_answer_loss(model.to(torch.bfloat16), tokenizer, rows, recipe.max_length)
     assert done["val_loss_base"] == pytest.approx(expected, rel=2e-2)
 
@@ -658,8 +658,8 @@ def interrupt_at(monkeypatch, step: int) -> None:
 @pytest.mark.parametrize("fast", [True, False])
 def test_ctrl_c_saves_and_the_line_it_prints_goes_on(base, tmp_path, monkeypatch, capsys, fast):
     """Stopped in its second epoch and resumed by the command that it names, a run sees the rows of one left alone."""
+    from counsel.cli import main
     from train.__main__ import COMMANDS
-    from train.command import main
     from train.sft import train
 
     same = {"group_by_length": True, "epochs": 2.0, "evaluations": 2, "samples": 0, "store": "", "fast_cpu": fast}
@@ -678,8 +678,8 @@ def test_ctrl_c_saves_and_the_line_it_prints_goes_on(base, tmp_path, monkeypatch
 
 def test_a_damaged_checkpoint_is_left_out(base, tmp_path, monkeypatch, capsys):
     """Whichever file of the newest checkpoint is cut short or empty, the one before it is taken, and it is said."""
+    from counsel.run import Run
     from train.resume import last_checkpoint
-    from train.run import Run
     from train.sft import train
 
     recipe = recipe_for(base, tmp_path, samples=0, store="", evaluations=8)
@@ -798,8 +798,8 @@ def test_seeds_go_on_and_need_no_validation(base, tmp_path):
 
 def test_the_card_says_what_this_run_was(finished, tmp_path):
     """Rows trained on, the split's kind, no folders, no empty system turn, 4 bits beside another downgrade."""
+    from counsel.run import Run
     from train.card import card_text
-    from train.run import Run
 
     recipe, _ = finished
     run = Run(tmp_path / "tiny")
@@ -808,7 +808,7 @@ def test_the_card_says_what_this_run_was(finished, tmp_path):
     assert "trained on 24 |" in card_text(run)
     assert "on questions that were not in training" in card_text(run)
     paged = {"asked": "paged_adamw_8bit", "used": "adamw_torch_fused", "because": "of this"}
-    write_json(run.path / "config.json", config | {"system": "", "split": "row", "load_4bit": True})
+    write_json(run.path / "config.json", config | {"system": "", "split": "row", "load_in_4bit": True})
     write_json(run.path / "train.json", summary | {"downgrades": [paged]})
     write_json(run.path / "data" / "report.json", report | {"source": "patients/anna/talks.csv"})
 
@@ -839,8 +839,8 @@ def test_precision_is_the_machines_whatever_the_launcher_says(base, tmp_path, mo
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from counsel.run import Run
     from train import sft
-    from train.run import Run
 
     here = sft.machine()
     monkeypatch.setattr(sft, "machine", lambda: replace(here, bf16=False))
@@ -851,7 +851,7 @@ def test_precision_is_the_machines_whatever_the_launcher_says(base, tmp_path, mo
 
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     total, count = 0.0, 0
-    for row in sft.examples(sft.spread(Run(recipe.run_path).split("val"), 4), recipe.system):
+    for row in sft.examples(sft.evenly_spaced(Run(recipe.run_path).split("val"), 4), recipe.system):
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         ids = torch.tensor([tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)])
         with torch.no_grad():

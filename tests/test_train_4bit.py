@@ -4,17 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from train.catalog import Base
-from train.hardware import Machine, plan
+from counsel.catalog import Base
+from train.hardware import TrainHardware, plan
 from train.recipe import Recipe
 from train.sft import load_base
 
-CPU = Machine("cpu", "here", bf16=True, memory_bytes=24 << 30)
+CPU = TrainHardware("cpu", "here", bf16=True, memory_bytes=24 << 30)
 
 
 def gradient(base: Base, evaluate_first: bool) -> torch.Tensor:
     """Every adapter gradient of one fixed batch, in one vector."""
-    recipe = Recipe(base=str(base.path), load_4bit=True, force_4bit=True)
+    recipe = Recipe(base=str(base.path), load_in_4bit=True, force_4bit=True)
     torch.manual_seed(0)
     model = get_peft_model(load_base(recipe, plan(recipe, CPU), base), LoraConfig(r=4, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
@@ -52,6 +52,6 @@ def test_gradients_are_right_after_an_evaluation_pass(tmp_path):
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch_fused"])
 def test_forced_4_bits_keep_the_recipes_optimizer(optimizer):
     """force_4bit keeps base and optimizer as asked, without a downgrade."""
-    here = plan(Recipe(load_4bit=True, force_4bit=True, optimizer=optimizer), CPU)
+    here = plan(Recipe(load_in_4bit=True, force_4bit=True, optim=optimizer), CPU)
 
-    assert (here.load_4bit, here.optimizer, here.downgrades) == (True, optimizer, ())
+    assert (here.load_in_4bit, here.optimizer, here.downgrades) == (True, optimizer, ())

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.families import families, tiny_model
-from train.fast_loss import why_not
-from train.fast_proof import loss_of, speed_up, why_unproven
+from train.cpu.loss import unservable_reason
+from train.cpu.proof import loss_of, speed_up, why_unproven
 
 # Convolution, Mamba, linear attention or recurrence: a line of rows would carry their state from row to row.
 MIXES_ROWS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "nemotron_h",
@@ -89,7 +89,7 @@ def verdict(family: str) -> str | None:
     """Why a tiny model of the family takes TRL's own path; None where it takes the fast one and that was right."""
     model = tiny_model(family)
     lora = lora_for(model)
-    reason = why_not(model, "cpu") or why_unproven(model, lora)
+    reason = unservable_reason(model, "cpu") or why_unproven(model, lora)
     if reason is None:
         peft_model, inputs = adapted(model, lora), rows()
         expected = own_loss(peft_model, inputs)

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_base
-from train.fast_lora import fuse_lora
-from train.fast_loss import AnswerLoss, why_not
-from train.fast_proof import loss_of, speed_up
-from train.fast_rows import as_line
+from train.cpu.lora import fuse_lora
+from train.cpu.loss import AnswerLoss, unservable_reason
+from train.cpu.packing import as_line
+from train.cpu.proof import loss_of, speed_up
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, changes):
     base = with_config(tiny_base(tmp_path / "base", kind), **changes)
     inputs = batch()
     slow, fast = adapted(base), adapted(base)
-    assert why_not(fast.get_base_model(), "cpu") is None
+    assert unservable_reason(fast.get_base_model(), "cpu") is None
     assert fuse_lora(adapted(base)) == 14  # seven linear layers in each of two blocks
     speed_up(fast)
 
@@ -156,9 +156,9 @@ def test_says_where_it_is_not_tried(tmp_path):
     base = tiny_base(tmp_path / "base", "gemma2")
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
 
-    assert why_not(model, "cpu") is None
-    assert "cuda" in why_not(model, "cuda")
+    assert unservable_reason(model, "cpu") is None
+    assert "cuda" in unservable_reason(model, "cuda")
     model.config.output_router_logits, model.config.router_aux_loss_coef = False, 0.01
-    assert "router_aux_loss_coef 0.01" in why_not(model, "cpu")
+    assert "router_aux_loss_coef 0.01" in unservable_reason(model, "cpu")
     model.set_attn_implementation("eager")
-    assert "eager" in why_not(model, "cpu")
+    assert "eager" in unservable_reason(model, "cpu")

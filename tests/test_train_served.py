@@ -5,19 +5,19 @@ from typing import Any
 
 import pytest
 
-from serve.client import make_client
+from counsel import store as adapter_store
+from counsel.catalog import resolve
+from counsel.chat import prompt_messages
+from counsel.client import make_client
+from counsel.run import Run
 from serve.server import Server
 from tests.conftest import Served, tiny_config
 from tests.greedy import greedy_answers
 from tests.test_serve import EXACT
 from tests.test_train import recipe_for
 from tests.waiting import until
-from train import store as shelves
-from train.catalog import resolve
-from train.chat import prompt_messages
 from train.merge import Merge, merge
 from train.recipe import Recipe
-from train.run import Run
 
 QUESTIONS = ("i feel lonely since we moved", "work is hard", "what can help me sleep")
 N_TOKENS = 24
@@ -29,10 +29,12 @@ def trained(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     from train.sft import train
 
     folder = tmp_path_factory.mktemp("work")
-    recipe = recipe_for(server.base.path, folder, name="trained", attention="eager", store=str(server.store), samples=0)
+    recipe = recipe_for(
+        server.base.path, folder, name="trained", attn_implementation="eager", store=str(server.store), samples=0
+    )
     train(recipe)
     yield recipe
-    shelves.remove(server.store, "trained")
+    adapter_store.remove(server.store, "trained")
 
 
 def answers(base_url: str, key: str | None, model: str, asked: list[list[dict[str, str]]]) -> list[list[int]]:

@@ -6,8 +6,8 @@ Their text is noise. They prove that paths agree with each other, never that a m
 import string
 from pathlib import Path
 
-from train.chat import template_text
-from train.store import Manifest
+from counsel.chat import template_text
+from counsel.store import Manifest
 
 WORDS = (
     "i feel lonely since we moved and work is hard what can help me sleep talk to a friend you are not alone "

@@ -5,7 +5,7 @@ import shlex
 import sys
 from typing import Any
 
-from train.command import Command, Result, main
+from counsel.cli import Command, Result, main
 from train.merge import Merge
 from train.push import Push
 from train.recipe import RECIPES, Recipe

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from train.chat import NOTICE, prompt_messages
-from train.files import read_json
-from train.run import Run
+from counsel.chat import NOTICE, prompt_messages
+from counsel.files import read_json
+from counsel.run import Run
 
 # Endings of data files, compressed ones too: a hub id (org/name) may hold a dot, but none of these after it.
 FILE_KINDS = ("csv", "tsv", "txt", "json", "jsonl", "ndjson", "parquet", "gz", "zip", "bz2", "xz", "zst")
@@ -134,7 +134,7 @@ def _training(
         ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}, dropout {recipe['dropout']}, "
                  f"targets {', '.join(recipe['targets'])}; {done['trainable_parameters']:,} trainable parameters"),
         ("optimiser", f"{recipe['optimizer']}, peak learning rate {recipe['learning_rate']:g}, {recipe['schedule']}"),
-        ("batch", f"{recipe['batch_size']} rows x {recipe['accumulation']}"),
+        ("batch", f"{recipe['batch_size']} rows x {recipe['gradient_accumulation_steps']}"),
         ("length", f"{done['steps']} steps, {done['epochs']:.2f} epochs, {done['tokens']:,} tokens"),
         ("precision", provenance["dtype"] + (", 4-bit base" if _kept_4bit(recipe, done) else "")),
         ("machine", f"{provenance['machine']['name']}; {done['tokens_per_s']:.0f} tokens/s"),
@@ -170,7 +170,7 @@ def _scores(run: Run, done: dict[str, Any]) -> list[str]:
 
 
 def _answers(summary: dict[str, Any]) -> list[str]:
-    """An evaluation (its format is in eval/summary.py): metrics by arms, yardsticks left out, and its alarms."""
+    """An evaluation (its format is in eval/summary.py): metrics by arms, yardsticks left out, and its warnings."""
     arms = {name: arm for name, arm in summary["arms"].items() if arm["kind"] != "yardstick"}
     metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["metrics"]))
     table = [
@@ -185,7 +185,7 @@ def _answers(summary: dict[str, Any]) -> list[str]:
         "|---" * (len(arms) + 1) + "|",
         *table,
         "",
-        *(f"- {alarm}" for alarm in summary["alarms"]),
+        *(f"- {warning}" for warning in summary["warnings"]),
     ]
 
 
@@ -202,7 +202,7 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def _kept_4bit(recipe: dict[str, Any], done: dict[str, Any]) -> bool:
-    return bool(recipe["load_4bit"]) and not any("4-bit" in item["asked"] for item in done["downgrades"])
+    return bool(recipe["load_in_4bit"]) and not any("4-bit" in item["asked"] for item in done["downgrades"])
 
 
 def _public(source: str) -> str:

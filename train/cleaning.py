@@ -1,7 +1,7 @@
 """Text as people paste it into forums, made fit to train on: plain text, odd characters, length, copies.
 
-`clean` keeps the words and the paragraph breaks, and nothing that is invisible. `fault` says why a row must not be
-used. `normalised` is what two copies of one text have in common, and `question_id` names a question by it.
+`clean` keeps the words and the paragraph breaks, and nothing that is invisible. `drop_reason` says why a row must not
+be used. `normalised` is what two copies of one text have in common, and `question_id` names a question by it.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def _clean_once(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", lines).strip()
 
 
-def fault(question: str, answer: str) -> str | None:
+def drop_reason(question: str, answer: str) -> str | None:
     """Why a cleaned pair must not be used, or None. The first fault that applies is the one that is counted."""
     if not normalised(question):
         return "empty question"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from train.cleaning import clean, count_words, fault, normalised, question_id
+from counsel.errors import UserError
+from counsel.files import write_json, write_jsonl
+from train.cleaning import clean, count_words, drop_reason, normalised, question_id
 from train.contacts import contacts, mask
-from train.errors import UserError
-from train.files import write_json, write_jsonl
 from train.sources import load
 
 SPLITS = ("train", "val", "test")
@@ -202,7 +202,7 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
         if config.contacts == "mask":
             hidden = {contact.kind for text in (question, answer) for contact in contacts(text)}
             question, answer = mask(question), mask(answer)
-        if reason := fault(question, answer):
+        if reason := drop_reason(question, answer):
             drop(reason, number, _excerpt(reason, question, answer))
             continue
         key = (question_id(question), normalised(answer))

@@ -9,7 +9,7 @@ import codecs
 import re
 from typing import NamedTuple
 
-from train.errors import UserError
+from counsel.errors import UserError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8", "UTF-8 with a byte-order mark"),

@@ -6,7 +6,7 @@ rows, said = read(text, "talks.json")        # [{"q": "why?", "a": "well"}], "JS
 import json
 from typing import Any
 
-from train.errors import UserError
+from counsel.errors import UserError
 
 Objects = list[dict[str, Any]]
 

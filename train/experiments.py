@@ -15,14 +15,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
+from counsel.run import Run
 from train import data
 from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
-from train.errors import UserError
-from train.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
 from train.recipe import Recipe
 from train.resume import as_json, check_run_directory, refuse_other_settings, refuse_to_replace
-from train.run import Run
-from train.sft import spread, train
+from train.sft import evenly_spaced, train
 from train.sources import load
 
 SEEDS = (1, 2, 3)
@@ -149,7 +149,7 @@ def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:
     for row in rows:
         by_question.setdefault(row["question_id"], []).append(row)
     for count in range(1, len(by_question)):
-        kept = [row for question in spread(list(by_question), count) for row in by_question[question]]
+        kept = [row for question in evenly_spaced(list(by_question), count) for row in by_question[question]]
         if len(kept) >= limit:
             return kept
     return list(rows)
@@ -165,6 +165,6 @@ def equal_counts(config: DataConfig, seeds: Sequence[int]) -> tuple[int, int]:
 
 def seen_share(train_rows: Sequence[Row], held_out: Sequence[Row], n_train: int, n_val: int) -> float:
     """The share of the `n_val` scored rows whose question is also among the `n_train` trained ones."""
-    trained = {row["question_id"] for row in spread(train_rows, n_train)}
-    scored = spread(held_out, n_val)
+    trained = {row["question_id"] for row in evenly_spaced(train_rows, n_train)}
+    scored = evenly_spaced(held_out, n_val)
     return round(sum(row["question_id"] in trained for row in scored) / len(scored), 4)

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from train.errors import UserError
-from train.processor import processor
+from counsel.errors import UserError
+from counsel.processor import processor
 from train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Machine:
+class TrainHardware:
     """What training can use here. memory_bytes: of the device, or of the machine for a CPU.
 
     sharded: launched by accelerate with FSDP.
@@ -35,17 +35,17 @@ class Downgrade(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Precision:
     """How the recipe runs here."""
 
     device: str
     dtype: str
-    load_4bit: bool
+    load_in_4bit: bool
     optimizer: str
     downgrades: tuple[Downgrade, ...]
 
 
-def machine() -> Machine:
+def machine() -> TrainHardware:
     """This machine, as torch sees it."""
     import os
 
@@ -56,14 +56,14 @@ def machine() -> Machine:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         bf16 = torch.cuda.is_bf16_supported()
-        return Machine("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
+        return TrainHardware("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # As a server chooses, so that an adapter is trained in what it is served in.
     here = processor()
-    return Machine("cpu", f"{here}, {torch.get_num_threads()} threads", here.bf16, memory, processes, sharded)
+    return TrainHardware("cpu", f"{here}, {torch.get_num_threads()} threads", here.bf16, memory, processes, sharded)
 
 
-def plan(recipe: Recipe, here: Machine) -> Plan:
+def plan(recipe: Recipe, here: TrainHardware) -> Precision:
     """Fit `recipe` to `here`; with `strict`, refuse instead of falling back.
 
     On a CPU a 4-bit base is only slower and less exact, so bf16 takes its place; force_4bit keeps it. Raises UserError
@@ -77,18 +77,18 @@ def plan(recipe: Recipe, here: Machine) -> Plan:
     dtype = "bfloat16" if here.bf16 else "float32"
     if not here.bf16 and here.device == "cuda":
         downgrades.append(Downgrade("bfloat16", "float32", f"{here.name} has no bfloat16"))
-    load_4bit, optimizer = recipe.load_4bit, recipe.optimizer
+    load_in_4bit, optimizer = recipe.load_in_4bit, recipe.optim
     if here.device != "cuda":
-        if load_4bit and not recipe.force_4bit:
-            load_4bit = False
+        if load_in_4bit and not recipe.force_4bit:
+            load_in_4bit = False
             downgrades.append(
                 Downgrade("a 4-bit base", f"a {dtype} base", "without CUDA 4 bits are slower (force_4bit keeps them)")
             )
         if ("paged" in optimizer or "8bit" in optimizer) and not recipe.force_4bit:
             optimizer = "adamw_torch_fused"
-            downgrades.append(Downgrade(recipe.optimizer, optimizer, "paging and 8-bit states save CUDA memory only"))
+            downgrades.append(Downgrade(recipe.optim, optimizer, "paging and 8-bit states save CUDA memory only"))
     if recipe.strict and downgrades:
         raise UserError(
             f"--strict: {'; '.join(map(str, downgrades))}; run on a CUDA machine, change the recipe, or drop --strict"
         )
-    return Plan(here.device, dtype, load_4bit, optimizer, tuple(downgrades))
+    return Precision(here.device, dtype, load_in_4bit, optimizer, tuple(downgrades))

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train import catalog
+from counsel import catalog
+from counsel.cli import argument, option
+from counsel.errors import UserError
+from counsel.files import read_json, replaced_directory, write_json
+from counsel.run import open_run
 from train.card import card_text
-from train.command import argument, option
-from train.errors import UserError
-from train.files import read_json, replaced_directory, write_json
 from train.postflight import PROBE
-from train.run import open_run
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def merge(config: Merge) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     # The sum is made in fp32, whatever the result is kept in: rounding once is better than twice.
     plain = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=torch.float32, attn_implementation=recipe["attention"]
+        base.path, dtype=torch.float32, attn_implementation=recipe["attn_implementation"]
     )
     adapted = PeftModel.from_pretrained(plain, str(run.adapter))
     before = next_logits(adapted, tokenizer, recipe["system"])
@@ -56,7 +56,7 @@ def merge(config: Merge) -> dict[str, Any]:
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card_text(run, merged=True), encoding="utf-8")
         # Of the folder itself, as others will load it.
-        written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=recipe["attention"])
+        written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=recipe["attn_implementation"])
         after = next_logits(written, tokenizer, recipe["system"])
         document |= {
             "same_next_token": bool(before.argmax() == after.argmax()),
@@ -87,7 +87,7 @@ def next_logits(model: Any, tokenizer: Any, system: str) -> Any:
     """The next-token logits (V,) on the probe question, in fp32."""
     import torch
 
-    from train.chat import prompt_messages
+    from counsel.chat import prompt_messages
 
     ids = tokenizer.apply_chat_template(
         prompt_messages(PROBE, system), add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from train import adapter
-from train.catalog import Base
-from train.chat import prompt_messages
-from train.errors import UserError
+from counsel import adapter_check
+from counsel.catalog import Base
+from counsel.chat import prompt_messages
+from counsel.errors import UserError
 from train.recipe import Recipe
 
 PROBE = "I feel overwhelmed at work and I cannot sleep. What could help?"
@@ -21,8 +21,8 @@ def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: 
     if pickles:
         raise UserError(f"the adapter folder holds a pickle, {pickles[0]}; nothing was published")
     # What is not published may be for another server.
-    facts = adapter.check(folder, base.path, served=bool(recipe.store))
-    saved = {key.rsplit(".lora_", 1)[0] for key in adapter.tensor_shapes(folder / adapter.WEIGHTS)}
+    facts = adapter_check.check(folder, base.path, served=bool(recipe.store))
+    saved = {key.rsplit(".lora_", 1)[0] for key in adapter_check.tensor_shapes(folder / adapter_check.WEIGHTS)}
     trained = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if saved != trained:
         missing = sorted(trained ^ saved)

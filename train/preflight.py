@@ -18,12 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from train import adapter, catalog, data, store
-from train.chat import prompt_messages
+from counsel import adapter_check, catalog, store
+from counsel.chat import prompt_messages
+from counsel.errors import UserError
+from counsel.lora_layers import served_layers
+from train import data
 from train.contacts import EMAIL, LINK, PHONE
-from train.errors import UserError
-from train.hardware import Machine, Plan
-from train.layers import served_layers
+from train.hardware import Precision, TrainHardware
 from train.recipe import Recipe
 
 # What vLLM 0.32 accepts as --max-lora-rank.
@@ -52,7 +53,7 @@ class Lengths:
     scored: list[int]
 
 
-def refuse_unless_ready(recipe: Recipe, how: Plan, here: Machine) -> None:
+def refuse_unless_ready(recipe: Recipe, how: Precision, here: TrainHardware) -> None:
     """Print each finding on stderr; raise UserError when one is a failure."""
     failed = []
     for finding in check(recipe, how, here):
@@ -62,7 +63,7 @@ def refuse_unless_ready(recipe: Recipe, how: Plan, here: Machine) -> None:
         raise UserError(f"{failed[0].check}: {failed[0].seen}; nothing was trained")
 
 
-def check(recipe: Recipe, how: Plan, here: Machine) -> Iterator[Finding]:
+def check(recipe: Recipe, how: Precision, here: TrainHardware) -> Iterator[Finding]:
     """Run every check in turn; one that cannot go on because an earlier one failed is left out."""
     # bitsandbytes says, on import, that a kernel from the hub is missing; none is wanted.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -133,7 +134,7 @@ def lora_config(recipe: Recipe, folder: Path) -> str:
     from train.sft import adapter_config
 
     document = json.loads(json.dumps(adapter_config(recipe).to_dict(), default=list))
-    adapter.check_config(document)
+    adapter_check.check_config(document)
     return f"rank {recipe.rank}, alpha {recipe.alpha}: vLLM serves it with --max-lora-rank {needed_rank(recipe.rank)}"
 
 
@@ -149,7 +150,7 @@ def adapted_modules(recipe: Recipe, folder: Path) -> dict[str, tuple[int, int]]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         names = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
-        missing = [target for target in recipe.targets if target != "all-linear" and target not in names]
+        missing = [target for target in recipe.target_modules if target != "all-linear" and target not in names]
         if missing:
             raise UserError(f"targets has {missing[0]!r}, which matches no layer; the base has {', '.join(names)}")
         peft_model = get_peft_model(model, LoraConfig(r=1, target_modules=lora_targets(recipe)))
@@ -182,9 +183,9 @@ def attention(recipe: Recipe, folder: Path) -> str:
 
     config = AutoConfig.from_pretrained(folder).get_text_config()
     cap = getattr(config, "attn_logit_softcapping", None)
-    if cap and recipe.attention == "sdpa":
-        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attention: eager")
-    return recipe.attention
+    if cap and recipe.attn_implementation == "sdpa":
+        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attn_implementation: eager")
+    return recipe.attn_implementation
 
 
 def template(recipe: Recipe, folder: Path) -> str:
@@ -233,7 +234,12 @@ def row_lengths(recipe: Recipe, folder: Path, rows: list[dict[str, Any]]) -> Len
 
 
 def memory(
-    recipe: Recipe, how: Plan, here: Machine, folder: Path, adapted: dict[str, tuple[int, int]], lengths: Lengths
+    recipe: Recipe,
+    how: Precision,
+    here: TrainHardware,
+    folder: Path,
+    adapted: dict[str, tuple[int, int]],
+    lengths: Lengths,
 ) -> str:
     """A rough estimate of the most memory training will hold, beside what the machine has."""
     from transformers import AutoConfig
@@ -242,14 +248,14 @@ def memory(
     weights = sum(file.stat().st_size for file in catalog.weight_files(folder))
     if how.dtype == "float32":
         weights *= 2
-    if how.load_4bit:
+    if how.load_in_4bit:
         weights = round(weights * 0.28) + config.vocab_size * config.hidden_size * 2
     trainable = recipe.rank * sum(out + into for out, into in adapted.values())
     # fp32 weight, gradient and two moments; 8-bit moments are a quarter.
     optimizer = trainable * (8 + (2 if "8bit" in how.optimizer else 8))
     tokens = recipe.batch_size * min(max(lengths.whole), recipe.max_length)
     # Kept for the backward pass of one layer, in model-width rows of 2 bytes: about 34 without checkpointing, 2 with.
-    kept = 2 if recipe.checkpoint_activations else 34
+    kept = 2 if recipe.gradient_checkpointing else 34
     activations = tokens * config.hidden_size * config.num_hidden_layers * kept * (2 if how.dtype == "bfloat16" else 4)
     total = weights + optimizer + activations + (1 << 30)
     text = (
@@ -257,20 +263,20 @@ def memory(
         f"activations {_gib(activations)}, libraries 1.0 GiB; the {here.device} has {_gib(here.memory_bytes)}"
     )
     if total > here.memory_bytes:
-        raise UserError(f"{text}; lower batch_size or max_length, or set checkpoint_activations")
+        raise UserError(f"{text}; lower batch_size or max_length, or set gradient_checkpointing")
     return text
 
 
-def optimizer(recipe: Recipe, how: Plan) -> str:
+def optimizer(recipe: Recipe, how: Precision) -> str:
     """The optimizer is one of transformers', and what it needs is installed."""
     from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
 
     known = [name.value for name in OptimizerNames]
-    if recipe.optimizer not in known:
+    if recipe.optim not in known:
         raise UserError(
-            f"optimizer is {recipe.optimizer!r}, which transformers does not have; "
-            f"did you mean {_most_like(recipe.optimizer, known)!r}?"
+            f"optim is {recipe.optim!r}, which transformers does not have; "
+            f"did you mean {_most_like(recipe.optim, known)!r}?"
         )
     # As much of TrainingArguments as is read here: made whole, they would set up this process's devices again.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
@@ -349,15 +355,15 @@ def _count_targets(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
 
 
 def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
-    from train.sft import spread
+    from train.sft import evenly_spaced
 
-    val = row_lengths(recipe, folder, spread(found["splits"]["val"], recipe.max_val_rows))
+    val = row_lengths(recipe, folder, evenly_spaced(found["splits"]["val"], recipe.max_val_rows))
     if val.scored and not any(val.scored):
         raise UserError(
             f"each of the {len(val.scored)} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
             "raise max_length"
         )
-    lengths = found["lengths"] = row_lengths(recipe, folder, spread(found["splits"]["train"], recipe.max_rows))
+    lengths = found["lengths"] = row_lengths(recipe, folder, evenly_spaced(found["splits"]["train"], recipe.max_rows))
     cut = sum(n > recipe.max_length for n in lengths.whole)
     empty = sum(n == 0 for n in lengths.scored)
     ordered = sorted(lengths.whole)

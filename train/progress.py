@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from train.errors import UserError
-from train.files import read_jsonl, write_jsonl
-from train.run import Run
+from counsel.errors import UserError
+from counsel.files import read_jsonl, write_jsonl
+from counsel.run import Run
 
 SAMPLE_TOKENS = 64
 LINE_EVERY_S = 10.0

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from counsel.cli import argument, option
+from counsel.errors import UserError
+from counsel.files import read_json, write_text
+from counsel.run import Run, open_run
 from train.card import card_text
-from train.command import argument, option
-from train.errors import UserError
-from train.files import read_json, write_text
-from train.run import Run, open_run
 
 # Only what a model repository holds: never checkpoints, pickles or the conversations.
 PUBLISHED = (".safetensors", ".json", ".jinja", ".md", ".model", ".txt")

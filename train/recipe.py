@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from train.chat import SYSTEM_PROMPT
-from train.command import option
+from counsel.chat import SYSTEM_PROMPT
+from counsel.cli import option
+from counsel.errors import UserError
 from train.data import DataConfig
-from train.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -41,26 +41,30 @@ class Recipe:
     rank: int = option(16, "LoRA rank r")
     alpha: int = option(32, "LoRA alpha; the update is scaled by alpha / rank")
     dropout: float = option(0.0, "LoRA dropout")
-    targets: tuple[str, ...] = option(("all-linear",), "modules that get an adapter: `all-linear`, or names")
+    target_modules: tuple[str, ...] = option(("all-linear",), "modules that get an adapter: `all-linear`, or names")
 
     epochs: float = option(1.0, "passes over the training rows")
     max_steps: int = option(0, "stop after this many optimizer steps; 0: by epochs")
     batch_size: int = option(4, "rows in a forward pass, per process")
-    accumulation: int = option(1, "forward passes per optimizer step")
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
     learning_rate: float = option(2e-4, "peak learning rate")
-    schedule: str = option("cosine", "learning-rate schedule after warm-up: cosine, linear or constant_with_warmup")
-    warmup: float = option(0.05, "share of steps spent warming up")
+    lr_scheduler_type: str = option(
+        "cosine", "learning-rate schedule after warm-up: cosine, linear or constant_with_warmup"
+    )
+    warmup_ratio: float = option(0.05, "share of steps spent warming up")
     weight_decay: float = option(0.0, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient clipping")
-    optimizer: str = option("adamw_torch_fused", "a transformers optimizer name, such as paged_adamw_8bit")
+    optim: str = option("adamw_torch_fused", "a transformers optimizer name, such as paged_adamw_8bit")
     max_length: int = option(1024, "tokens per row; longer rows are cut at the end")
     group_by_length: bool = option(False, "batch rows of like length: saves padding where the fast path does not apply")
 
-    load_4bit: bool = option(False, "load the base in NF4 with double quantisation (QLoRA)")
+    load_in_4bit: bool = option(False, "load the base in NF4 with double quantisation (QLoRA)")
     force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slower, for checks")
-    attention: str = option("sdpa", "attention: sdpa or eager; Gemma 2 needs eager, sdpa drops its soft-capping")
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass: slower, less memory")
-    fast_cpu: bool = option(True, "on a CPU, score answer tokens only (same loss; train/fast_loss.py)")
+    attn_implementation: str = option(
+        "sdpa", "attention: sdpa or eager; Gemma 2 needs eager, sdpa drops its soft-capping"
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
+    fast_cpu: bool = option(True, "on a CPU, score answer tokens only (same loss; train/cpu/loss.py)")
 
     evaluations: int = option(4, "evenly spaced validation passes, each with a checkpoint; the best is kept")
     patience: int = option(0, "stop after this many evaluations without improvement; 0: never")
@@ -77,30 +81,33 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
-        if self.schedule not in ("cosine", "linear", "constant_with_warmup"):
-            raise UserError(f"schedule is {self.schedule!r}; allowed: cosine, linear, constant_with_warmup")
-        if self.attention not in ("sdpa", "eager"):
-            raise UserError(f"attention is {self.attention!r}; allowed: sdpa, eager")
-        for key in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_val_rows", "epochs",
-                    "learning_rate", "max_rows"):  # fmt: skip
+        if self.lr_scheduler_type not in ("cosine", "linear", "constant_with_warmup"):
+            raise UserError(
+                f"lr_scheduler_type is {self.lr_scheduler_type!r}; allowed: cosine, linear, constant_with_warmup"
+            )
+        if self.attn_implementation not in ("sdpa", "eager"):
+            raise UserError(f"attn_implementation is {self.attn_implementation!r}; allowed: sdpa, eager")
+        for key in ("rank", "alpha", "batch_size", "gradient_accumulation_steps", "evaluations", "max_val_rows",
+                    "epochs", "learning_rate", "max_rows"):  # fmt: skip
             if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
                 raise UserError(f"{key} is {value}; it must be above 0{' (or none)' if key == 'max_rows' else ''}")
         for key in ("max_steps", "patience", "samples", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be 0 or more")
-        for key in ("dropout", "warmup", "val_share", "test_share"):
+        for key in ("dropout", "warmup_ratio", "val_share", "test_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
-        for key in ("name", "base", "data", "question_column", "answer_column", "runs", "optimizer"):
+        for key in ("name", "base", "data", "question_column", "answer_column", "runs", "optim"):
             if not getattr(self, key).strip():
                 raise UserError(f"{key} is empty; leave it out for {Recipe.__dataclass_fields__[key].default!r}")
         if self.question_column == self.answer_column:
             raise UserError(
                 f"question_column and answer_column are both {self.question_column!r}; the answer is another"
             )
-        if not self.targets or ("all-linear" in self.targets and len(self.targets) > 1):
+        if not self.target_modules or ("all-linear" in self.target_modules and len(self.target_modules) > 1):
             raise UserError(
-                f"targets is {', '.join(self.targets) or 'empty'}; give all-linear alone, or names of layers"
+                f"target_modules is {', '.join(self.target_modules) or 'empty'}; "
+                "give all-linear alone, or names of layers"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds is {', '.join(map(str, self.seeds))}; each seed is one run: give each once")

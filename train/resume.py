@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from counsel.errors import UserError
+from counsel.files import new_directory, read_json, replaced_directory, sha256_of, write_json
+from counsel.run import Run
 from train import data
-from train.errors import UserError
-from train.files import new_directory, read_json, replaced_directory, sha256_of, write_json
 from train.recipe import Recipe
-from train.run import Run
 
 # Written into a checkpoint when all else is on the disk: the SHA-256 of each of its files.
 WHOLE = "whole.json"

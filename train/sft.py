@@ -1,6 +1,6 @@
 """One training run, top to bottom: data, base, LoRA, SFTTrainer, checks, adapter, summary, store.
 
-Each step leaves its files in the run directory (train/run.py lists them); train.json is written last.
+Each step leaves its files in the run directory (counsel/run.py lists them); train.json is written last.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from train import catalog, store
+from counsel import catalog, store
+from counsel.chat import prompt_messages
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl, replaced_directory, write_json
+from counsel.fingerprint import fingerprint
+from counsel.run import Run, how_to_go_on, provenance
 from train.card import card_text
-from train.chat import prompt_messages
-from train.errors import UserError
-from train.files import read_json, read_jsonl, replaced_directory, write_json
-from train.fingerprint import fingerprint
-from train.hardware import Machine, Plan, machine, plan
+from train.hardware import Precision, TrainHardware, machine, plan
 from train.preflight import refuse_unless_ready
 from train.recipe import Recipe
 from train.resume import check_run_directory, last_checkpoint, opened_run
-from train.run import Run, how_to_go_on, provenance
 
 Item = TypeVar("Item")
 
@@ -83,7 +83,7 @@ def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes:
                                 f"checkpoint; {how_to_go_on(run)}")  # fmt: skip
 
 
-def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any, Any]:
+def build(recipe: Recipe, how: Precision, base: catalog.Base, run: Run) -> tuple[Any, Any]:
     """The trainer and the callback that watches it, ready to start."""
     # It says, on import, that a kernel from the hub is missing; none is wanted.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -91,7 +91,7 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
 
-    from train.fast_loss import keep_freed_memory
+    from train.cpu.loss import keep_freed_memory
     from train.progress import Progress
     from train.trainer import AnswerTrainer
 
@@ -107,14 +107,14 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
     print(f"path         {'fast CPU' if fast else f'TRL, because {slow_because}'}", file=sys.stderr)
     if how.device == "cpu":
         keep_freed_memory()
-    train_rows = spread(run.split("train"), recipe.max_rows)
-    val_rows = spread(run.split("val"), recipe.max_val_rows)
+    train_rows = evenly_spaced(run.split("train"), recipe.max_rows)
+    val_rows = evenly_spaced(run.split("val"), recipe.max_val_rows)
     questions = list(dict.fromkeys(row["question"] for row in val_rows))
     prompts = {
         question: tokenizer.apply_chat_template(
             prompt_messages(question, recipe.system), tokenize=False, add_generation_prompt=True
         )
-        for question in spread(questions, recipe.samples)
+        for question in evenly_spaced(questions, recipe.samples)
     }
     progress = Progress(run, tokenizer, prompts)
     callbacks: list[Any] = [progress]
@@ -142,7 +142,7 @@ def build(recipe: Recipe, how: Plan, base: catalog.Base, run: Run) -> tuple[Any,
             f"each of the {len(val_rows)} validation rows has a prompt that alone fills {recipe.max_length} tokens, so "
             "there is nothing to choose a checkpoint by; raise max_length"
         )
-    rows_per_step = recipe.batch_size * recipe.accumulation * trainer.args.world_size
+    rows_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * trainer.args.world_size
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
     trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
     return trainer, progress
@@ -161,25 +161,25 @@ def adapter_config(recipe: Recipe) -> Any:
     )
 
 
-def why_slow(recipe: Recipe, how: Plan, model: Any, lora: Any) -> str | None:
+def why_slow(recipe: Recipe, how: Precision, model: Any, lora: Any) -> str | None:
     """Why TRL's own path trains this model; None where the fast CPU path does, shown to compute the same."""
-    from train.fast_loss import why_not
-    from train.fast_proof import why_unproven
+    from train.cpu.loss import unservable_reason
+    from train.cpu.proof import why_unproven
 
     if not recipe.fast_cpu:
         return "fast_cpu is off"
-    if recipe.checkpoint_activations:
+    if recipe.gradient_checkpointing:
         return "activations are checkpointed"
-    return why_not(model, how.device) or why_unproven(model, lora)
+    return unservable_reason(model, how.device) or why_unproven(model, lora)
 
 
-def load_base(recipe: Recipe, how: Plan, base: catalog.Base) -> Any:
+def load_base(recipe: Recipe, how: Precision, base: catalog.Base) -> Any:
     """The base model in the precision of the plan."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
-    if how.load_4bit:
+    if how.load_in_4bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -189,10 +189,10 @@ def load_base(recipe: Recipe, how: Plan, base: catalog.Base) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=getattr(torch, how.dtype),
-        attn_implementation=recipe.attention,
+        attn_implementation=recipe.attn_implementation,
         quantization_config=quantization,
     )
-    if how.load_4bit and how.device == "cpu":
+    if how.load_in_4bit and how.device == "cpu":
         keep_4bit_gradients(model)
     return model
 
@@ -210,7 +210,7 @@ def keep_4bit_gradients(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> Any:
+def trainer_arguments(recipe: Recipe, how: Precision, run: Run, validate: bool) -> Any:
     """The recipe in TRL's words."""
     from trl import SFTConfig
 
@@ -221,10 +221,10 @@ def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> An
         max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim=how.optimizer,
@@ -233,7 +233,7 @@ def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> An
         completion_only_loss=True,
         bf16=how.dtype == "bfloat16",
         use_cpu=how.device == "cpu",
-        gradient_checkpointing=recipe.checkpoint_activations,
+        gradient_checkpointing=recipe.gradient_checkpointing,
         eval_strategy=every,
         eval_on_start=validate,
         save_strategy="steps",
@@ -253,7 +253,7 @@ def trainer_arguments(recipe: Recipe, how: Plan, run: Run, validate: bool) -> An
 
 
 def finish(
-    recipe: Recipe, how: Plan, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
+    recipe: Recipe, how: Precision, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
 ) -> dict[str, Any]:
     """Save the adapter, check it, publish it, draw the curve, write the summary."""
     from train.plot import loss_curve
@@ -335,7 +335,7 @@ def examples(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]
     ]
 
 
-def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` items, evenly spaced: neighbours in a data set are alike."""
     if limit is None or len(items) <= limit:
         return list(items)
@@ -343,7 +343,7 @@ def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def lora_targets(recipe: Recipe) -> str | list[str]:
-    return "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
+    return "all-linear" if recipe.target_modules == ("all-linear",) else list(recipe.target_modules)
 
 
 def peak_memory(device: str) -> int:
@@ -355,7 +355,7 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) -> dict[str, Any]:
+def _provenance(recipe: Recipe, here: TrainHardware, how: Precision, base: catalog.Base) -> dict[str, Any]:
     report = read_json(recipe.run_path / "data" / "report.json")
     return provenance() | {
         "seed": recipe.seed,
@@ -367,7 +367,7 @@ def _provenance(recipe: Recipe, here: Machine, how: Plan, base: catalog.Base) ->
     }
 
 
-def _say(how: Plan, here: Machine, base: catalog.Base) -> None:
+def _say(how: Precision, here: TrainHardware, base: catalog.Base) -> None:
     print(f"base         {base.hub_id} ({base.license}), {how.dtype}, on {here.device} ({here.name})", file=sys.stderr)
     for item in how.downgrades:
         print(f"note         {item}", file=sys.stderr)

@@ -10,10 +10,10 @@ from collections import Counter
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
+from counsel.errors import UserError
+from counsel.files import sha256_of
 from train import delimited, documents
 from train.decoding import decode
-from train.errors import UserError
-from train.files import sha256_of
 
 SAMPLE = Path(__file__).parent / "sample" / "conversations.jsonl"
 

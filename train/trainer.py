@@ -9,8 +9,8 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from train.errors import UserError
-from train.fast_proof import loss_of, speed_up
+from counsel.errors import UserError
+from train.cpu.proof import loss_of, speed_up
 from train.resume import seal
 
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -41,7 +41,7 @@ class AnswerTrainer(SFTTrainer):
 
     The Trainer's own averages over batches, so that it depends on which rows were batched together, and with several
     processes it counts some rows twice.
-    fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/fast_proof.py for where it applies.
+    fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/cpu/proof.py for where it applies.
     rows_left_out, val_rows_left_out: rows that TRL dropped without a word, since cutting them left no answer token.
     """
 

@@ -1,0 +1,1 @@
+"""Every benchmark and soak: run from a checkout, each ends in one line of JSON."""

@@ -1,0 +1,199 @@
+"""What a Batch file costs on an engine of the command's own, beside vLLM's bare `LLM.generate`.
+
+    python -m benchmarks.offline --run counselchat         (`make bench-eval` includes it)
+
+Two engines of the run's base, alike in every setting (serve/launch.py chooses them), are started; while one works the
+other is stopped (SIGSTOP), so each has the machine. A round asks both the same: held-out questions under the run's
+system prompt, greedy answers of a fixed length, end of sequence ignored.
+
+    generate   one call of LLM.generate on token ids that were rendered before
+    batch      what `python -m eval batch --base` does: messages in, a row in the answers' file for each answer
+
+Their order changes from round to round, and so do the questions; where a run holds out too few, they come again, and
+both engines may find their beginnings in the prefix cache. A round's ratio is batch over generate, in tokens per
+second. offline_vs_generate is the median of the rounds; the first round warms up and does not count. Starting the
+engines does not count either.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from counsel.catalog import resolve
+from counsel.chat import prompt_messages
+from counsel.errors import UserError
+from counsel.run import open_run
+from eval.ask import Progress
+from eval.batch import ENGINE_CONCURRENCY, Ask, answer_all, engine_answers, engine_for
+from eval.config import BatchConfig
+from eval.evaluate import choose_questions
+from eval.samples import Row, RowLog
+from serve.offline import OfflineEngine
+from serve.offline_process import own_stdout
+from serve.server import reason_in
+
+GENERATE = "--generate"
+
+
+def offline_vs_generate(run_name: str, prompts: int = 64, tokens: int = 64, rounds: int = 5) -> dict[str, Any]:
+    """The figures of `rounds` rounds with `prompts` answers of `tokens` tokens each."""
+    with tempfile.TemporaryDirectory() as folder:
+        return asyncio.run(_compare(run_name, prompts, tokens, rounds, Path(folder)))
+
+
+async def _compare(run_name: str, prompts: int, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
+    run = open_run(run_name)
+    recipe = run.config()
+    base = resolve(recipe["base"])
+    asked = [prompt_messages(each.question, recipe["system"]) for each in choose_questions(run, sys.maxsize)]
+    endless = itertools.cycle(asked)
+    batch = BatchConfig("", "", base=recipe["base"], store=str(folder / "store"))
+    engine = engine_for(batch, [], folder / "answers.jsonl")
+    measured: list[dict[str, float]] = []
+    async with engine_answers(engine) as ask:
+        assert engine.process is not None
+        ours = engine.process.pid
+        os.killpg(ours, signal.SIGSTOP)
+        bare = Generate(engine, folder)
+        try:
+            for turn in range(rounds + 1):
+                conversations = [next(endless) for _ in range(prompts)]
+                speed: dict[str, float] = {}
+                for arm in ("generate", "batch") if turn % 2 else ("batch", "generate"):
+                    if arm == "generate":
+                        speed[arm] = bare.tokens_s(conversations, tokens)
+                        continue
+                    with _instead(bare.process.pid, ours):
+                        answers = folder / f"{turn}.jsonl"
+                        speed[arm] = await _batch_tokens_s(ask, base.name, conversations, tokens, answers)
+                print(f"round {turn}: {speed} tokens/s", file=sys.stderr)
+                measured.append(speed)
+        finally:
+            os.killpg(bare.process.pid, signal.SIGKILL)
+            bare.process.wait()
+            os.killpg(ours, signal.SIGCONT)
+    counted = measured[1:]
+    ratios = [speed["batch"] / speed["generate"] for speed in counted]
+    return {
+        "offline_vs_generate": round(statistics.median(ratios), 3),
+        "offline_vs_generate_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "offline_rounds": rounds,
+        "offline_tokens_s": round(statistics.median(speed["batch"] for speed in counted), 1),
+        "generate_tokens_s": round(statistics.median(speed["generate"] for speed in counted), 1),
+    }
+
+
+@contextlib.contextmanager
+def _instead(one: int, other: int) -> Iterator[None]:
+    """Let the process group `other` run instead of `one`."""
+    os.killpg(one, signal.SIGSTOP)
+    os.killpg(other, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.killpg(other, signal.SIGSTOP)
+        os.killpg(one, signal.SIGCONT)
+
+
+async def _batch_tokens_s(ask: Ask, model: str, conversations: list[Any], tokens: int, answers: Path) -> float:
+    """New tokens per second of the batch command, from the first request to the last row in the file."""
+    asking = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    requests: list[Row] = [
+        {"custom_id": str(number), "url": "/v1/chat/completions", "body": {**asking, "messages": messages}}
+        for number, messages in enumerate(conversations)
+    ]
+    started_s = time.perf_counter()
+    with RowLog(answers, ("custom_id",)) as log:
+        await answer_all(ask, requests, log, Progress(len(requests), 0), ENGINE_CONCURRENCY)
+    duration_s = time.perf_counter() - started_s
+    return sum(row["response"]["body"]["usage"]["completion_tokens"] for row in log.done.values()) / duration_s
+
+
+class Generate:
+    """The bare arm: a child with vLLM's LLM class, under the flags and environment of `engine`."""
+
+    def __init__(self, engine: OfflineEngine, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(engine.base.path)
+        self.log = folder / "generate.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.offline", GENERATE, *engine.flags()],
+                env={**os.environ, **engine.plan().env},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        assert self._read() == "ready"
+
+    def tokens_s(self, conversations: list[Any], tokens: int) -> float:
+        """New tokens per second inside one call of LLM.generate."""
+        texts = [
+            self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations
+        ]
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
+        self.process.stdin.flush()
+        return float(self._read())
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"the engine of the bare arm ended: {reason_in(self.log)}")
+        return json.loads(line)
+
+
+def generate(flags: list[str]) -> None:
+    """What the bare arm's child runs."""
+    answers = own_stdout()
+
+    from vllm import LLM, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+    llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [{"prompt_token_ids": ids} for ids in asked["ids"]]
+        params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
+        started_s = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        duration_s = time.perf_counter() - started_s
+        new = sum(len(output.outputs[0].token_ids) for output in outputs)
+        print(json.dumps(new / duration_s), file=answers, flush=True)
+
+
+def main() -> None:
+    if GENERATE in sys.argv[1:2]:
+        generate(sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", required=True)
+    for name, value in (("--prompts", 64), ("--tokens", 64), ("--rounds", 5)):
+        parser.add_argument(name, type=int, default=value)
+    given = parser.parse_args()
+    print(json.dumps(offline_vs_generate(given.run, given.prompts, given.tokens, given.rounds)))
+
+
+if __name__ == "__main__":
+    main()

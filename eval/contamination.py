@@ -1,0 +1,55 @@
+"""Which training rows stand close to a question: the retrieval baseline, and the check for contamination.
+
+Training and test are split by normalised question, so no question is in both word for word. A paraphrase may be, and
+then its test score tells less about new questions.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.text_stats import ngrams, words
+
+# Share of a held-out question's 5-word runs that one training question also holds, from which it counts as seen.
+SEEN_SHARE = 0.5
+_RUN_WORDS = 5
+
+
+def nearest(train_rows: Sequence[Mapping[str, str]], questions: Sequence[str]) -> list[Mapping[str, str]]:
+    """For each question, the training row whose question is nearest by TF-IDF cosine; its first answer."""
+    return [train_rows[at] for at in _cosines(train_rows, questions).argmax(axis=1)]
+
+
+class Contamination:
+    """Which held-out questions training may have seen already."""
+
+    def __init__(self, train_rows: Sequence[Mapping[str, str]]) -> None:
+        self._answers = {tuple(words(row["answer"])) for row in train_rows}
+        self._questions = [_runs(question) for question in {row["question"] for row in train_rows}]
+
+    def reason(self, question: str, answers: Sequence[str]) -> str | None:
+        """`answer` or `question`, after what training shares with this one; None when neither.
+
+        `answer`: one of its answers is a training answer, but for case and punctuation. `question`: half or more of its
+        5-word runs stand in one training question; a question under 5 words is one run.
+        """
+        if any(tuple(words(answer)) in self._answers for answer in answers):
+            return "answer"
+        runs = _runs(question)
+        return "question" if any(len(runs & known) >= SEEN_SHARE * len(runs) for known in self._questions) else None
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    tokens = words(text)
+    return set(ngrams(tokens, _RUN_WORDS)) or {tuple(tokens)}
+
+
+def _cosines(train_rows: Sequence[Mapping[str, str]], questions: Sequence[str]) -> NDArray[np.float64]:
+    """(len(questions), len(train_rows))"""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, stop_words="english")
+    known = vectorizer.fit_transform([row["question"] for row in train_rows])
+    cosines: NDArray[np.float64] = (vectorizer.transform(questions) @ known.T).toarray()
+    return cosines

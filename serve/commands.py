@@ -1,0 +1,204 @@
+"""The store's and the keys' commands of `python -m serve`: a table for people, then one JSON line for programs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from counsel import store as adapter_store
+from counsel.catalog import resolve
+from counsel.chat import SYSTEM_PROMPT
+from counsel.cli import Command, Result, argument, option
+from counsel.run import open_run
+from counsel.store import Manifest
+from serve.keys import ROLES, USER, add_key
+from serve.server_registry import present
+
+STORE = "store"
+
+
+@dataclass(frozen=True)
+class Publish:
+    source: str = argument("a finished run (its name or folder), or a folder with a PEFT adapter")
+    name: str = option("", "name to serve it under (default: the run's name)")
+    model: str = option("", "base it was trained on (default: the run's)")
+    system: str = option(SYSTEM_PROMPT, "system text for requests that bring none; empty for none")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class List:
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class Show:
+    adapter: str = argument("name or name@version")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class Rollback:
+    name: str = argument("adapter name")
+    version: str = option("", "version to go back to (default: the one before the current)")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class Remove:
+    adapter: str = argument("name, with all its versions, or one name@version")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class Pin:
+    name: str = argument("adapter name")
+    off: bool = option(False, "let it be unloaded again")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class Collect:
+    keep: int = option(2, "versions to keep of each name beside the current one")
+    store: str = option(STORE, "adapter store")
+
+
+@dataclass(frozen=True)
+class NewKey:
+    name: str = argument("whose key it is, one word")
+    role: str = option(USER, f"one of {', '.join(ROLES)}")
+    keys: str = option("keys.txt", "key file; only hashes are kept in it")
+
+
+def publish(options: Publish) -> Result:
+    """Check an adapter and put it into the store; a running server loads it within 2 s."""
+    folder, name, model, run = _source(options)
+    manifest = adapter_store.publish(Path(options.store), name, folder, resolve(model), system=options.system, run=run)
+    print(f"published {manifest.id}: rank {manifest.rank}, {_size(manifest)}, for {manifest.base['name']}")
+    _say_unserved(Path(options.store), [manifest])
+    return Result(
+        {"adapter": manifest.id, "path": str(adapter_store.version_dir(Path(options.store), manifest))},
+        next=f"a server on this store serves it within 2 s; ask it with python -m serve chat {name}",
+    )
+
+
+def list_all(options: List) -> Result:
+    """Show every version of every adapter."""
+    store = Path(options.store)
+    found = [adapter_store.read_versions(store, name) for name in adapter_store.names(store)]
+    rows = [
+        (
+            adapter.name,
+            manifest.version,
+            ("current pinned" if adapter.pinned else "current") if adapter.current == manifest.version else "",
+            manifest.base["name"],
+            str(manifest.rank),
+            _size(manifest),
+            manifest.created_utc[:16].replace("T", " "),
+            manifest.run or "-",
+        )
+        for adapter in found
+        for manifest in adapter.versions.values()
+    ]
+    _table(("name", "version", "", "base", "rank", "size", "published (UTC)", "run"), rows)
+    for adapter in found:
+        for reason in adapter.broken.values():
+            print(f"{adapter.name}: damaged: {reason}")
+    _say_unserved(store, [adapter.versions[adapter.current] for adapter in found if adapter.current])
+    return Result({"adapters": len(found), "versions": len(rows)})
+
+
+def show(options: Show) -> Result:
+    """Show all that is known of one version."""
+    manifest = adapter_store.find(Path(options.store), options.adapter)
+    facts = {
+        "id": manifest.id,
+        "published (UTC)": manifest.created_utc,
+        "base": f"{manifest.base['name']} ({manifest.base['hub_id']})",
+        "base fingerprint": manifest.base["fingerprint"],
+        "rank, alpha": f"{manifest.rank}, {manifest.alpha:g}",
+        "changes": ", ".join(manifest.target_modules),
+        "size": _size(manifest),
+        "run": manifest.run or "-",
+        "system text": manifest.prompt["system"] or "-",
+        "folder": str(adapter_store.version_dir(Path(options.store), manifest)),
+    }
+    for label, value in facts.items():
+        print(f"{label:<18}{value}")
+    return Result({"adapter": manifest.id, "path": facts["folder"]})
+
+
+def rollback(options: Rollback) -> Result:
+    """Let a name mean an older version again."""
+    manifest = adapter_store.rollback(Path(options.store), options.name, options.version)
+    print(f"{options.name} is {manifest.id} again, published {manifest.created_utc[:16].replace('T', ' ')} UTC")
+    return Result({"adapter": manifest.id})
+
+
+def remove(options: Remove) -> Result:
+    """Take an adapter, or one version of it, out of the store."""
+    removed = adapter_store.remove(Path(options.store), options.adapter)
+    print(f"removed {', '.join(removed)}")
+    return Result({"removed": removed})
+
+
+def pin(options: Pin) -> Result:
+    """Keep an adapter's current version in a server's memory whatever else is asked for."""
+    manifest = adapter_store.pin(Path(options.store), options.name, pinned=not options.off)
+    print(f"{manifest.name} is {'no longer pinned' if options.off else 'pinned'}")
+    return Result({"adapter": manifest.id, "pinned": not options.off})
+
+
+def collect(options: Collect) -> Result:
+    """Remove versions that nobody needs any more, and what killed commands left behind."""
+    removed = adapter_store.collect_garbage(Path(options.store), options.keep)
+    print(f"removed {', '.join(removed) or 'nothing'}")
+    return Result({"removed": removed})
+
+
+def new_key(options: NewKey) -> Result:
+    """Make an API key; it is shown once and kept only as a hash."""
+    key = add_key(Path(options.keys), options.role, options.name)
+    print(f"{options.role} key for {options.name}, shown only now: {key}")
+    return Result({"name": options.name, "role": options.role, "keys": options.keys})
+
+
+COMMANDS = {
+    "publish": Command(Publish, publish, "check an adapter and put it into the store"),
+    "list": Command(List, list_all, "all adapters and versions in the store"),
+    "show": Command(Show, show, "one version in full"),
+    "rollback": Command(Rollback, rollback, "let a name mean an older version"),
+    "remove": Command(Remove, remove, "take an adapter or a version out of the store"),
+    "pin": Command(Pin, pin, "keep an adapter in a server's memory"),
+    "gc": Command(Collect, collect, "remove old versions and leftovers"),
+    "key": Command(NewKey, new_key, "make an API key"),
+}
+
+
+def _source(options: Publish) -> tuple[Path, str, str, str | None]:
+    """Folder, name, base and run of what is to be published."""
+    folder = Path(options.source)
+    if (folder / "adapter_config.json").is_file():
+        return folder, options.name or folder.name, options.model or "smollm2-135m", None
+    run = open_run(options.source)
+    return run.adapter, options.name or run.name, options.model or str(run.config()["base"]), run.name
+
+
+def _say_unserved(store: Path, current: Sequence[Manifest]) -> None:
+    """Say which of these the servers that follow the store will not serve; they go on with what they have."""
+    for server in present(store):
+        for manifest in current:
+            if reason := server.unservable_reason(manifest):
+                print(f"{server.url} does not serve {manifest.id}: {reason}")
+
+
+def _size(manifest: Manifest) -> str:
+    return f"{manifest.n_bytes / 1e6:.1f} MB"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    if not rows:
+        print("the store is empty; publish something with: python -m serve publish RUN")
+        return
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

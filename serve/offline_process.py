@@ -1,0 +1,174 @@
+"""What the child process of serve/offline.py runs: a server's engine and request handlers, without HTTP before them.
+
+In, one JSON object a line: `number`, `path`, `body`. Out, one a line and in the order they finish: `number`, `status`,
+`body`, as a server would have replied; number 0 says that the engine is ready. It stops when its input ends.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import IO, Any
+
+from counsel.fingerprint import fingerprint
+from serve.adapter_pool import AdapterPool
+from serve.api_errors import ApiError
+from serve.chat_turns import Template, template_in
+from serve.config import from_environment
+from serve.engine import VllmEngine
+from serve.request_rewrite import CHAT, COMPLETIONS, Body, prepare
+from serve.server_registry import Presence
+
+LINGER_S = 10.0
+READY = {"number": 0}
+
+
+def main() -> None:
+    """Parse vLLM's flags from the command line and answer what is read until the input ends."""
+    answers = own_stdout()
+
+    import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    uvloop.run(_run(args, answers))
+
+
+async def _run(args: Namespace, answers: IO[str]) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.usage.usage_lib import UsageContext
+
+    inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+    threading.Thread(target=_read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
+    # As LLM does: on a GPU vLLM then sizes its batches for throughput.
+    async with build_async_engine_client(args, usage_context=UsageContext.LLM_CLASS) as engine:
+        desk = await OfflineHandler.open(engine, args)
+        _say(answers, READY)
+        tasks: set[asyncio.Task[None]] = set()
+        while (line := await inbox.get()) is not None:
+            task = asyncio.create_task(_answer(desk, json.loads(line), answers, inbox))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        for task in tasks:
+            task.cancel()
+        if engine.errored:
+            raise engine.dead_error
+
+
+async def _answer(
+    desk: "OfflineHandler", asked: dict[str, Any], answers: IO[str], inbox: asyncio.Queue[bytes | None]
+) -> None:
+    status, body = await desk.answer(asked["path"], asked["body"])
+    if desk.engine.errored:
+        # Every request would now fail in the same way: stop, and let the parent say why.
+        inbox.put_nowait(None)
+        return
+    try:
+        _say(answers, {"number": asked["number"], "status": status, "body": body})
+    except ValueError as error:
+        refusal = ApiError(500, f"the answer is no JSON: {error}")
+        _say(answers, {"number": asked["number"], "status": 500, "body": json.loads(refusal.body())})
+
+
+class OfflineHandler:
+    """Answers one request as a server does: vLLM's own handlers, behind the pool and the prompt conventions."""
+
+    def __init__(self, engine: Any, state: Any, pool: AdapterPool, template: Template) -> None:
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+        self.engine, self.pool, self.template = engine, pool, template
+        self.max_completion_tokens = from_environment().max_completion_tokens
+        self.handlers: dict[str, tuple[Any, Any]] = {
+            CHAT: (ChatCompletionRequest, state.openai_serving_chat.create_chat_completion),
+            COMPLETIONS: (CompletionRequest, state.openai_serving_completion.create_completion),
+        }
+
+    @classmethod
+    async def open(cls, engine: Any, args: Namespace) -> "OfflineHandler":
+        """Set up the handlers, and read the store once: what a name means then holds for the whole run."""
+        from starlette.datastructures import State
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+
+        config, state = from_environment(), State()
+        await init_app_state(engine, state, args, await engine.get_supported_tasks())
+        pool = AdapterPool(
+            engine=VllmEngine(engine, state.openai_serving_models),
+            store=Path(config.store),
+            base_name=state.openai_serving_models.base_model_paths[0].name,
+            presence=Presence("", fingerprint(Path(args.model)), config.max_lora_rank),
+            capacity=config.max_cpu_loras,
+            on_event=lambda event, manifest, seconds: None,
+        )
+        await pool.refresh(swap=False)
+        return cls(engine, state, pool, template_in(Path(args.model), args.chat_template))
+
+    async def answer(self, path: str, body: Body) -> tuple[int, Body]:
+        """Status and body of the reply; what a server would refuse, or vLLM would only ignore, is refused."""
+        from vllm.entrypoints.serve import create_error_response
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+        try:
+            reply = await self._generate(path, body)
+        except ApiError as refusal:
+            return refusal.status, json.loads(refusal.body())
+        except Exception as error:  # as vLLM's own handlers do: each kind has its status
+            reply = create_error_response(error)
+        return (reply.error.code if isinstance(reply, ErrorResponse) else 200), reply.model_dump()
+
+    async def _generate(self, path: str, body: Body) -> Any:
+        schema, create = self.handlers[path]
+        ignored = sorted(body.keys() - schema.model_fields.keys())
+        if ignored:
+            raise ApiError(400, f"field {ignored[0]!r} is unknown here; leave it out", param=ignored[0])
+        model = body.get("model")
+        manifest = None
+        if isinstance(model, str) and model not in ("", self.pool.base_name):
+            manifest = await self.pool.resolve(model)
+        limit = self.max_completion_tokens
+        ready = prepare(path, body, manifest, max_completion_tokens=limit, template=self.template)
+        request = schema.model_validate(ready)
+        if manifest is None:
+            return await create(request)
+        resident = await self.pool.acquire(manifest)
+        try:
+            return await create(request)
+        finally:
+            self.pool.release(resident)
+
+
+def own_stdout() -> IO[str]:
+    """Keep standard output for answers alone; whatever else is printed, here or in the engine, goes to the log."""
+    kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return kept
+
+
+def _say(answers: IO[str], line: dict[str, Any]) -> None:
+    answers.write(json.dumps(line, allow_nan=False) + "\n")
+    answers.flush()
+
+
+def _read(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[bytes | None]) -> None:
+    # Not sys.stdin: its lock, held by this waiting thread, would abort the interpreter's own exit.
+    with open(0, "rb", closefd=False) as lines:
+        for line in lines:
+            loop.call_soon_threadsafe(inbox.put_nowait, line)
+    loop.call_soon_threadsafe(inbox.put_nowait, None)
+    time.sleep(LINGER_S)
+    # Interrupted while it starts, vLLM can wait for ever for an engine that waits for it.
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

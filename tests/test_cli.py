@@ -1,0 +1,258 @@
+"""The contract every command keeps: precedence, one-line errors, exit status, last JSON line."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from counsel.cli import Command, Result, argument, load_config, main, option
+from counsel.errors import UserError
+from tests.test_layout import ROOT
+
+
+@dataclass(frozen=True)
+class Greeting:
+    name: str = argument("who to greet")
+    times: int = option(1, "how often")
+    warmth: float = option(0.5, "0 to 1")
+    tags: tuple[str, ...] = option((), "labels")
+    limit: int | None = option(None, "a bound, or none")
+    loud: bool = option(False, "in capitals")
+
+
+def greet(config: Greeting) -> Result:
+    if config.name == "nobody":
+        raise UserError("name is 'nobody'; name a person")
+    print("hello " * config.times)
+    return Result({"greeted": config.name, "tags": list(config.tags)}, exit_status=3 if config.loud else 0)
+
+
+COMMANDS = {"": Command(Greeting, greet, "say hello"), "again": Command(Greeting, greet, "say it again")}
+
+
+def test_last_line_of_stdout_is_json(capsys):
+    """Results end in one JSON document, whatever was printed before."""
+    assert main("greet", COMMANDS, ["ada", "--times", "2", "--tags", "a,b"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"greeted": "ada", "tags": ["a", "b"]}
+
+
+def test_terminal_is_spared_the_document(monkeypatch, capsys):
+    """On a terminal the table is the last thing on stdout, unless --json asks for the document."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    assert main("greet", COMMANDS, ["ada"]) == 0
+    assert capsys.readouterr().out == "hello \n"
+    assert main("greet", COMMANDS, ["ada", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["greeted"] == "ada"
+
+
+def test_next_step_is_said_to_a_person(monkeypatch, capsys):
+    """What to do next is said on a terminal; a program that reads the document is left alone."""
+    commands = {"": Command(Greeting, lambda config: Result({}, next=f"wave to {config.name}"), "say hello")}
+
+    assert main("greet", commands, ["ada"]) == 0
+    assert capsys.readouterr() == ("{}\n", "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main("greet", commands, ["ada"]) == 0
+    assert capsys.readouterr() == ("", "next: wave to ada\n")
+
+
+def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
+    """Precedence is defaults, then YAML, then flags."""
+    file = tmp_path / "g.yaml"
+    file.write_text("name: ada\ntimes: 4\nwarmth: 1e-1\nlimit: null\ntags: [x, y]\n")
+
+    config = load_config(Greeting, str(file), {"times": "7", "loud": None})
+
+    assert config == Greeting("ada", times=7, warmth=0.1, tags=("x", "y"), limit=None, loud=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: a\ntime: 2", "unknown key 'time'"),
+        ("name: a\ntime: 2", "did you mean 'times'"),
+        ("name: a\ntimes: two", "times is 'two'; it must be a whole number"),
+        ("name: a\ntimes: 2.5", "it must be a whole number"),
+        ("name: a\nloud: perhaps", "true or false"),
+        ("times: 2", "name is needed: who to greet"),
+        ("- a\n- b", "holds list"),
+        ("a: [", "is not YAML"),
+        ("on: 1", "unknown key True"),
+        # Of two values under one key the last would win, and a value of another kind would become text.
+        ("name: a\ntimes: 2\nwarmth: 1\ntimes: 3", "line 4 gives 'times' a second time; keep one"),
+        ("name:", r"name is empty \(null\); it must be text"),
+        ("name: null", r"name is empty \(null\); it must be text"),
+        ("name: 7", "name is 7; it must be text; in YAML put it in quotes"),
+        ("name: on", "name is True; it must be text; in YAML put it in quotes"),
+        ("name: 2026-01-01", "it must be text; in YAML put it in quotes"),
+        ("name: [a, b]", "it must be one text, not a list"),
+        ("name: {a: b}", "it must be text"),
+        ('name: "half \\ud83d"', "it must be text"),
+        ("name: a\ntimes:", r"times is empty \(null\); it must be a whole number"),
+        ("name: a\ntimes: [1]", "it must be one whole number, not a list"),
+        ("name: a\ntimes: 1.0e+400", "it must be a whole number"),
+        ("name: a\nwarmth: .inf", "warmth is inf; it must be a finite number"),
+        ("name: a\nwarmth: -.inf", "it must be a finite number"),
+        ("name: a\nwarmth: .nan", "it must be a finite number"),
+        ("name: a\nwarmth: 1e999", "it must be a finite number"),
+        ("name: a\nwarmth: true", "it must be a finite number"),
+        ("name: a\ntags: {a: b}", "tags is {'a': 'b'}; it must be text"),
+        ("name: a\ntags: [1]", "tags is 1; it must be text"),
+        ("name: a\ntags:", r"tags is empty \(null\); it must be text"),
+    ],
+)
+def test_bad_yaml_is_one_clear_line(tmp_path, text, said):
+    """A bad config file is refused with what was wrong, in one line."""
+    file = tmp_path / "g.yaml"
+    file.write_text(text)
+
+    with pytest.raises(UserError, match=said.replace("[", r"\[").replace("{", r"\{")) as refusal:
+        load_config(Greeting, str(file), {})
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_list_of_one_may_be_given_plainly(tmp_path):
+    """`tags: x` and `--tags x` are one tag."""
+    file = tmp_path / "g.yaml"
+    file.write_text("name: ada\ntags: x\n")
+    assert load_config(Greeting, str(file), {}).tags == ("x",)
+
+
+def test_yaml_may_merge_a_mapping_and_change_a_key_of_it(tmp_path):
+    """A key given beside a merged one is no second giving: that is what merging is for."""
+    file = tmp_path / "g.yaml"
+    file.write_text("<<: {name: ada, times: 2}\ntimes: 3\n")
+    assert load_config(Greeting, str(file), {}) == Greeting("ada", times=3)
+
+
+def test_text_that_is_no_utf_8_is_refused():
+    """A command line in another encoding would break when it is first written, perhaps hours later."""
+    with pytest.raises(UserError, match=r"name is .*; it must be text"):
+        load_config(Greeting, None, {"name": b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")})
+
+
+def test_expected_failure_exits_1_with_one_line(capsys):
+    """A UserError is one `error:` line on stderr and exit status 1; stdout stays empty."""
+    assert main("greet", COMMANDS, ["nobody"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: name is 'nobody'; name a person\n"
+    assert captured.out == ""
+
+
+def test_result_sets_exit_status_and_subcommand_is_found(capsys):
+    """A command may end with its own exit status; the first word picks the sub-command."""
+    assert main("greet", COMMANDS, ["again", "ada", "--loud"]) == 3
+
+
+def test_unknown_flag_is_a_usage_error():
+    """argparse's own exit status 2 stands for usage."""
+    with pytest.raises(SystemExit) as stop:
+        main("greet", COMMANDS, ["ada", "--lod"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["--extra", "--seed"], "--seed"),
+        (["--extra", "--seed 3 --fast"], "--seed 3 --fast"),
+        (["--extra=--seed"], "--seed"),
+        (["--extra", "-O3", "--loud"], "-O3"),
+    ],
+)
+def test_a_texts_value_may_begin_with_a_dash(words, extra, capsys):
+    """Flags for another program are given as people write them, with a space or an equals sign."""
+
+    @dataclass(frozen=True)
+    class Passing:
+        extra: str = option("", "flags for another program")
+        loud: bool = option(False, "in capitals")
+
+    run = Command(Passing, lambda config: Result({"extra": config.extra}), "pass it on")
+    assert main("pass", {"": run}, words) == 0
+    assert json.loads(capsys.readouterr().out) == {"extra": extra}
+
+
+def test_an_option_in_a_texts_place_is_still_missing_its_value():
+    """`--extra --loud` forgot the text: our own options are never taken for one."""
+
+    @dataclass(frozen=True)
+    class Passing:
+        extra: str = option("", "flags for another program")
+        loud: bool = option(False, "in capitals")
+
+    with pytest.raises(SystemExit) as stop:
+        main("pass", {"": Command(Passing, lambda config: Result({}), "pass it on")}, ["--extra", "--loud"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ada", "--lod"], "unknown option --lod; did you mean --loud?"),
+        (["ada", "--time=2"], "unknown option --time; did you mean --times?"),
+        (["ada", "--zzz", "2"], "unknown option --zzz ("),
+        (["ada", "bob"], "no command 'bob'; known: again"),
+        (["agian", "ada"], "no command 'ada'; known: again"),
+        (["again", "ada", "bob"], "'bob' is one word too many"),
+        (["ada", "--times"], "argument --times: expected one argument"),
+    ],
+)
+def test_a_misspelt_word_is_one_line_with_the_nearest(words, said, capsys):
+    """The usage is one --help away; thirty lines of it hide what was wrong."""
+    with pytest.raises(SystemExit) as stop:
+        main("greet", COMMANDS, words)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert told.startswith("error: ")
+    assert said in told
+    assert told.count("\n") == 1
+    assert "--help lists the options" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "a recipe is needed; known: quiet, warm, or a .yaml file"),
+        (["check"], "a recipe is needed; known: quiet, warm"),
+        (["chek", "warm"], "no command or recipe 'chek'; did you mean 'check'?"),
+        (["wram"], "no command or recipe 'wram'; did you mean 'warm'?"),
+        (["check", "wram"], "no recipe 'wram'; did you mean 'warm'?"),
+        (["warm", "quiet"], "'quiet' is one word too many"),
+        (["warm", "--time", "2"], "unknown option --time; did you mean --times?"),
+    ],
+)
+def test_a_command_with_recipes_does_nothing_without_one(words, said, tmp_path, capsys):
+    """No word at all, or one that is neither a recipe nor a command, starts nothing."""
+    for recipe in ("warm", "quiet"):
+        (tmp_path / f"{recipe}.yaml").write_text("name: ada\n")
+
+    @dataclass(frozen=True)
+    class Named:
+        name: str = option("bob", "who to greet")
+        times: int = option(1, "how often")
+
+    def must_not_run(config: Named) -> Result:
+        raise AssertionError(config)
+
+    kind = Command(Named, must_not_run, "say hello", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main("greet", {"": kind, "check": kind}, words)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_locale_without_utf_8_ends_no_command():
+    """Text that people wrote is printed as UTF-8 wherever the command runs."""
+    code = (
+        "import sys; from counsel.cli import exit_status\n"
+        "sys.exit(exit_status(lambda: print('gr\\u00fc\\u00df dich \\u2013 \\u201cja\\u201d') or 0))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("utf-8") == "gr\u00fc\u00df dich \u2013 \u201cja\u201d\n"
