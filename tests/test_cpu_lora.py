@@ -12,7 +12,7 @@ from hypothesis import strategies as st  # noqa: E402
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
 
-from serve import cpu_kernel  # noqa: E402
+from serve.cpu import kernel  # noqa: E402
 from serve.cpu.lora import GroupedPunicaWrapper  # noqa: E402
 
 MAX_RANK = 64
@@ -184,35 +184,35 @@ def kernels(tmp_path, monkeypatch):
     """The folder of compiled kernels, empty; what this process has loaded is forgotten, and found again afterwards."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
-    monkeypatch.setattr(cpu_kernel, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(kernel, "cache_dir", lambda: tmp_path)
     # It is loaded here, not run: as good, and compiled in a fraction of the time.
-    monkeypatch.setattr(cpu_kernel, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu_kernel.FLAGS))
-    cpu_kernel.library.cache_clear()
+    monkeypatch.setattr(kernel, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in kernel.FLAGS))
+    kernel.library.cache_clear()
     yield tmp_path / "kernels"
-    cpu_kernel.library.cache_clear()
+    kernel.library.cache_clear()
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, -1000], ids=["empty", "header", "tail"])
 def test_a_kept_kernel_that_is_not_whole_is_compiled_again(kernels, n_bytes):
     """A file cut short anywhere is never loaded: it is replaced, and the same file is taken from then on."""
-    assert cpu_kernel.library() is not None
+    assert kernel.library() is not None
     (kept,) = kernels.iterdir()
     whole = kept.read_bytes()
     # The library stays mapped in this process: a new file takes the name.
     kept.unlink()
     kept.write_bytes(whole[:n_bytes])
-    cpu_kernel.library.cache_clear()
-    assert cpu_kernel.library() is not None
+    kernel.library.cache_clear()
+    assert kernel.library() is not None
     (again,) = kernels.iterdir()
     assert again.read_bytes()[-1000:] == whole[-1000:]
 
 
 def test_a_whole_kept_kernel_is_not_compiled_again(kernels, monkeypatch):
     """The second start compiles nothing."""
-    assert cpu_kernel.library() is not None
-    cpu_kernel.library.cache_clear()
-    monkeypatch.setattr(cpu_kernel, "_compile", lambda _compiler: pytest.fail("compiled"))
-    assert cpu_kernel.library() is not None
+    assert kernel.library() is not None
+    kernel.library.cache_clear()
+    monkeypatch.setattr(kernel, "_compile", lambda _compiler: pytest.fail("compiled"))
+    assert kernel.library() is not None
 
 
 def test_where_no_kernel_can_be_had_one_line_says_so(kernels, monkeypatch, caplog):
@@ -220,18 +220,18 @@ def test_where_no_kernel_can_be_had_one_line_says_so(kernels, monkeypatch, caplo
     broken = kernels.parent / "g++"
     broken.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
     broken.chmod(0o755)
-    made = cpu_kernel._compile("g++")
+    made = kernel._compile("g++")
     for change in (
         {"which": lambda _name: str(broken)},
         {"_kept": lambda _compiler: kernels.parent / "absent.so"},
         {"cache_dir": lambda: made},
     ):
-        cpu_kernel.library.cache_clear()
+        kernel.library.cache_clear()
         caplog.clear()
         with monkeypatch.context() as changed, caplog.at_level("WARNING", logger="vllm.counsel"):
             for name, value in change.items():
-                changed.setattr(cpu_kernel.shutil if name == "which" else cpu_kernel, name, value)
-            assert cpu_kernel.library() is None
+                changed.setattr(kernel.shutil if name == "which" else kernel, name, value)
+            assert kernel.library() is None
         assert [record.getMessage().count("correct but slower") for record in caplog.records] == [1]
 
 

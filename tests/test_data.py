@@ -14,7 +14,7 @@ import pytest
 
 from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl
-from train.cleaning import clean, fault, normalised, question_id
+from train.cleaning import clean, drop_reason, normalised, question_id
 from train.data import SPLITS, DataConfig, clean_rows, leak_share, prepare, split_rows, write
 from train.sources import load
 
@@ -66,13 +66,13 @@ def test_clean_gives_plain_text(raw, plain):
 )
 def test_fault_names_the_reason(answer, reason):
     """Contact details of people and too-short answers are faults; crisis numbers are not."""
-    assert fault("Why?", clean(answer)) == reason
+    assert drop_reason("Why?", clean(answer)) == reason
 
 
 def test_contact_details_in_a_question_are_a_fault():
     """A person's number must not be learned from a question either."""
-    assert fault("Call me on 787-555-0178?", ANSWER) == "phone number"
-    assert fault("?!", ANSWER) == "empty question"
+    assert drop_reason("Call me on 787-555-0178?", ANSWER) == "phone number"
+    assert drop_reason("?!", ANSWER) == "empty question"
 
 
 def test_copies_of_a_question_have_one_id():

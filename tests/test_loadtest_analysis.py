@@ -16,7 +16,7 @@ from loadtest.charts import per_second
 from loadtest.metrics import cold_penalty, step_points
 from loadtest.scenario import Scenario
 from loadtest.workload import Arrival
-from tests.test_loadtest_figures import anything, failure, reply, summarise
+from tests.test_loadtest_metrics import anything, failure, reply, summarise
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "loadtest/scenarios").glob("*.yaml"))
 

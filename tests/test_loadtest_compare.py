@@ -15,7 +15,7 @@ from loadtest.compare import Run, differences, different_load
 from loadtest.records import Row
 from loadtest.scenario import Scenario
 from loadtest.window import Window, open_window
-from tests.test_loadtest_figures import failure, reply
+from tests.test_loadtest_metrics import failure, reply
 from tests.test_loadtest_truth import every, judged, played, queued
 
 

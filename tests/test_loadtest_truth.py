@@ -17,7 +17,7 @@ from loadtest.scenario import Scenario
 from loadtest.verdict import conclude
 from loadtest.workload import Arrival
 from tests.sse_server import standin
-from tests.test_loadtest_figures import failure, reply
+from tests.test_loadtest_metrics import failure, reply
 
 Reply = Callable[[int, float], Row]
 

@@ -17,7 +17,7 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from serve.cpu import kernel as cpu_kernel
+from serve.cpu import kernel
 from serve.cpu.kernel import LANES, MAX_SLICES
 
 KERNELS = {torch.bfloat16: "lora_bfloat16", torch.float32: "lora_float32"}
@@ -37,7 +37,7 @@ class Groups:
         self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         self.present = frozenset(slots.tolist())
         pointers = (self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
-        self.for_kernel = cpu_kernel.Groups(len(slots), *pointers)
+        self.for_kernel = kernel.Groups(len(slots), *pointers)
         self.at = ctypes.addressof(self.for_kernel)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -69,8 +69,8 @@ class Layer:
         self.version = -1
         self.in_slots: dict[int, Packed] = {}
         self.packed = weakref.WeakKeyDictionary[Any, Packed]()
-        self.table = (cpu_kernel.Adapter * a_stacked[0].shape[0])()
-        self.for_kernel = cpu_kernel.Layer(
+        self.table = (kernel.Adapter * a_stacked[0].shape[0])()
+        self.for_kernel = kernel.Layer(
             a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out), ctypes.addressof(self.table)
         )
         self.at = ctypes.addressof(self.for_kernel)
@@ -102,7 +102,7 @@ class Layer:
         a_used = [_used_rows(_bits(a_all[slot, 0])) for a_all in self.a_stacked]
         ranks = tuple(len(rows) for rows in a_used)
         dtype = self.a_stacked[0].dtype
-        a = _in_vectors(np.concatenate(a_used), dtype, cpu_kernel.along_k() if dtype is torch.bfloat16 else 1)
+        a = _in_vectors(np.concatenate(a_used), dtype, kernel.along_k() if dtype is torch.bfloat16 else 1)
         b = tuple(
             _in_vectors(_bits(b_all[slot, 0])[:n_out, :rank], b_all.dtype)
             for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True)
@@ -137,7 +137,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
-        library = cpu_kernel.library()
+        library = kernel.library()
         self.kernels = {dtype: getattr(library, name) for dtype, name in KERNELS.items()} if library else {}
         self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
         self.layers: dict[int, Layer] = {}
