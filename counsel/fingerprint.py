@@ -1,9 +1,9 @@
-"""Which base an adapter was trained against: the hash of the base's weights, computed once for files that stay.
+"""A base's fingerprint: the hash of its weights, which tells which base an adapter was trained on.
 
-Hashing takes a second for every gigabyte or two, each time an adapter is published and a server started. So the result
-is kept in the cache folder, one small file a base, with the state that the weight files had: inode, size, times of
-change, by which git too tells that a file is as it was, and a few blocks of each, since some file systems keep no such
-times. As git does, it leaves out a file that changed a moment ago, which may change again without a new time.
+Hashing takes about a second per one or two gigabytes, at each publish and each server start. So the result is cached,
+one small file per base, with the state of the weight files at that time: inode, size, times of change (git relies on
+the same) and a few blocks of each file, because some file systems do not keep those times. As in git, a file that
+changed a moment ago is not cached: it may change again without a new time.
 """
 
 import hashlib
@@ -12,68 +12,49 @@ import time
 from pathlib import Path
 from typing import Any
 
-from counsel.catalog import cache_dir, weight_files
+from counsel import cache
+from counsel.catalog import weight_files
 from counsel.errors import UserError
-from counsel.files import read_json, sha256_of, write_json
+from counsel.files import sha256_of
 
 SETTLED_S = 2.0
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 def fingerprint(base: Path) -> str:
-    """The SHA-256 over a base's weight files (names and contents): what an adapter was trained against."""
+    """The SHA-256 over the names and contents of a base's weight files. Raises UserError when it has none."""
     files = weight_files(base)
     if not files:
-        raise UserError(f"{str(base)!r} holds no *.safetensors: a base is known by its weights")
+        raise UserError(f"{str(base)!r} holds no *.safetensors, which identify a base; give a folder with weights")
+    key = hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:16]
     state = [_state(file) for file in files]
     settled = all(time.time() - entry["changed_ns"] / 1e9 > SETTLED_S for entry in state)
-    kept = _kept(base, state) if settled else None
-    if kept:
-        return kept
+    cached = cache.load("fingerprints", key) if settled else None
+    if cached and cached.get("state") == state and "fingerprint" in cached:
+        return str(cached["fingerprint"])
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     if settled and state == [_state(file) for file in files]:
-        _keep(base, state, digest.hexdigest())
+        cache.save(
+            "fingerprints", key, {"base": str(base.resolve()), "fingerprint": digest.hexdigest(), "state": state}
+        )
     return digest.hexdigest()
 
 
 def _state(file: Path) -> dict[str, Any]:
-    """What tells a file from any other, and from what it was before, at the cost of reading a few pages."""
+    """What changes when the file changes, at the cost of reading a few pages."""
     with file.open("rb") as opened:
-        about = os.fstat(opened.fileno())
+        stat = os.fstat(opened.fileno())
         sample = hashlib.sha256()
         for i in range(SAMPLES):
-            opened.seek(about.st_size * i // SAMPLES)
+            opened.seek(stat.st_size * i // SAMPLES)
             sample.update(opened.read(SAMPLE_BYTES))
     return {
         "name": file.name,
-        "inode": about.st_ino,
-        "bytes": about.st_size,
-        "written_ns": about.st_mtime_ns,
-        "changed_ns": about.st_ctime_ns,
+        "inode": stat.st_ino,
+        "bytes": stat.st_size,
+        "written_ns": stat.st_mtime_ns,
+        "changed_ns": stat.st_ctime_ns,
         "sample": sample.hexdigest(),
     }
-
-
-# Where nothing can be kept or read (no home, or one that is read-only or another's), the hash is computed each time.
-
-
-def _kept(base: Path, state: list[dict[str, Any]]) -> str | None:
-    try:
-        known = read_json(_place(base))
-        return str(known["fingerprint"]) if known["state"] == state else None
-    except (OSError, RuntimeError, UserError, KeyError):
-        return None
-
-
-def _keep(base: Path, state: list[dict[str, Any]], found: str) -> None:
-    try:
-        write_json(_place(base), {"base": str(base.resolve()), "fingerprint": found, "state": state})
-    except (OSError, RuntimeError, UserError):
-        return
-
-
-def _place(base: Path) -> Path:
-    name = hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:16]
-    return cache_dir() / "fingerprints" / f"{name}.json"

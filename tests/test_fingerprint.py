@@ -1,9 +1,10 @@
-"""A base's fingerprint: its weights' content and nothing else, also where it is remembered."""
+"""A base's fingerprint depends on the content of its weights alone, cached or not."""
 
 import os
 
 import pytest
 
+from counsel import cache as cache_module
 from counsel import fingerprint as module
 from counsel.errors import UserError
 from counsel.fingerprint import fingerprint
@@ -18,21 +19,21 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hashed(monkeypatch):
-    """The files that were read whole so far."""
-    files, whole = [], module.sha256_of
-    monkeypatch.setattr(module, "sha256_of", lambda file: files.append(file) or whole(file))
+    """The files that have been hashed so far."""
+    files, sha256_of = [], module.sha256_of
+    monkeypatch.setattr(module, "sha256_of", lambda file: files.append(file) or sha256_of(file))
     return files
 
 
-def test_it_is_the_content(tmp_path, cache):
-    """Two different models of one shape have different fingerprints; a copy has the same."""
+def test_the_fingerprint_is_the_content(tmp_path, cache):
+    """Two models of the same shape have different fingerprints; a copy has the same one."""
     one, two, again = (tiny_base(tmp_path / name, "llama", seed) for name, seed in (("a", 1), ("b", 2), ("c", 1)))
 
     assert fingerprint(one) == fingerprint(again) != fingerprint(two)
 
 
-def test_files_that_stay_the_same_are_read_once(tmp_path, cache, hashed, monkeypatch):
-    """The second time nothing is read; a weight changed in place, size and written time kept, is read again."""
+def test_unchanged_files_are_hashed_once(tmp_path, cache, hashed, monkeypatch):
+    """The second call hashes nothing; a weight changed in place, with its size and mtime kept, is hashed again."""
     monkeypatch.setattr(module, "SETTLED_S", -1.0)
     weights = tiny_base(tmp_path / "a", "llama") / "model.safetensors"
     first = fingerprint(weights.parent)
@@ -49,8 +50,8 @@ def test_files_that_stay_the_same_are_read_once(tmp_path, cache, hashed, monkeyp
     assert hashed == [weights, weights]
 
 
-def test_a_file_that_just_changed_is_not_remembered(tmp_path, cache, hashed, monkeypatch):
-    """Within the clock's grain it might change again unseen."""
+def test_a_file_that_just_changed_is_not_cached(tmp_path, cache, hashed, monkeypatch):
+    """Within the clock's resolution it could change again and keep its times."""
     monkeypatch.setattr(module, "SETTLED_S", float("inf"))
     base = tiny_base(tmp_path / "a", "llama")
 
@@ -60,14 +61,14 @@ def test_a_file_that_just_changed_is_not_remembered(tmp_path, cache, hashed, mon
 
 
 @pytest.mark.parametrize("trouble", [PermissionError("not yours"), RuntimeError("no home directory")])
-def test_without_a_place_to_remember_it_is_computed(tmp_path, hashed, monkeypatch, trouble):
-    """A home that is another's, or none at all, costs time and nothing else."""
+def test_without_a_cache_it_is_computed(tmp_path, hashed, monkeypatch, trouble):
+    """A home directory that is not writable, or none at all, costs time and nothing else."""
 
     def refuse(*_args):
         raise trouble
 
     monkeypatch.setattr(module, "SETTLED_S", -1.0)
-    monkeypatch.setattr(module, "cache_dir", refuse)
+    monkeypatch.setattr(cache_module, "cache_dir", refuse)
     base = tiny_base(tmp_path / "a", "llama")
 
     assert fingerprint(base) == fingerprint(base)
@@ -75,8 +76,8 @@ def test_without_a_place_to_remember_it_is_computed(tmp_path, hashed, monkeypatc
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"\xff"])
-def test_a_damaged_memory_is_mended(tmp_path, cache, hashed, monkeypatch, damage):
-    """What cannot be what was kept is computed and kept anew."""
+def test_a_damaged_cache_file_is_replaced(tmp_path, cache, hashed, monkeypatch, damage):
+    """A cache file that does not parse, or lacks keys, is computed and written again."""
     monkeypatch.setattr(module, "SETTLED_S", -1.0)
     base = tiny_base(tmp_path / "a", "llama")
     first = fingerprint(base)
@@ -87,8 +88,8 @@ def test_a_damaged_memory_is_mended(tmp_path, cache, hashed, monkeypatch, damage
     assert len(hashed) == 2
 
 
-def test_times_alone_do_not_make_it_the_same(tmp_path, cache, monkeypatch):
-    """On file systems that keep no times of change, two models of one shape differ in a few blocks."""
+def test_equal_times_alone_do_not_hide_a_change(tmp_path, cache, monkeypatch):
+    """On file systems that keep no times of change, sampled blocks still tell two models of the same shape apart."""
     monkeypatch.setattr(module, "SETTLED_S", -1.0)
     weights, others = (
         tiny_base(tmp_path / name, "llama", seed) / "model.safetensors" for name, seed in (("a", 1), ("b", 2))
@@ -101,7 +102,7 @@ def test_times_alone_do_not_make_it_the_same(tmp_path, cache, monkeypatch):
     assert fingerprint(weights.parent) != first
 
 
-def test_without_weights_there_is_none(tmp_path, cache):
-    """A folder without safetensors is not silently one and the same base."""
+def test_a_folder_without_weights_is_refused(tmp_path, cache):
+    """Otherwise every folder without safetensors would count as the same base."""
     with pytest.raises(UserError, match=r"holds no \*\.safetensors"):
         fingerprint(tmp_path)
