@@ -318,13 +318,13 @@ BREACHES = {
     "pickle": (_only_pickle, "a pickle can run code"),
     "symlink": (_symlink, "symbolic link"),
     "no config": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}"),
-    "half a file": (lambda f: os.truncate(f / WEIGHTS, 900), "not a whole safetensors file"),
+    "half a file": (lambda f: os.truncate(f / WEIGHTS, 900), "not a complete safetensors file"),
     # A sparse file: it takes no room.
     "giant weights": (lambda f: os.truncate(f / WEIGHTS, (4 << 30) + 1), "at most 4,294,967,296 are allowed"),
     "giant config": (lambda f: (f / CONFIG).write_text(" " * ((1 << 20) + 1)), "at most 1,048,576 are allowed"),
     "bottomless header": (
         lambda f: (f / WEIGHTS).write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000),
-        "not a whole safetensors file",
+        "not a complete safetensors file",
     ),
     "other method": (lambda f: _rewrite_config(f, peft_type="LOHA"), "only 'LORA'"),
     "DoRA": (lambda f: _rewrite_config(f, use_dora=True), "use_dora"),
@@ -346,7 +346,7 @@ BREACHES = {
         r"q_proj'\] is '16'",
     ),
     "NaN alpha": (lambda f: _rewrite_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
-    "broken pattern": (lambda f: _rewrite_config(f, alpha_pattern={"(q_proj": 3}), "which is no pattern"),
+    "broken pattern": (lambda f: _rewrite_config(f, alpha_pattern={"(q_proj": 3}), "which is not a regular expression"),
     "pattern as text": (lambda f: _rewrite_config(f, rank_pattern="q_proj"), "rank_pattern is 'q_proj'"),
     "rank by another pattern": (lambda f: _rewrite_config(f, rank_pattern={"q_proj": 4}), "PEFT cannot put"),
     "rsLoRA as text": (lambda f: _rewrite_config(f, use_rslora="false"), "use_rslora is 'false'"),
@@ -363,7 +363,7 @@ BREACHES = {
     ),
     "half a pair": (
         lambda f: _rewrite_weights(f, lambda w: {k: v for k, v in w.items() if "0.mlp.up_proj.lora_B" not in k}),
-        "without its other half",
+        "has no lora_B",
     ),
     "unknown module": (
         lambda f: _rewrite_weights(f, lambda w: {k.replace("layers.1", "layers.7"): v for k, v in w.items()}),
