@@ -1,4 +1,4 @@
-"""What is known of one published version: its folder's manifest.json, whose keys docs/architecture.md explains."""
+"""The manifest.json of a published version; docs/architecture.md explains its keys."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of one version; `prompt["system"]` is the system text to use where a request brings none.
+    """One version of an adapter.
 
-    `trial`: see counsel.trial.Trial; None for a version that was published before there were any.
+    prompt: its "system" is the system text for requests that bring none.
+    trial: see counsel.trial.Trial; None for a version published before trials existed.
     """
 
     format: int
@@ -34,7 +35,7 @@ class Manifest:
 
     @property
     def id(self) -> str:
-        """The exact served name: `name@version`."""
+        """The exact served name, `name@version`."""
         return f"{self.name}@{self.version}"
 
     @property
@@ -43,15 +44,20 @@ class Manifest:
 
 
 def read_manifest(store: Path, name: str, version: str) -> Manifest:
-    """The manifest of one version. Raises UserError when it is absent, of another format, or not about itself."""
+    """The manifest of one version. Raises UserError when it is absent, broken, in another format or misplaced."""
     path = store / name / version / MANIFEST
     document = read_json(path)
+    if (written := document.get("format")) != FORMAT:
+        raise UserError(
+            f"{str(path)!r} has format {written!r}, but this version of Counsel Stack reads format {FORMAT}; "
+            "publish the adapter again"
+        )
     try:
         manifest = Manifest(**document)
     except TypeError as error:
-        raise UserError(f"{str(path)!r} is no adapter manifest: {error}") from error
-    files, trial_kept = manifest.files, manifest.trial
-    fits = {
+        raise UserError(f"{str(path)!r} is not an adapter manifest: {error}; publish the adapter again") from error
+    files, trial = manifest.files, manifest.trial
+    valid = {
         "base": _holds(manifest.base, str) and {"name", "hub_id", "fingerprint"} <= manifest.base.keys(),
         "rank": isinstance(manifest.rank, int),
         "alpha": isinstance(manifest.alpha, int | float),
@@ -60,13 +66,15 @@ def read_manifest(store: Path, name: str, version: str) -> Manifest:
         "prompt": _holds(manifest.prompt, str) and "system" in manifest.prompt,
         "created_utc": isinstance(manifest.created_utc, str),
         "run": manifest.run is None or isinstance(manifest.run, str),
-        "trial": trial_kept is None
-        or (_holds(trial_kept, list) and {"tokens", "base", "adapter"} <= trial_kept.keys()),
+        "trial": trial is None or (_holds(trial, list) and {"tokens", "base", "adapter"} <= trial.keys()),
     }
-    if wrong := [key for key, good in fits.items() if not good]:
-        raise UserError(f"{str(path)!r} is no adapter manifest: {wrong[0]} is {getattr(manifest, wrong[0])!r}")
-    if (manifest.format, manifest.name, manifest.version) != (FORMAT, name, version):
-        raise UserError(f"{str(path)!r} describes {manifest.id} in format {manifest.format}; publish the adapter again")
+    if invalid := [key for key, is_valid in valid.items() if not is_valid]:
+        raise UserError(
+            f"{str(path)!r} is not an adapter manifest: {invalid[0]} is {getattr(manifest, invalid[0])!r}; "
+            "publish the adapter again"
+        )
+    if (manifest.name, manifest.version) != (name, version):
+        raise UserError(f"{str(path)!r} describes {manifest.id}, not {name}@{version}; publish the adapter again")
     return manifest
 
 

