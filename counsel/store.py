@@ -2,17 +2,19 @@
 
     store/<name>/<version>/   adapter_model.safetensors adapter_config.json README.md manifest.json
     store/<name>/current      the version that model="<name>" means; replaced by rename
-    store/<name>/history      every version that it meant, one a line, the current one last: where a rollback goes
+    store/<name>/history      every version that the name meant, one per line, the current one last; read by rollback
     store/<name>/pinned       present when a server should always keep the current version in memory
+    store/.servers/           what running servers write about themselves (serve/server_registry.py)
 
-A version is named by its content and its base, written under a temporary name and renamed whole: readers need no lock,
-and a path never changes its meaning. Writers take turns by a lock on the store's folder. The manifest's keys are those
-of `Manifest`; docs/architecture.md explains them.
+A version is named by the hash of its content and its base, written under a temporary name and renamed when it is
+complete: readers need no lock, and a path never changes its meaning. Writers lock the store's folder. The manifest's
+keys are those of `Manifest`; docs/architecture.md explains them.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import hashlib
 import os
 import re
@@ -35,22 +37,24 @@ from counsel.manifest import FORMAT, MANIFEST, read_manifest
 from counsel.manifest import Manifest as Manifest
 
 CURRENT, HISTORY, PINNED = "current", "history", "pinned"
-# Where servers say that they are there.
 SERVERS = ".servers"
 STALE_S = 3600.0
 MAX_SYSTEM_CHARS = 8000
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9a-f]{12}")
-# What a killed command leaves: a publish's scratch, a file half written, a version half removed.
-_LEFT_BEHIND = re.compile(r"\.(publish\.\w{8}|[a-z0-9][a-z0-9._-]*\.([0-9a-f]{16}|[0-9]{19}))")
+# What a killed command leaves: a publish's scratch folder, a partly written file, a partly removed version.
+_LEFTOVER = re.compile(r"\.(publish\.\w{8}|[a-z0-9][a-z0-9._-]*\.([0-9a-f]{16}|[0-9]{19}))")
+# What a server that was killed at its start leaves in SERVERS.
+_SERVER_LEFTOVER = re.compile(r"\.[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class AdapterVersions:
-    """All versions of one name, oldest first; the current one is None while the first is being published.
+    """All versions of one name, oldest first; `current` is None while the first one is being published.
 
-    history: the versions that the name meant, the current one last. broken: what cannot be read -> why.
+    history: the versions that the name meant, the current one last.
+    broken: a version, or CURRENT, that cannot be read -> the reason.
     """
 
     name: str
@@ -64,29 +68,29 @@ class AdapterVersions:
 def publish(
     store: Path, name: str, adapter_dir: Path, base: Base, *, system: str = "", run: str | None = None
 ) -> Manifest:
-    """Check the adapter in `adapter_dir` against `base`, put it into the store and make it what `name` means.
+    """Check the adapter in `adapter_dir` against `base`, copy it into the store and make it what `name` means.
 
-    The same content published again is not copied twice, unless what is there is damaged: then it is replaced. Raises
-    UserError, and leaves nothing, when a rule is broken.
+    Publishing the same content again copies nothing, unless the stored version is damaged: then it is replaced. Raises
+    UserError, and leaves nothing behind, when the adapter breaks a rule.
     """
     check_name(name)
     if name == base.name:
-        raise UserError(f"an adapter cannot be named {name!r}: its base is served under that name")
+        raise UserError(f"an adapter cannot be named {name!r}: its base is served under that name; choose another")
     if len(system) > MAX_SYSTEM_CHARS:
         raise UserError(f"the system prompt has {len(system)} characters; at most {MAX_SYSTEM_CHARS} are allowed")
     check_files(adapter_dir)
     with _scratch(store) as scratch:
-        # Check the copy, not the source: what was checked is then what is served, whoever writes to the source.
+        # Check the copy, not the source, which others may write to: what is checked is then what is served.
         copy = _copy(adapter_dir, scratch)
         facts = check(copy, base.path)
         files = {p.name: {"sha256": sha256_of(p), "bytes": p.stat().st_size} for p in sorted(copy.iterdir())}
-        described = {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)}
+        base_identity = {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)}
         manifest = Manifest(
             format=FORMAT,
             name=name,
-            version=_version(files, system, described["fingerprint"]),
+            version=_version(files, system, base_identity["fingerprint"]),
             created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
-            base=described,
+            base=base_identity,
             rank=facts.rank,
             alpha=facts.alpha,
             target_modules=list(facts.target_modules),
@@ -94,16 +98,16 @@ def publish(
             prompt={"system": system},
             run=run,
         )
-        tried = _tried(store, manifest) or dataclasses.asdict(trial.run(copy, base.path))
-        manifest = dataclasses.replace(manifest, trial=tried)
+        result = _earlier_trial(store, manifest) or dataclasses.asdict(trial.run(copy, base.path))
+        manifest = dataclasses.replace(manifest, trial=result)
         with locked(store):
-            manifest = _shelve(store, manifest, copy)
+            manifest = _store_version(store, manifest, copy)
             _make_current(store, manifest)
     return manifest
 
 
-def _tried(store: Path, manifest: Manifest) -> dict[str, list[float]] | None:
-    """What the same weights did on the same base when they were published before."""
+def _earlier_trial(store: Path, manifest: Manifest) -> dict[str, list[float]] | None:
+    """The trial of the same weights on the same base, if they were published before."""
     for known in read_versions(store, manifest.name).versions.values():
         same = known.base["fingerprint"] == manifest.base["fingerprint"]
         if same and all(known.files.get(name) == manifest.files[name] for name in (WEIGHTS, CONFIG)):
@@ -111,15 +115,17 @@ def _tried(store: Path, manifest: Manifest) -> dict[str, list[float]] | None:
     return None
 
 
-def _shelve(store: Path, manifest: Manifest, copy: Path) -> Manifest:
-    """Put a version's files in their place, unless they are there and whole; return the manifest that is there."""
+def _store_version(store: Path, manifest: Manifest, copy: Path) -> Manifest:
+    """Move a version's files into the store, unless it has them undamaged; return the stored manifest."""
     if (store / manifest.name).is_symlink():
-        raise UserError(f"{str(store / manifest.name)!r} is a symbolic link; an adapter's folder must be in the store")
+        raise UserError(
+            f"{str(store / manifest.name)!r} is a symbolic link; the store must hold the folder itself: remove the link"
+        )
     target = version_dir(store, manifest)
     with contextlib.suppress(UserError):
-        found = read_manifest(store, manifest.name, manifest.version)
-        if not target.is_symlink() and not damage(store, found):
-            return found
+        stored = read_manifest(store, manifest.name, manifest.version)
+        if not target.is_symlink() and not damage(store, stored):
+            return stored
     with contextlib.suppress(FileNotFoundError):
         _discard(target)
     with new_directory(target) as folder:
@@ -130,25 +136,28 @@ def _shelve(store: Path, manifest: Manifest, copy: Path) -> Manifest:
 
 
 def damage(store: Path, manifest: Manifest) -> str | None:
-    """What is wrong with a version's files, held against the hashes that were taken when it was published."""
+    """How a version's files differ from the hashes taken when it was published; None when they are undamaged."""
     for name, file in manifest.files.items():
         try:
-            found = sha256_of(version_dir(store, manifest) / name)
+            actual = sha256_of(version_dir(store, manifest) / name)
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found != file["sha256"]:
+        if actual != file["sha256"]:
             return f"{name} changed after it was published"
     return None
 
 
 def check_name(name: str) -> None:
-    """Raise UserError unless `name` may name an adapter."""
+    """Raise UserError unless `name` is a valid adapter name."""
     if not _NAME.fullmatch(name):
-        raise UserError(f"adapter name {name!r} is not allowed: lower-case letters, digits, '.', '_', '-'; 1 to 64")
+        raise UserError(
+            f"adapter name {name!r} is not allowed; use 1 to 64 lower-case letters, digits, '.', '_' and '-', "
+            "the first a letter or digit"
+        )
 
 
 def names(store: Path) -> list[str]:
-    """Every name with a folder in the store, sorted; empty when there is no store yet."""
+    """Every name with a folder in the store, sorted; empty when the store does not exist."""
     if not store.is_dir():
         return []
     entries = [entry for entry in store.iterdir() if _NAME.fullmatch(entry.name) and not entry.is_symlink()]
@@ -156,27 +165,27 @@ def names(store: Path) -> list[str]:
 
 
 def read_versions(store: Path, name: str) -> AdapterVersions:
-    """What the store holds under `name`. An absent name has no versions; one that cannot be read is told as broken."""
+    """What the store holds under `name`. An unknown name has no versions; what cannot be read is in `broken`."""
     folder = store / name
-    written = _words(folder / CURRENT)
-    found: list[Manifest] = []
+    written = _read_words(folder / CURRENT)
+    manifests: list[Manifest] = []
     broken: dict[str, str] = {}
     if folder.is_dir() and not folder.is_symlink():
         for entry in folder.iterdir():
             if _VERSION.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
                 try:
-                    found.append(read_manifest(store, name, entry.name))
+                    manifests.append(read_manifest(store, name, entry.name))
                 except UserError as error:
                     broken[entry.name] = str(error)
-    found.sort(key=lambda manifest: manifest.created_utc)
-    versions = {manifest.version: manifest for manifest in found}
+    manifests.sort(key=lambda manifest: manifest.created_utc)
+    versions = {manifest.version: manifest for manifest in manifests}
     current = written[0] if written and written[0] in versions else None
     if written and current is None and written[0] not in broken:
-        if _words(folder / CURRENT) != written:
-            # Another version was made current, and this one removed, while we looked.
+        if _read_words(folder / CURRENT) != written:
+            # Meanwhile another version became current and this one was removed.
             return read_versions(store, name)
-        broken[CURRENT] = f"{str(folder / CURRENT)!r} names no version that is here; publish again, or roll back"
-    meant = _words(folder / HISTORY) or [manifest.version for manifest in found]
+        broken[CURRENT] = f"{str(folder / CURRENT)!r} names a version that is not there; publish again, or roll back"
+    meant = _read_words(folder / HISTORY) or [manifest.version for manifest in manifests]
     if current and current in meant:
         meant = meant[: len(meant) - meant[::-1].index(current)]
     elif current:
@@ -185,8 +194,8 @@ def read_versions(store: Path, name: str) -> AdapterVersions:
     return AdapterVersions(name, current, versions, (folder / PINNED).exists(), history, broken)
 
 
-def _words(path: Path) -> list[str]:
-    """The words in a small file of ours; none where there is no such file."""
+def _read_words(path: Path) -> list[str]:
+    """The words in a small file of the store; empty when it does not exist."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").split()
     except (FileNotFoundError, NotADirectoryError):
@@ -194,18 +203,18 @@ def _words(path: Path) -> list[str]:
 
 
 def _make_current(store: Path, manifest: Manifest, history: Sequence[str] | None = None) -> None:
-    """Let a name mean `manifest`; `history`: what it meant before, by default all that it meant until now."""
+    """Make the name mean `manifest`. `history`: the versions it meant before, by default its whole history."""
     folder = store / manifest.name
     before = read_versions(store, manifest.name).history if history is None else history
     meant = [*before, *([] if before and before[-1] == manifest.version else [manifest.version])]
-    # In this order: a history without its last word is mended when it is read.
+    # In this order: read_versions copes with a history that does not end with the current version.
     write_text(folder / HISTORY, "".join(f"{version}\n" for version in meant))
     write_text(folder / CURRENT, manifest.version + "\n")
 
 
 def find(store: Path, served_name: str) -> Manifest:
-    """The version that `name` or `name@version` means. Raises UserError that names the nearest known one."""
-    name, version = _parted(served_name)
+    """The version that `name` or `name@version` means. Raises UserError with the nearest known name."""
+    name, version = _split_name(served_name)
     adapter = read_versions(store, name)
     version = version or adapter.current or ""
     if version in adapter.versions:
@@ -218,23 +227,23 @@ def find(store: Path, served_name: str) -> Manifest:
     raise UserError(f"no adapter {name!r} in store {str(store)!r}; {nearest(name, known) if known else 'it is empty'}")
 
 
-def _parted(served_name: str) -> tuple[str, str]:
-    """The name and the version, empty where none is named. Raises UserError for what names no adapter."""
+def _split_name(served_name: str) -> tuple[str, str]:
+    """The name and the version, which is empty if not given. Raises UserError when it is not a valid name."""
     name, at, version = served_name.partition("@")
     check_name(name)
     if at and not version:
-        raise UserError(f"{served_name!r} ends before its version; write {name!r}, or {name}@ and a version")
+        raise UserError(f"{served_name!r} has no version after the '@'; write {name!r}, or {name}@ and a version")
     return name, version
 
 
 def version_dir(store: Path, manifest: Manifest) -> Path:
-    """Where a version's files are."""
+    """The folder of a version's files."""
     return store / manifest.name / manifest.version
 
 
 def rollback(store: Path, name: str, version: str = "") -> Manifest:
-    """Make `name` mean `version`, or by default what it meant before."""
-    with _writing(store):
+    """Make `name` mean `version`, by default the one it meant before."""
+    with _write_lock(store):
         if version:
             manifest = find(store, f"{name}@{version}")
             adapter = read_versions(store, name)
@@ -255,8 +264,8 @@ def rollback(store: Path, name: str, version: str = "") -> Manifest:
 
 
 def pin(store: Path, name: str, pinned: bool) -> Manifest:
-    """Say whether a server should always keep the current version of `name` in memory."""
-    with _writing(store):
+    """Set whether a server should always keep the current version of `name` in memory."""
+    with _write_lock(store):
         manifest = find(store, name)
         if pinned:
             (store / name / PINNED).touch()
@@ -268,55 +277,73 @@ def pin(store: Path, name: str, pinned: bool) -> Manifest:
 def remove(store: Path, served_name: str) -> list[str]:
     """Remove `name` with all versions, or `name@version` if it is not the current one; return the ids removed.
 
-    What is damaged is removed like anything else.
+    Damaged versions can be removed too.
     """
-    name, version = _parted(served_name)
-    with _writing(store):
+    name, version = _split_name(served_name)
+    with _write_lock(store):
         adapter = read_versions(store, name)
-        there = [*adapter.versions, *(broken for broken in adapter.broken if broken != CURRENT)]
-        if version not in there and (version or not there):
+        stored = [*adapter.versions, *(broken for broken in adapter.broken if broken != CURRENT)]
+        if version not in stored and (version or not stored):
+            # It raises the error for an unknown adapter or version.
             find(store, served_name)
         if version and version == adapter.current:
             raise UserError(f"{served_name} is the current version of {name!r}; roll back first, or remove {name!r}")
         _discard(store / name / version if version else store / name)
-    return [f"{name}@{gone}" for gone in ([version] if version else there)]
+    return [f"{name}@{removed}" for removed in ([version] if version else stored)]
 
 
 def collect_garbage(store: Path, keep: int) -> list[str]:
-    """Remove all but each name's current version, the `keep` others that it meant last, and what killed commands left.
+    """Remove all but each name's current version and the `keep` others that it meant last; return what was removed.
 
-    A damaged version goes too, unless it is the current one.
+    Damaged versions are removed too, except the current one, and so are the leftovers of killed commands and servers.
     """
     removed = []
-    with _writing(store):
-        leftovers = list(store.glob(".*"))
+    with _write_lock(store):
+        hidden = list(store.glob(".*"))
         for name in names(store):
             adapter = read_versions(store, name)
             others = [version for version in adapter.versions if version != adapter.current]
-            lately = {version: place for place, version in enumerate(adapter.history, start=1)}
-            others.sort(key=lambda version, lately=lately: lately.get(version, 0))  # type: ignore[misc]
-            current = _words(store / name / CURRENT)
+            last_meant = {version: place for place, version in enumerate(adapter.history, start=1)}
+            others.sort(key=lambda version, last_meant=last_meant: last_meant.get(version, 0))  # type: ignore[misc]
+            current = _read_words(store / name / CURRENT)
             damaged = [version for version in adapter.broken if version != CURRENT and version not in current]
             for version in [*others[: max(0, len(others) - keep)], *damaged]:
                 _discard(store / name / version)
                 removed.append(f"{name}@{version}")
-            leftovers += (store / name).glob(".*")
-        for left in leftovers:
-            # Younger ones may belong to a publish that is running now, and other hidden names are not the store's.
-            if _LEFT_BEHIND.fullmatch(left.name) and time.time() - left.lstat().st_mtime > STALE_S:
-                _delete(left)
-                removed.append(str(left))
+            hidden += (store / name).glob(".*")
+        # Other hidden names are not the store's.
+        leftovers = [path for path in hidden if _LEFTOVER.fullmatch(path.name)]
+        leftovers += (path for path in (store / SERVERS).glob(".*") if _SERVER_LEFTOVER.fullmatch(path.name))
+        for path in leftovers:
+            # A server that is starting renames its file.
+            with contextlib.suppress(FileNotFoundError):
+                # A younger one may belong to a publish or a server start that is still running.
+                if time.time() - path.lstat().st_mtime > STALE_S and not _is_locked(path):
+                    _delete(path)
+                    removed.append(str(path))
     return removed
 
 
+def _is_locked(path: Path) -> bool:
+    """Whether a process of this machine, such as a server that is starting, holds a lock on a file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @contextlib.contextmanager
-def _writing(store: Path) -> Iterator[None]:
-    """Take a turn at changing the store; one that is not there needs none."""
+def _write_lock(store: Path) -> Iterator[None]:
+    """Keep other writers out of the store; a store that does not exist needs no lock."""
     try:
         with locked(store) if store.is_dir() else contextlib.nullcontext():
             yield
     except OSError as error:
-        raise UserError(f"cannot change the store {str(store)!r}: {error}") from error
+        raise UserError(f"cannot change the store {str(store)!r}: {error}; check its permissions") from error
 
 
 def _version(files: dict[str, dict[str, Any]], system: str, base: str) -> str:
@@ -333,13 +360,15 @@ def _scratch(store: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=store, prefix=".publish.") as folder:
             yield Path(folder)
     except OSError as error:
-        raise UserError(f"cannot publish into the store {str(store)!r}: {error}") from error
+        raise UserError(
+            f"cannot publish into the store {str(store)!r}: {error}; check its permissions and free space"
+        ) from error
 
 
 def _copy(source: Path, target: Path) -> Path:
-    """Copy an adapter's files, to the disk itself, with the permissions that new files get here."""
+    """Copy an adapter's files and sync them to disk, with the permissions that the umask gives new files."""
     for name in (WEIGHTS, CONFIG, CARD):
-        # A link slipped in after check_files is copied as a link, for `check` to refuse.
+        # A link that appears after check_files is copied as a link, and `check` refuses it.
         if (source / name).is_symlink():
             (target / name).symlink_to((source / name).readlink())
         elif (source / name).is_file():
@@ -351,10 +380,10 @@ def _copy(source: Path, target: Path) -> Path:
 
 
 def _discard(folder: Path) -> None:
-    """Rename, then delete: a reader sees the folder whole or not at all."""
-    doomed = folder.with_name(f".{folder.name}.{time.time_ns()}")
-    folder.rename(doomed)
-    _delete(doomed)
+    """Rename, then delete: a reader sees the whole folder or none."""
+    hidden = folder.with_name(f".{folder.name}.{time.time_ns()}")
+    folder.rename(hidden)
+    _delete(hidden)
 
 
 def _delete(path: Path) -> None:
