@@ -1,1 +1,1 @@
-"""What all parts share: errors, flags, files, base models, the adapter store and the client."""
+"""What all commands share: errors, flags, files, base models, the adapter store and the client."""

@@ -1,7 +1,7 @@
-"""How a question becomes messages, and messages a prompt: the conventions that training, serving and eval must share.
+"""The messages for a question, and our chat templates: training, serving and eval must use the same ones.
 
-Some chat templates have no system role: Gemma 2's raises on one. The stack gives the Gemma family its own template
-(`templates/gemma.jinja`), which folds the system text into the first user turn: one list of messages fits every base.
+Gemma 2's chat template raises on a system role. The stack gives the Gemma family its own template
+(`templates/gemma.jinja`), which puts the system text into the first user turn, so the same messages fit every base.
 """
 
 from pathlib import Path
@@ -24,11 +24,11 @@ Message = dict[str, str]
 
 
 def prompt_messages(question: str, system: str = SYSTEM_PROMPT) -> list[Message]:
-    """The messages that ask `question`: a system turn (left out when `system` is empty), then the user's."""
+    """The messages that ask `question`: a system turn, unless `system` is empty, and a user turn."""
     turns = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": question}]
 
 
 def template_text(name: str) -> str:
-    """The Jinja source of a chat template shipped with the stack, by its stem (`gemma`)."""
+    """The Jinja source of a chat template shipped with the stack, by the stem of its file (`gemma`)."""
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")

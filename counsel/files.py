@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, then renamed."""
+"""Files and folders that are complete or absent: written under a temporary name, then renamed."""
 
 import contextlib
 import fcntl
@@ -18,9 +18,9 @@ from counsel.errors import UserError
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part.
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part of it.
 
-    mode: the file's permissions, less what the umask takes.
+    mode: the file's permissions, before the umask.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -39,17 +39,17 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write `document` to `path`, whole or not at all. Not-a-number is refused: it is no JSON."""
+    """Write `document` to `path` like `write_text`. NaN is refused, because it is not JSON."""
     write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line to `path`, whole or not at all."""
+    """Write one JSON object per line to `path` like `write_text`."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise UserError when it is absent or broken."""
+    """Read a JSON object. Raises UserError when the file is absent or is not a JSON object."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -62,12 +62,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
-    """Read one JSON object a line; raise UserError that names the first bad line.
+    """Read one JSON object per line. Raises UserError with the number of the first bad line.
 
-    With `torn`, a last line without its end is left out: it is what a kill or a full disk left of one.
+    With `torn`, a last line without a newline is skipped: a killed writer or a full disk cut it short.
     """
     try:
-        # Not splitlines(): it also breaks at U+2028 and U+0085, which JSON strings may hold.
+        # Not splitlines(): it also splits at U+2028 and U+0085, which JSON strings may contain.
         lines = path.read_text(encoding="utf-8", errors="replace" if torn else "strict").split("\n")
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}") from error
@@ -89,9 +89,9 @@ def read_jsonl(path: Path, *, torn: bool = False) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path`; rename it to `path` when the block ends well, remove it when not.
+    """Yield a temporary folder beside `path`; rename it to `path` if the block succeeds, else remove it.
 
-    Raises UserError when `path` exists by then or the disk refuses.
+    Raises UserError when `path` exists by then or cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
@@ -108,7 +108,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def sync_directory(path: Path) -> None:
-    """Let what was created, renamed or removed in a folder outlive a power cut."""
+    """Make what was created, renamed or removed in a folder survive a power failure."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -118,7 +118,7 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, made if absent, against every other process of this machine that locks it; waits for its turn."""
+    """Lock `folder`, created if absent, against the other processes of this machine; wait until it is free."""
     folder.mkdir(parents=True, exist_ok=True)
     opened = os.open(folder, os.O_RDONLY)
     try:
@@ -130,10 +130,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside `path`; when the block ends well it takes that name, and what had it is removed.
+    """Yield a temporary folder beside `path`; if the block succeeds, it replaces what is at `path`.
 
-    Until then nothing at `path` is touched. Whether it may go is the caller's to say. Raises UserError when the disk
-    refuses.
+    Until then `path` is not touched. The caller decides whether it may be replaced. Raises UserError when the folder
+    cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,18 +146,18 @@ def replaced_directory(path: Path) -> Iterator[Path]:
                     path.rename(old)
                 new.rename(path)
             except BaseException:
-                # Also an interruption: what had the name would go with the scratch.
+                # Also on an interruption: the old folder would be removed with the scratch folder.
                 if old.exists() and not path.exists():
                     old.rename(path)
                 raise
-    # A SafetensorError holds the disk's own words.
+    # When the disk is full, save_file raises SafetensorError with the system's message.
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {str(path)!r}: {reason}; free some space or choose another place") from error
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the folder of `path` that nobody else has."""
+    """A unique hidden name in the folder of `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
 
 

@@ -1,7 +1,7 @@
-"""An adapter run once on its base, before it may be published: what it does to the log-probabilities of one text.
+"""The trial: before an adapter is published, it runs once on its base, over one text.
 
-The text is read in float32 and in the base's own dtype, in which numbers that are finite on disk may overflow. What it
-does in float32 is kept in the manifest: a server that loads the adapter holds what it does there against it.
+It runs in float32 and in the base's own dtype, in which values that are finite on disk may overflow. The float32
+log-probabilities go into the manifest, and a server that loads the adapter compares its own with them.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True)
 class Trial:
-    """`base` and `adapter`: the log-probability of each of `tokens` but the first, given those before it (nats)."""
+    """The log-probability (nats) of each of `tokens` except the first, given those before it, on base and adapter."""
 
     tokens: list[int]
     base: list[float]
@@ -41,14 +41,14 @@ class Trial:
 
     @classmethod
     def kept(cls, document: dict[str, list[float]]) -> "Trial":
-        """The one that a manifest holds."""
+        """The trial in a manifest."""
         return cls([int(token) for token in document["tokens"]], document["base"], document["adapter"])
 
     def applied(self, base: Sequence[float], adapter: Sequence[float]) -> bool:
-        """Whether another engine, which gives these log-probabilities, applies the adapter.
+        """Whether an engine that computes these log-probabilities applies the adapter.
 
-        The change that it shows, projected on the change that was seen here, is 1 where it does and 0 where it does
-        not. In half precision a small change drowns in the engine's own rounding: then any change at all must do.
+        Its change from base to adapter, projected on the change in the trial, is 1 if it does and 0 if it does not. In
+        half precision rounding can hide a small change: then any change counts.
         """
         if list(base) == list(adapter):
             return False
@@ -63,9 +63,10 @@ class Trial:
 def run(folder: Path, base: Path) -> Trial:
     """Run the adapter in `folder` on the model folder `base`.
 
-    One at a time in a process: transformers changes torch's own functions while it loads a model, and two threads that
-    load at once leave weights unread and torch changed. Raises UserError where PEFT refuses it, a layer gives NaN or
-    infinity with it, or no log-probability changes.
+    Raises UserError when PEFT refuses it, a layer's output is NaN or infinite, or no log-probability changes.
+
+    Trials in one process run one after the other: transformers patches torch functions while it loads a model, and two
+    threads that load at once leave weights unread and torch patched.
     """
     with _ONE_AT_A_TIME:
         return _run(folder, base)
@@ -85,43 +86,47 @@ def _run(folder: Path, base: Path) -> Trial:
         with _in_float32(layers):
             with tuned.disable_adapter():
                 plain = _log_probabilities(tuned, tokens)
-            with _watched(tuned):
+            with _refuse_overflow(tuned):
                 adapted = _log_probabilities(tuned, tokens)
         for name, parameter in tuned.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(model.dtype)
-        with _watched(tuned):
+        with _refuse_overflow(tuned):
             _log_probabilities(tuned, tokens)
     if plain == adapted:
-        raise UserError("the adapter changes no log-probability of the trial text: it would answer as the base")
+        raise UserError(
+            "the adapter changes no log-probability of the trial text, so it would answer as the base; train longer or "
+            "with a higher learning rate"
+        )
     return Trial(tokens, plain, adapted)
 
 
 def _attach(model: Any, folder: Path) -> Any:
-    """The model with the adapter on it, in float32, and each B multiplied by its scaling beforehand, as vLLM does it.
+    """The model with the adapter in float32, each B multiplied by its scaling beforehand.
 
-    That may overflow where the product would not. Raises UserError for what PEFT refuses or leaves out.
+    vLLM does the same, and B may then overflow where the product would not. Raises UserError when PEFT refuses the
+    adapter or skips a part of it.
     """
     from peft import LoraConfig, PeftModel
     from peft.tuners.lora import LoraLayer
 
     try:
         config = LoraConfig.from_pretrained(folder)
-        # How the training began is of no account now, and some beginnings take long.
+        # The initialization does not matter any more, and some are slow.
         config.init_lora_weights = True
-        # Some write null for none.
+        # Some trainers write null for "none".
         config.bias = config.bias or "none"
         config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
         with warnings.catch_warnings(action="ignore"):
             tuned = PeftModel.from_pretrained(model, folder, config=config).eval()
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, re.error) as error:
-        raise UserError(f"PEFT cannot put the adapter on its base: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"PEFT cannot load the adapter on its base: {' '.join(str(error).split())[:300]}") from error
     layers = {name: layer for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer)}
     for key in tensor_shapes(folder / WEIGHTS):
         layer = key.rsplit(".lora_", 1)[0]
         if layer not in layers:
             raise UserError(
-                f"{CONFIG}: target_modules leaves out {layer.removeprefix(PREFIX)}, which {WEIGHTS} changes"
+                f"{CONFIG}: target_modules lacks {layer.removeprefix(PREFIX)}, which {WEIGHTS} changes; add it"
             )
     for layer in layers.values():
         for name, linear in layer.lora_B.items():
@@ -134,23 +139,25 @@ def _log_probabilities(model: Any, tokens: list[int]) -> list[float]:
     import torch
 
     ids = torch.tensor([tokens])
-    found = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return [round(value, 6) for value in found.tolist()]
+    values = model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return [round(value, 6) for value in values.tolist()]
 
 
 @contextlib.contextmanager
-def _watched(model: Any) -> Iterator[None]:
+def _refuse_overflow(model: Any) -> Iterator[None]:
     """Raise UserError for the first module whose output is not finite."""
     import torch
 
-    def look(name: str, output: Any) -> None:
+    def check(name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.isfinite().all():
-            kind = str(output.dtype).removeprefix("torch.")
-            raise UserError(f"run once on its base in {kind}, the adapter gives NaN or infinity in {name}; "
-                            "its weights are too large: the training run diverged")  # fmt: skip
+            dtype = str(output.dtype).removeprefix("torch.")
+            raise UserError(
+                f"in a trial run in {dtype}, the adapter gives NaN or infinity in {name}; its weights are too large: "
+                "the training run diverged, so train with a lower learning rate"
+            )
 
     hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: check(name, output))
         for name, module in model.named_modules()
     ]
     try:
@@ -162,7 +169,7 @@ def _watched(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_float32(layers: Sequence[Any]) -> Iterator[None]:
-    """Compute in float32 with one layer's weights at a time: a whole base may not fit the memory twice."""
+    """Compute in float32, converting one layer's weights at a time: a second copy of the base may not fit in memory."""
 
     def widen(layer: Any, *_: Any) -> None:
         for parameter in layer.parameters(recurse=False):
@@ -170,11 +177,11 @@ def _in_float32(layers: Sequence[Any]) -> Iterator[None]:
 
     hooks = []
     for layer in layers:
-        kinds = {name: parameter.dtype for name, parameter in layer.named_parameters(recurse=False)}
+        dtypes = {name: parameter.dtype for name, parameter in layer.named_parameters(recurse=False)}
 
-        def narrow(layer: Any, *_: Any, kinds: "dict[str, torch.dtype]" = kinds) -> None:
+        def narrow(layer: Any, *_: Any, dtypes: "dict[str, torch.dtype]" = dtypes) -> None:
             for name, parameter in layer.named_parameters(recurse=False):
-                parameter.data = parameter.data.to(kinds[name])
+                parameter.data = parameter.data.to(dtypes[name])
 
         hooks += [layer.register_forward_pre_hook(widen), layer.register_forward_hook(narrow)]
     try:

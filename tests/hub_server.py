@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's API, as much of it as a push needs."""
+"""A stand-in for the part of the Hub's API that a push uses."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from tests.json_handler import JsonHandler
 
 
 class Hub(JsonHandler):
-    """As much of the Hub's API as a push needs; keeps what it was sent in `seen`; while `held`, it never answers."""
+    """Keeps the requests it gets in `seen`; does not answer while `held` is set."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -16,7 +16,7 @@ class Hub(JsonHandler):
             self.server.held.wait()
             return None
         if self.path.endswith("/api/validate-yaml"):
-            # As the Hub's check: a base is named by its id.
+            # Like the Hub, it requires an id for the base.
             named = re.search(r"^base_model: (.*)$", json.loads(body)["content"], re.MULTILINE)
             if named and not re.fullmatch(r"[\w.-]+/[\w.-]+", named[1]):
                 return self.reply(400, {"errors": [{"message": '"base_model" must be an id'}], "warnings": []})

@@ -1,11 +1,11 @@
-"""What the stand-ins for other people's HTTP servers have in common."""
+"""The base class of the stand-ins for other projects' HTTP servers."""
 
 import http.server
 import json
 
 
 class JsonHandler(http.server.BaseHTTPRequestHandler):
-    """Replies in JSON, and logs nothing: a test's output is its own."""
+    """Replies in JSON and logs nothing, so that a test's output is its own."""
 
     def reply(self, status: int, document: object) -> None:
         payload = json.dumps(document).encode()

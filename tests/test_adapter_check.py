@@ -84,7 +84,7 @@ BREACHES = {
     "huge where it is scaled": (lambda f: _rewrite_config(f, lora_alpha=1e300), "NaN or infinity in"),
     "no targets": (lambda f: _without(f, "target_modules"), "target_modules is None"),
     "null targets": (lambda f: _rewrite_config(f, target_modules=None), "target_modules is None"),
-    "fewer targets": (lambda f: _rewrite_config(f, target_modules=["q_proj"]), "target_modules leaves out"),
+    "fewer targets": (lambda f: _rewrite_config(f, target_modules=["q_proj"]), "target_modules lacks"),
     "alpha is a string": (
         lambda f: _rewrite_config(f, alpha_pattern={"q_proj": "16"}),
         r"q_proj'\] is '16'",
@@ -92,7 +92,7 @@ BREACHES = {
     "NaN alpha": (lambda f: _rewrite_config(f, lora_alpha=float("nan")), "lora_alpha is nan"),
     "broken pattern": (lambda f: _rewrite_config(f, alpha_pattern={"(q_proj": 3}), "which is not a regular expression"),
     "pattern is a string": (lambda f: _rewrite_config(f, rank_pattern="q_proj"), "rank_pattern is 'q_proj'"),
-    "rank by another pattern": (lambda f: _rewrite_config(f, rank_pattern={"q_proj": 4}), "PEFT cannot put"),
+    "rank by another pattern": (lambda f: _rewrite_config(f, rank_pattern={"q_proj": 4}), "PEFT cannot load"),
     "rsLoRA is a string": (lambda f: _rewrite_config(f, use_rslora="false"), "use_rslora is 'false'"),
     "vLLM's own field": (lambda f: _rewrite_config(f, vllm_lora_scaling_factor=0), "vllm_lora_scaling_factor is 0"),
     "field of a later PEFT": (lambda f: _rewrite_config(f, use_new_idea={"x": 1}), "use_new_idea"),

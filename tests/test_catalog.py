@@ -95,7 +95,7 @@ def test_gemma_template_folds_the_system_text_into_the_first_turn(tmp_path):
         "<bos><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>model\nHello<end_of_turn>\n"
         "<start_of_turn>user\n?<end_of_turn>\n<start_of_turn>model\n"
     )
-    with pytest.raises(Exception, match="role 'tool' has no place in Gemma's chat template"):
+    with pytest.raises(Exception, match="role 'tool' is not supported by Gemma's chat template"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "sunny"}], tokenize=False)
 
 

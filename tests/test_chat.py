@@ -1,4 +1,4 @@
-"""`python -m serve chat` goes on: after Ctrl-C, after a refusal, after the model's context is full."""
+"""`python -m serve chat` continues after Ctrl-C, after a refused request and when the model's context is full."""
 
 import http.server
 import io
@@ -21,36 +21,36 @@ from tests.json_handler import JsonHandler
 from tests.test_layout import ROOT
 from tests.waiting import HANG_S, until
 
-# As vLLM refuses a conversation that is too long, and ours a request beyond a limit.
+# vLLM's error for a conversation that is too long, and the gateway's for a request above a limit.
 TOO_LONG = {"message": "This model's maximum context length is 8 tokens. However, you requested more.", "code": 400}
 TOO_MANY = {"message": "too many requests", "code": "rate_limit_exceeded"}
 CARDS = [{"id": "base", "object": "model"}, {"id": "gentle", "object": "model", "parent": "base"}]
 
 
 class Api(JsonHandler):
-    """Lists two models, and answers with what it was asked; `long` is too long, `no` is refused, `wait` waits."""
+    """Lists two models and echoes each question; `long` is too long, `no` is refused, `wait` stops halfway."""
 
     def do_GET(self) -> None:
         self.reply(200, {"object": "list", "data": CARDS})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        said = [message["content"] for message in body["messages"]]
-        self.server.seen.append(said)
-        if len(said) > self.server.n_fitting or said[-1] == "long":
+        turns = [message["content"] for message in body["messages"]]
+        self.server.seen.append(turns)
+        if len(turns) > self.server.n_fitting or turns[-1] == "long":
             return self.reply(400, {"error": TOO_LONG})
-        if said[-1] == "no":
+        if turns[-1] == "no":
             return self.reply(429, {"error": TOO_MANY})
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
-        for word in ("you ", "said ", said[-1]):
+        for word in ("you ", "said ", turns[-1]):
             choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
             chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.flush()
-            if word == "said " and said[-1] == "wait":
-                self.server.hung_up.wait()  # the rest never comes
+            if word == "said " and turns[-1] == "wait":
+                self.server.hung_up.wait()  # the rest is never sent
                 return None
         self.wfile.write(b"data: [DONE]\n\n")
         return None
@@ -72,7 +72,7 @@ def api():
 
 @pytest.fixture
 def talk(api, monkeypatch):
-    """Say lines to the server; what the command leaves."""
+    """Type lines into a chat with the server; return its JSON document."""
 
     def say(*lines: str, **options: str):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -82,7 +82,7 @@ def talk(api, monkeypatch):
 
 
 def test_a_conversation_carries_its_turns(talk, api, capsys):
-    """Each line is asked with what was said before; the first adapter answers unless another model is named."""
+    """Each line is sent with the turns before it, to the first adapter unless another model is named."""
     assert talk("hi", "how are you", "", "never read") == {"model": "gentle", "turns": 2}
     assert api.seen == [["hi"], ["hi", "you said hi", "how are you"]]
     assert capsys.readouterr().out == "you said hi\nyou said how are you\n"
@@ -90,57 +90,57 @@ def test_a_conversation_carries_its_turns(talk, api, capsys):
     assert api.seen[-1] == ["be kind", "hi"]
 
 
-def test_an_unknown_model_is_said_before_the_first_line(talk, api):
-    """With the nearest name; an exact version need not be listed."""
+def test_an_unknown_model_is_an_error_before_the_first_line(talk, api):
+    """The error suggests the nearest name. An exact version is accepted although it is not listed."""
     with pytest.raises(UserError, match=r"the server has no model 'gentel'; did you mean 'gentle'\?"):
         talk("hi", model="gentel")
     assert api.seen == []
     assert talk("hi", model="gentle@0123456789ab")["turns"] == 1
 
 
-def test_a_refusal_ends_a_turn_not_the_conversation(talk, api, capsys):
-    """What was refused is said, and is not in what is asked next."""
+def test_a_refused_request_ends_a_turn_not_the_conversation(talk, api, capsys):
+    """The reason is printed, and the refused line is not sent again."""
     assert talk("hi", "no", "so")["turns"] == 2
     assert api.seen[-1] == ["hi", "you said hi", "so"]
     assert "the server refused: too many requests" in capsys.readouterr().err
 
 
 def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(talk, api, capsys):
-    """The system text stays; a line that is too long by itself is refused, and what was before stays."""
+    """The system text is kept. A line that is too long by itself is refused, and the earlier turns are kept."""
     api.n_fitting = 4
     assert talk("one", "two", "three", "long", "four", system="be kind")["turns"] == 4
     assert api.seen[2] == ["be kind", "one", "you said one", "two", "you said two", "three"]
     assert api.seen[3] == ["be kind", "two", "you said two", "three"]
-    said = capsys.readouterr().err
-    assert "the oldest turns no longer fit the model" in said
-    assert "the server refused: This model's maximum context length is 8 tokens" in said
+    err = capsys.readouterr().err
+    assert "the oldest turns no longer fit the model" in err
+    assert "the server refused: This model's maximum context length is 8 tokens" in err
     assert api.seen[-1] == ["be kind", "three", "you said three", "four"]
 
 
 @pytest.fixture
 def command(api):
-    """Start `serve chat`; what is left of it is killed."""
-    begun: list[subprocess.Popen] = []
+    """Start `serve chat`; processes that are still running at the end are killed."""
+    started: list[subprocess.Popen] = []
 
     def start(**streams) -> subprocess.Popen:
         words = [sys.executable, "-m", "serve", "chat", "gentle", "--url", api.url]
-        begun.append(
+        started.append(
             subprocess.Popen(
                 words, cwd=ROOT, env={**os.environ, "TERM": "xterm", "INPUTRC": os.devnull}, stderr=subprocess.DEVNULL,
-                # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+                # A background job ignores Ctrl-C, and its children inherit that.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **streams,
             )
         )  # fmt: skip
-        return begun[-1]
+        return started[-1]
 
     yield start
-    for process in begun:
+    for process in started:
         process.kill()
         process.wait()
 
 
 def read_until(stream: int, promise: Callable[[bytes], bool], shown: bytes = b"") -> bytes:
-    """Read on until all that was shown is as promised; return it."""
+    """Read until `promise` holds for everything shown so far; return that."""
     while not promise(shown):
         ready, _, _ = select.select([stream], [], [], HANG_S)
         assert ready, f"silent for {HANG_S:.0f} s after {shown!r}"
@@ -150,8 +150,8 @@ def read_until(stream: int, promise: Callable[[bytes], bool], shown: bytes = b""
     return shown
 
 
-def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(api, command):
-    """Stopped where it was, the answer is part of what is asked next."""
+def test_ctrl_c_ends_an_answer_and_the_conversation_continues(api, command):
+    """The part of the answer that had arrived is sent with the next question."""
     process = command(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdin.write(b"wait\n")
     process.stdin.flush()
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(api, command):
 
 
 def test_lines_are_edited_in_a_terminal(api, command):
-    """The left arrow goes back into the line, the up arrow to the last one; Ctrl-C drops a line, Ctrl-D ends."""
+    """Left moves within the line, Up recalls the previous one; Ctrl-C discards the line, Ctrl-D ends the chat."""
     ours, theirs = pty.openpty()
     process = command(stdin=theirs, stdout=theirs)
     os.close(theirs)
@@ -181,7 +181,7 @@ def test_lines_are_edited_in_a_terminal(api, command):
         until_prompt(2)
         os.write(ours, b"\x1b[A!\r")
         until_prompt(3)
-        # readline shows its prompt before it waits for a key, and a signal just before that wait does not end it.
+        # readline prints its prompt before it waits for a key; a signal in between does not interrupt that wait.
         until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
         process.send_signal(signal.SIGINT)
         until_prompt(4)

@@ -1,4 +1,4 @@
-"""Files are whole or absent."""
+"""Files and folders are complete or absent."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ from counsel.files import (
 )
 
 
-def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
+def test_new_directory_leaves_nothing_when_the_block_fails(tmp_path):
     """A failure inside the block leaves neither the directory nor its temporary sibling."""
 
     def half_written():
@@ -33,8 +33,8 @@ def test_new_directory_leaves_nothing_when_the_work_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_new_directory_refuses_one_that_exists(tmp_path):
-    """An existing, filled directory is never replaced."""
+def test_new_directory_refuses_an_existing_path(tmp_path):
+    """An existing directory with files in it is never replaced."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "kept").write_text("x")
 
@@ -46,13 +46,13 @@ def test_new_directory_refuses_one_that_exists(tmp_path):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, OSError])
 @pytest.mark.parametrize("at", ["old", "new"])
 @pytest.mark.parametrize("done", [False, True])
-def test_a_replaced_directory_is_the_old_or_the_new_wherever_it_is_stopped(tmp_path, monkeypatch, stop, at, done):
-    """Stopped before or after either of its two renames: one whole folder has the name, and nothing else is left."""
+def test_an_interrupted_replacement_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch, stop, at, done):
+    """Interrupted before or after either of its two renames: one complete folder has the name, nothing else is left."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "which").write_text("old")
     rename = Path.rename
 
-    def stopped(path: Path, target: Path) -> None:
+    def interrupted(path: Path, target: Path) -> None:
         if path.name == "new" if at == "new" else target.name == "old":
             monkeypatch.undo()
             if done:
@@ -60,7 +60,7 @@ def test_a_replaced_directory_is_the_old_or_the_new_wherever_it_is_stopped(tmp_p
             raise stop
         rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", stopped)
+    monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(UserError if stop is OSError else stop), replaced_directory(tmp_path / "run") as folder:
         (folder / "which").write_text("new")
     assert (tmp_path / "run" / "which").read_text() == ("new" if at == "new" and done else "old")
@@ -75,17 +75,19 @@ def test_jsonl_survives_unicode_line_separators(tmp_path):
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"a": 1}\n{"b"', "line 2 is not JSON"), ("3\n", "an object is needed")])
-def test_bad_jsonl_names_the_line(tmp_path, text, said):
-    """A broken row is named by its line, not skipped."""
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"a": 1}\n{"b"', "line 2 is not JSON"), ("3\n", "an object is needed")]
+)
+def test_bad_jsonl_names_the_line(tmp_path, text, message):
+    """A broken row is an error with its line number; it is not skipped."""
     (tmp_path / "rows.jsonl").write_text(text)
 
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         read_jsonl(tmp_path / "rows.jsonl")
 
 
 def test_json_refuses_not_a_number(tmp_path):
-    """NaN is no JSON, so it is never written."""
+    """NaN is not JSON, so it is never written."""
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     with pytest.raises(UserError, match="cannot read"):
@@ -93,14 +95,14 @@ def test_json_refuses_not_a_number(tmp_path):
 
 
 def test_sha256_of_a_file(tmp_path):
-    """The digest is that of the bytes."""
+    """The digest of the file's bytes."""
     (tmp_path / "f").write_bytes(b"abc")
     assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
 
 
 @pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
 def test_permissions_follow_the_umask(tmp_path, umask, file_mode, folder_mode):
-    """Whoever the umask lets read may read: a server under another account, for one."""
+    """So that, if the umask allows it, a server under another account can read them."""
     before = os.umask(umask)
     try:
         write_text(tmp_path / "open", "x")

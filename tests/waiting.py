@@ -1,16 +1,16 @@
-"""Waiting for what another process or thread will do, where nothing tells when it has."""
+"""Waiting for another process or thread that gives no signal when it is done."""
 
 import time
 from collections.abc import Callable
 
 import psutil
 
-# Ends a test that hangs. No test passes or fails by how long something took.
+# Ends a hanging test. No test passes or fails because of how long something took.
 HANG_S = 600.0
 
 
 def until(promise: Callable[[], bool]) -> None:
-    """Return once `promise()` is true. Only for what stays true: hold what may pass by unseen, and then look at it."""
+    """Return once `promise()` is true. Only for what stays true once it is: a short-lived state can be missed."""
     deadline_s = time.monotonic() + HANG_S
     while not promise():
         assert time.monotonic() < deadline_s, f"not true within {HANG_S:.0f} s"
@@ -18,7 +18,7 @@ def until(promise: Callable[[], bool]) -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; a dead one that nobody has collected yet does not."""
+    """Whether a process still runs. A zombie does not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
