@@ -1,12 +1,12 @@
 """One frozen dataclass is the schema of a command: its flags, its YAML keys and its --help.
 
-Each folder's `__main__` declares its commands and calls `main`. The contract every command keeps:
+Each folder's `__main__` declares its commands and calls `main`. Every command keeps this contract:
 
-- precedence: dataclass defaults < YAML file (`--config`) < flags; an unknown key is refused with the nearest name;
-- stdout carries results; its last line is one JSON document where stdout is not a terminal, or with `--json`;
-- progress goes to stderr, and there a last line for the person at a terminal says what to do next;
-- exit status 0 done, 1 expected failure (one `error:` line), 2 usage; of commands that judge, 3 missed and 4 cannot be
-  judged.
+- precedence: dataclass defaults < YAML file (`--config`) < flags; the error for an unknown key names the nearest key;
+- stdout carries results; its last line is one JSON document, unless stdout is a terminal and `--json` is not given;
+- progress goes to stderr; on a terminal its last line says what to do next;
+- exit status 0 done, 1 expected failure (one `error:` line), 2 usage; commands that judge add 3 (missed) and 4 (cannot
+  be judged).
 
     @dataclass(frozen=True)
     class Greeting:
@@ -21,13 +21,16 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import importlib
 import io
 import json
 import math
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,6 +40,10 @@ Schema = TypeVar("Schema")
 
 MISSED, CANNOT_BE_JUDGED = 3, 4
 
+FOLDERS = ("train", "serve", "eval", "loadtest")
+
+# How the user started this process: `counsel` (also `python -m counsel`), or `python -m` and a folder's name.
+_LAUNCHER = ContextVar("launcher", default="python -m")
 _POSITIONAL = "positional"
 # A run's config.json is a recipe too: JSON is YAML.
 _CONFIG_FILES = (".yaml", ".yml", ".json")
@@ -54,11 +61,12 @@ class Result(NamedTuple):
 class Command(NamedTuple):
     """A config dataclass, the function that takes it, and one line of help.
 
-    Where `presets` is a folder, the YAML file is given by position: a path, or the stem of a file in that folder.
+    Either may be `module:name` instead, which is imported only when the command runs or shows its help.
+    With `presets`, a folder, the YAML file is a positional argument: a path, or the stem of a file in that folder.
     """
 
-    config: type
-    run: Callable[[Any], Result]
+    config: type | str
+    run: Callable[[Any], Result] | str
     help: str
     presets: Path | None = None
 
@@ -73,36 +81,63 @@ def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, _POSITIONAL: True})
 
 
-def main(program: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> int:
-    """Run the command that `argv` names (the one under the key `""` when it names none); return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def main(
+    program: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None, launcher: str = "python -m"
+) -> int:
+    """Run the command that `argv` names, or the one under the key `""`; return the exit status.
+
+    Usage, errors and hints name commands as the user started this one: `python -m serve` or `counsel serve`.
+    """
+    token = _LAUNCHER.set(launcher)
+    try:
+        return _main(program, commands, list(sys.argv[1:] if argv is None else argv))
+    finally:
+        _LAUNCHER.reset(token)
+
+
+def as_typed(message: str) -> str:
+    """`message` with each `python -m serve` (or another folder) written the way the user started this process."""
+    return re.sub(rf"\bpython -m (?=(?:{'|'.join(FOLDERS)})\b(?!\.))", f"{_LAUNCHER.get()} ", message)
+
+
+def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> int:
     name = words.pop(0) if words and words[0] in commands else ""
-    parser = _parser(program, name, commands)
-    if not words and commands[name].presets is not None:
-        parser.error(f"a recipe is needed; known: {', '.join(_shipped(commands[name].presets))}, or a .yaml file")
-    known, left_over = parser.parse_known_args(_with_dashed_values(words, commands[name].config))
-    if wrong := _misspelt(getattr(known, "config", None), left_over, name, commands):
+    command = commands[name]
+    schema = _imported(command.config)
+    parser = _parser(program, name, commands, schema)
+    if not words and command.presets is not None:
+        parser.error(f"a recipe is needed; known: {', '.join(_shipped(command.presets))}, or a .yaml file")
+    known, left_over = parser.parse_known_args(_with_dashed_values(words, schema))
+    if wrong := _misspelt(getattr(known, "config", None), left_over, name, commands, schema):
         parser.error(wrong)
     flags = vars(known)
     json_wanted = flags.pop("json")
 
     def run() -> int:
-        file = _yaml_file(flags.pop("config", None), commands[name].presets)
-        config: Any = load_config(commands[name].config, file, flags)
-        result = commands[name].run(config)
+        file = _yaml_file(flags.pop("config", None), command.presets)
+        config: Any = load_config(schema, file, flags)
+        result = _imported(command.run)(config)
         document = json.dumps(result.document, allow_nan=False)
         person = sys.stdout.isatty()
         # A document of 20 KB would push the table that a person came for off the screen.
         if json_wanted or not person:
             print(document, flush=True)
         if result.next and person:
-            print(f"next: {result.next}", file=sys.stderr)
+            print(as_typed(f"next: {result.next}"), file=sys.stderr)
         return result.exit_status
 
     return exit_status(run)
 
 
-class _Parser(argparse.ArgumentParser):
+def _imported(reference: Any) -> Any:
+    """What `module:name` refers to; anything but a string as it is."""
+    if not isinstance(reference, str):
+        return reference
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+class OneLineErrors(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the list of all options."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -113,7 +148,9 @@ def _shipped(presets: Path | None) -> list[str]:
     return sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
 
 
-def _misspelt(recipe: str | None, left_over: Sequence[str], name: str, commands: Mapping[str, Command]) -> str | None:
+def _misspelt(
+    recipe: str | None, left_over: Sequence[str], name: str, commands: Mapping[str, Command], schema: type
+) -> str | None:
     """What is wrong with a word in a recipe's place, or with words that no option takes, and what was meant perhaps."""
     command = commands[name]
     shipped = _shipped(command.presets)
@@ -125,7 +162,7 @@ def _misspelt(recipe: str | None, left_over: Sequence[str], name: str, commands:
         return None
     word = left_over[0].partition("=")[0]
     if word.startswith("-"):
-        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(command.config)]
+        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(schema)]
         close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
         return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
     if not name and not shipped:
@@ -142,7 +179,7 @@ def exit_status(run: Callable[[], int]) -> int:
     try:
         return run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_typed(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
         # Full, read-only or closed to this account: nothing that a traceback would explain better.
@@ -188,16 +225,16 @@ def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(allowed))}"
 
 
-def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+def _parser(program: str, name: str, commands: Mapping[str, Command], schema: type) -> argparse.ArgumentParser:
     others = "\n".join(f"  {key:<14} {command.help}" for key, command in commands.items() if key)
-    parser = _Parser(
-        prog=f"python -m {program} {name}".strip(),
+    parser = OneLineErrors(
+        prog=f"{_LAUNCHER.get()} {program} {name}".strip(),
         description=commands[name].help,
         epilog=f"other commands (each has its own --help):\n{others}" if others and not name else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    fields = dataclasses.fields(commands[name].config)
+    fields = dataclasses.fields(schema)
     presets = commands[name].presets
     if presets is not None:
         shipped = ", ".join(_shipped(presets))
@@ -205,9 +242,9 @@ def _parser(program: str, name: str, commands: Mapping[str, Command]) -> argpars
     elif not any(field.name == "config" for field in fields):
         parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     parser.add_argument("--json", action="store_true", help="end with the JSON document on a terminal too")
-    hints = typing.get_type_hints(commands[name].config)
+    hints = typing.get_type_hints(schema)
     for field in fields:
-        text = field.metadata["help"].replace("%", "%%")
+        text = as_typed(field.metadata["help"]).replace("%", "%%")
         if field.default not in (dataclasses.MISSING, None, ""):
             text += f" (default: {_shown(field.default)})"
         if field.metadata.get(_POSITIONAL):

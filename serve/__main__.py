@@ -1,13 +1,15 @@
-"""`python -m serve`: start a server, and look after the adapter store and the keys."""
+"""`python -m serve`: start a server; manage the adapter store and the API keys; chat in the terminal."""
 
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from counsel import cli
 from counsel import store as adapter_store
-from counsel.cli import Command, Result, main
+from counsel.cli import Command, Result, as_typed
 from serve import chat, commands
 from serve.config import ServeConfig
 from serve.server import Server
@@ -15,11 +17,11 @@ from serve.supervise import supervise
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as a service manager or an orchestrator sends it: others may still believe that this server is there."""
+    """SIGTERM, from a service manager or an orchestrator, which may still route requests to this server."""
 
 
 def serve(config: ServeConfig) -> Result:
-    """Serve until Ctrl-C or SIGTERM; start again what dies."""
+    """Serve until Ctrl-C or SIGTERM; restart a server that dies."""
     signal.signal(signal.SIGTERM, _as_interrupt)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
@@ -30,21 +32,21 @@ def serve(config: ServeConfig) -> Result:
         supervise(server, threading.Event())
     except KeyboardInterrupt as signalled:
         leave = isinstance(signalled, Terminated)
-        print("stopping: running requests may end first", file=sys.stderr)
+        print("stopping: running requests may finish first", file=sys.stderr)
     finally:
         server.stop(leave)
     return Result({"base_url": server.base_url, "log": str(server.log), "restarts": server.restarts})
 
 
 def _welcome(server: Server) -> str:
-    """What is served, how to ask, how to stop: what a person needs who has just started a server."""
+    """What is served, how to send a request and how to stop."""
     store = Path(server.config.store)
     adapters = adapter_store.names(store)
     shown = ", ".join(adapters[:5]) + (", ..." if len(adapters) > 5 else "")
     return "\n".join(
         (
             f"serves   {server.base.name}" + (f" and the adapters of {store}/: {shown}" if adapters else ""),
-            f"ask      python -m serve chat --url {server.base_url}, or any OpenAI client with this base_url",
+            as_typed(f"ask      python -m serve chat --url {server.base_url}, or any OpenAI client with this base_url"),
             "stop     Ctrl-C",
         )
     )
@@ -60,5 +62,11 @@ COMMANDS = {
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }
 
+
+def main(argv: Sequence[str] | None = None, launcher: str = "python -m") -> int:
+    """Run one of COMMANDS; return the exit status."""
+    return cli.main("serve", COMMANDS, argv, launcher)
+
+
 if __name__ == "__main__":
-    sys.exit(main("serve", COMMANDS))
+    sys.exit(main())

@@ -1,16 +1,21 @@
 """The contract every command keeps: precedence, one-line errors, exit status, last JSON line."""
 
+import dataclasses
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 
 import pytest
 
-from counsel.cli import Command, Result, argument, load_config, main, option
+import counsel.__main__
+from counsel.cli import FOLDERS, Command, Result, argument, load_config, main, option
 from counsel.errors import UserError
-from tests.test_layout import ROOT
+from tests.test_layout import HEAVY, ROOT
 
 
 @dataclass(frozen=True)
@@ -256,3 +261,92 @@ def test_a_locale_without_utf_8_ends_no_command():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("utf-8") == "gr\u00fc\u00df dich \u2013 \u201cja\u201d\n"
+
+
+ALL_COMMANDS = {
+    (folder, name): command
+    for folder in FOLDERS
+    for name, command in importlib.import_module(f"{folder}.__main__").COMMANDS.items()
+}
+
+
+def counsel_script(*words, code="sys.exit(counsel.__main__.main())"):
+    """The console script in its own process; `code` runs it."""
+    script = f"import sys, counsel.__main__\nsys.argv = ['counsel', *{list(words)!r}]\n{code}"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_counsel_help_lists_every_command_and_imports_nothing_heavy():
+    """One line per command and sub-command, from the folders' own tables."""
+    done = counsel_script(
+        "--help",
+        code="try: counsel.__main__.main()\n"
+        f"except SystemExit: print([heavy for heavy in {(*HEAVY, 'openai', 'pydantic')} if heavy in sys.modules])",
+    )
+    *lines, heavy = done.stdout.splitlines()
+    assert heavy == "[]", done.stderr
+    shown = {tuple(line.split(None, 1)) for line in lines if line.startswith("  ")}
+    assert {(name or folder, command.help) for (folder, name), command in ALL_COMMANDS.items()} <= shown
+
+
+def test_the_console_script_is_the_module_that_python_m_runs():
+    """pyproject.toml's entry point exists, and `python -m counsel` says its own name."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert pkgutil.resolve_name(scripts["counsel"]) is counsel.__main__.main
+    done = subprocess.run([sys.executable, "-m", "counsel", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("counsel 0.")
+    done = subprocess.run([sys.executable, "-m", "counsel", "serve", "-h"], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("usage: python -m counsel serve")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a command is needed; known: train, serve, eval, loadtest"),
+        (["trian", "demo"], "no command 'trian'; did you mean 'train'?"),
+        (["deploy"], "no command 'deploy'; known: eval, loadtest, serve, train"),
+        (["--versoin"], "unknown option --versoin; did you mean '--version'?"),
+        (["serve", "--prot", "1"], "unknown option --prot; did you mean --port? (counsel serve --help"),
+    ],
+)
+def test_a_wrong_command_names_the_nearest(words, message):
+    """One line, exit status 2."""
+    done = counsel_script(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_hints_name_commands_as_the_user_typed_them(monkeypatch, capsys):
+    """`counsel serve` in an error or a next step where the user typed `counsel`, `python -m serve` otherwise."""
+
+    @dataclass(frozen=True)
+    class Nothing:
+        fail: bool = option(False, "see python -m eval")
+
+    def run(config: Nothing) -> Result:
+        if config.fail:
+            raise UserError("start one with python -m serve chat, not python -m server or python -m serve.offline")
+        return Result({}, next="python -m eval --run gentle")
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    commands = {"": Command(Nothing, run, "do nothing")}
+    for launcher, named in (("counsel", "counsel"), ("python -m", "python -m")):
+        assert main("greet", commands, [], launcher) == 0
+        assert capsys.readouterr().err == f"next: {named} eval --run gentle\n"
+        assert main("greet", commands, ["--fail"], launcher) == 1
+        expected = f"start one with {named} serve chat, not python -m server or python -m serve.offline"
+        assert capsys.readouterr().err == f"error: {expected}\n"
+        with pytest.raises(SystemExit):
+            main("greet", commands, ["--help"], launcher)
+        assert f"see {named} eval" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
+def test_every_command_refers_to_a_config_and_a_function(command):
+    """What a table names as `module:name` is there."""
+    config, run = (
+        pkgutil.resolve_name(given) if isinstance(given, str) else given for given in ALL_COMMANDS[command][:2]
+    )
+    assert dataclasses.is_dataclass(config)
+    assert callable(run)

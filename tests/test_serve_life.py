@@ -180,7 +180,7 @@ def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_pa
     assert process.returncode == 0, err
     assert out.splitlines()[-1].endswith('"restarts": 1}')
     assert "it hangs: no answer from /health" in err
-    assert err.splitlines()[-1] == "stopping: running requests may end first"
+    assert err.splitlines()[-1] == "stopping: running requests may finish first"
     assert "Traceback" not in err
     until(lambda: not any(map(is_alive, seen)))
 

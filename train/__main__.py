@@ -3,9 +3,11 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from counsel.cli import Command, Result, main
+from counsel import cli
+from counsel.cli import Command, Result
 from train.merge import Merge
 from train.push import Push
 from train.recipe import RECIPES, Recipe
@@ -21,7 +23,7 @@ def run_train(recipe: Recipe) -> Result:
     # Of several processes only the first has a summary.
     if not summary:
         return Result(summary)
-    print(_told(summary))
+    print(_overview(summary))
     served = f"python -m serve --model {shlex.quote(recipe.base)}"
     chat = f"python -m serve chat {recipe.name}"
     if summary["adapter"] is None:
@@ -29,8 +31,8 @@ def run_train(recipe: Recipe) -> Result:
     return Result(summary, next=f"{served}, and in another terminal {chat}, or python -m eval --run {recipe.name}")
 
 
-def _told(summary: dict[str, Any]) -> str:
-    """What a person wants to know of a finished training, a fact per line."""
+def _overview(summary: dict[str, Any]) -> str:
+    """The facts of a finished training, one per line."""
     lines = [("adapter", f"{summary['run']}/adapter")]
     if summary["adapter"]:
         lines.append(("published", summary["adapter"]))
@@ -59,8 +61,9 @@ def run_check(recipe: Recipe) -> Result:
 
 
 def _after_check() -> str:
-    """The same words without `check`: the training that was found ready."""
-    return shlex.join(["python", "-m", "train", *(word for word in sys.argv[1:] if word not in ("check", "--json"))])
+    """The command that starts the training which was just checked: the same arguments without `check`."""
+    given = sys.argv[sys.argv.index("check") + 1 :]
+    return f"python -m train {shlex.join(word for word in given if word != '--json')}"
 
 
 def run_merge(config: Merge) -> Result:
@@ -84,19 +87,25 @@ def run_leak(recipe: Recipe) -> Result:
 
 
 COMMANDS = {
-    "": Command(Recipe, run_train, "fine-tune a LoRA adapter and publish it into the adapter store", RECIPES),
-    "check": Command(Recipe, run_check, "what would fail later, found in seconds, without loading weights", RECIPES),
-    "merge": Command(Merge, run_merge, "base and adapter as one folder for plain transformers"),
+    "": Command(Recipe, run_train, "fine-tune a LoRA adapter and publish it to the adapter store", RECIPES),
+    "check": Command(Recipe, run_check, "find in seconds what would fail later, without loading weights", RECIPES),
+    "merge": Command(Merge, run_merge, "save base and adapter as one model for plain transformers"),
     "push": Command(Push, run_push, "put an adapter or merged model on the Hub; --dry-run sends nothing"),
-    "leak-experiment": Command(Recipe, run_leak, "how much of a gain is leak: split by row and by question", RECIPES),
+    "leak-experiment": Command(Recipe, run_leak, "measure how much of a gain is leakage between splits", RECIPES),
 }
 
-if __name__ == "__main__":
-    # What people tell such a model is private: nothing about a run is reported to anyone unless they ask for it.
+
+def main(argv: Sequence[str] | None = None, launcher: str = "python -m") -> int:
+    """Run one of COMMANDS; return the exit status."""
+    # What people tell such a model is private: no library reports anything about a run unless the user allows it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Of several processes (accelerate launch) only the first has results to print.
+    # Of several processes (accelerate launch) only the first prints results.
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 (open for the life of the process)
-    sys.exit(main("train", COMMANDS))
+    return cli.main("train", COMMANDS, argv, launcher)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
