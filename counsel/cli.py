@@ -18,16 +18,14 @@ Each folder's `__main__` declares its commands and calls `main`. Every command k
 
 import argparse
 import dataclasses
-import datetime
 import difflib
 import errno
 import importlib
 import io
 import json
-import math
 import re
 import sys
-import types
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from counsel.errors import UserError
+from counsel.values import Kind, bounds_text, convert, kinds, metavar, nearest
 
 Schema = TypeVar("Schema")
 
@@ -47,11 +46,10 @@ _LAUNCHER = ContextVar("launcher", default="python -m")
 _POSITIONAL = "positional"
 # A run's config.json is a recipe too: JSON is YAML.
 _CONFIG_FILES = (".yaml", ".yml", ".json")
-_TRUE, _FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 
 
 class Result(NamedTuple):
-    """What a command leaves: the JSON document for programs, the exit status, and what a person may do next."""
+    """A command's result: the JSON document for programs, the exit status, and a hint at the next step for people."""
 
     document: Mapping[str, Any]
     exit_status: int = 0
@@ -71,14 +69,20 @@ class Command(NamedTuple):
     presets: Path | None = None
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`)."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, *, group: str = "options", metavar: str = "", shown: str = "") -> Any:
+    """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`).
+
+    Its type, choices and bounds are read from the annotation (see counsel/values.py). group: heading in `--help`.
+    metavar: name of the value there. shown: what `--help` says of the default, where the value itself would not help.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown}
+    )
 
 
-def argument(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """Declare a dataclass field that is given by position; optional when it has a default."""
-    return dataclasses.field(default=default, metadata={"help": help, _POSITIONAL: True})
+def argument(help: str, default: Any = dataclasses.MISSING, *, shown: str = "") -> Any:
+    """Declare a dataclass field that is a positional argument; optional when it has a default."""
+    return dataclasses.field(default=default, metadata={"help": help, "shown": shown, _POSITIONAL: True})
 
 
 def main(
@@ -119,7 +123,7 @@ def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> in
         result = _imported(command.run)(config)
         document = json.dumps(result.document, allow_nan=False)
         person = sys.stdout.isatty()
-        # A document of 20 KB would push the table that a person came for off the screen.
+        # A document of 20 KB would push the table off a terminal's screen.
         if json_wanted or not person:
             print(document, flush=True)
         if result.next and person:
@@ -151,29 +155,28 @@ def _shipped(presets: Path | None) -> list[str]:
 def _misspelt(
     recipe: str | None, left_over: Sequence[str], name: str, commands: Mapping[str, Command], schema: type
 ) -> str | None:
-    """What is wrong with a word in a recipe's place, or with words that no option takes, and what was meant perhaps."""
+    """What is wrong with the recipe's name, or with the first argument that no option takes; None if nothing is."""
     command = commands[name]
     shipped = _shipped(command.presets)
     if shipped and recipe and recipe not in shipped and Path(recipe).suffix not in _CONFIG_FILES:
         others = [] if name else [key for key in commands if key]
-        kinds = "recipe" if name else "command or recipe"
-        return f"no {kinds} {recipe!r}; {nearest(recipe, [*others, *shipped])}, or give a .yaml file"
+        missing = "recipe" if name else "command or recipe"
+        return f"no {missing} {recipe!r}; {nearest(recipe, [*others, *shipped])}, or give a .yaml file"
     if not left_over:
         return None
     word = left_over[0].partition("=")[0]
     if word.startswith("-"):
-        options = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(schema)]
-        close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(word, [_flag(name) for name in kinds(schema)], n=1, cutoff=0.6)
         return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
     if not name and not shipped:
         return f"no command {word!r}; {nearest(word, [key for key in commands if key])}"
-    return f"{word!r} is one word too many"
+    return f"unexpected argument {word!r}"
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 1 after a UserError, said in one line on stderr, and 130 after Ctrl-C."""
+    """What `run` returns; 1 after a UserError, which is printed as one line on stderr; 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        # What people wrote is printed, and a locale without UTF-8 would end the command at its first umlaut.
+        # Commands print what people wrote; under a locale without UTF-8 the first umlaut would end them.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")
     try:
@@ -182,11 +185,11 @@ def exit_status(run: Callable[[], int]) -> int:
         print(as_typed(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
-        # Full, read-only or closed to this account: nothing that a traceback would explain better.
+        # A full disk, a read-only one or missing permission: a traceback would explain nothing more.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space, or choose a place that may be "
-              "written", file=sys.stderr)  # fmt: skip
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space, or choose a folder that you "
+              "may write to", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped", file=sys.stderr)
@@ -194,18 +197,18 @@ def exit_status(run: Callable[[], int]) -> int:
 
 
 def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str, Any]) -> Schema:
-    """Build `schema` from its defaults, then a YAML file, then `flags` (text values; a None means not given).
+    """Build `schema` from its defaults, then a YAML file, then `flags` (text values; None means not given).
 
-    Raises UserError for a missing or malformed file, an unknown key, or a value of the wrong type.
+    Raises UserError for a missing or malformed file, an unknown key, or a value that the field cannot hold.
     """
+    of_field = kinds(schema)
     given = {**(_read_yaml(Path(yaml_path)) if yaml_path else {}), **{k: v for k, v in flags.items() if v is not None}}
     known = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(schema)
     values = {}
     for key, value in given.items():
         if key not in known:
             raise UserError(f"unknown key {key!r} in {yaml_path}; {nearest(str(key), known)}")
-        values[key] = _convert(key, value, hints[key])
+        values[key] = convert(key, value, of_field[key])
     for key, field in known.items():
         if key not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{key} is needed: {field.metadata['help']}")
@@ -213,86 +216,124 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
 
 
 def _yaml_file(given: str | None, presets: Path | None) -> str | None:
-    """The YAML file that a word on the command line names: a path, or a preset's stem."""
+    """The YAML file that the command line names: a path, or a preset's stem."""
     if given is None or presets is None or Path(given).suffix in _CONFIG_FILES:
         return given
     return str(presets / f"{given}.yaml")
 
 
-def nearest(word: str, allowed: Sequence[str] | Mapping[str, Any]) -> str:
-    """Say which allowed word `word` may have meant, or list them all."""
-    close = difflib.get_close_matches(word, list(allowed), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(allowed))}"
-
-
 def _parser(program: str, name: str, commands: Mapping[str, Command], schema: type) -> argparse.ArgumentParser:
-    others = "\n".join(f"  {key:<14} {command.help}" for key, command in commands.items() if key)
+    prog = f"{_LAUNCHER.get()} {program} {name}".strip()
+    command, fields, of_field = commands[name], dataclasses.fields(schema), kinds(schema)
+    words = ["RECIPE"] if command.presets is not None else []
+    words += [_word(field) for field in fields if field.metadata.get(_POSITIONAL)]
+    usage, description = " ".join([prog, *words, "[options]"]), command.help
+    if not name and len(commands) > 1:
+        others = "\n".join(f"  {key:<16} {other.help}" for key, other in commands.items() if key)
+        usage += f"\n       {prog} COMMAND ..."
+        description += f"\n\nother commands ({prog} COMMAND --help lists their options):\n{others}"
     parser = OneLineErrors(
-        prog=f"{_LAUNCHER.get()} {program} {name}".strip(),
-        description=commands[name].help,
-        epilog=f"other commands (each has its own --help):\n{others}" if others and not name else None,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog,
+        usage=usage,
+        description=description,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
+        add_help=False,
     )
-    fields = dataclasses.fields(schema)
-    presets = commands[name].presets
-    if presets is not None:
-        shipped = ", ".join(_shipped(presets))
-        parser.add_argument("config", metavar="RECIPE", nargs="?", help=f"YAML file, or one of: {shipped}")
-    elif not any(field.name == "config" for field in fields):
-        parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
-    parser.add_argument("--json", action="store_true", help="end with the JSON document on a terminal too")
-    hints = typing.get_type_hints(schema)
+    arguments = parser.add_argument_group("arguments")
+    titles = dict.fromkeys(field.metadata["group"] for field in fields if "group" in field.metadata)
+    groups = {title: parser.add_argument_group(title) for title in titles}
+    if command.presets is not None:
+        shipped = ", ".join(_shipped(command.presets))
+        arguments.add_argument("config", metavar="RECIPE", nargs="?", help=f"YAML file, or one of: {shipped}")
     for field in fields:
-        text = as_typed(field.metadata["help"]).replace("%", "%%")
-        if field.default not in (dataclasses.MISSING, None, ""):
-            text += f" (default: {_shown(field.default)})"
+        kind, text = of_field[field.name], _help_text(field, of_field[field.name])
         if field.metadata.get(_POSITIONAL):
-            parser.add_argument(field.name, nargs="?", help=text)
-        elif hints[field.name] is bool:
-            flag = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            arguments.add_argument(field.name, metavar=field.name.upper(), nargs="?", help=text)
+            continue
+        group = groups[field.metadata["group"]]
+        if kind.type is bool:
+            group.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            parser.add_argument(f"--{field.name.replace('_', '-')}", metavar="X", help=text)
+            shown = field.metadata["metavar"] or metavar(field.name, kind)
+            group.add_argument(_flag(field.name), metavar=shown, help=text)
+    general = parser.add_argument_group("general")
+    if command.presets is None and "config" not in of_field:
+        general.add_argument("--config", metavar="FILE", help="YAML file with any of the options above as keys")
+    general.add_argument("--json", action="store_true", help="print the JSON document on a terminal too")
+    general.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
 
 
-def _with_dashed_values(words: Sequence[str], config: type) -> list[str]:
-    """The same words, with a text option and a value that looks like one joined: `--vllm-args --seed` is no mistake."""
-    hints = typing.get_type_hints(config)
-    flags = {f"--{name.replace('_', '-')}": name for name in hints}
+def _word(field: dataclasses.Field[Any]) -> str:
+    """A positional argument as the usage line shows it."""
+    return field.name.upper() if field.default is dataclasses.MISSING else f"[{field.name.upper()}]"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wider columns than argparse's: our flags are words."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _help_text(field: dataclasses.Field[Any], kind: Kind) -> str:
+    """The field's help, then its default and bounds in brackets."""
+    notes = [f"default: {default}"] if (default := field.metadata["shown"] or _shown(field.default)) else []
+    if field.default is dataclasses.MISSING and not field.metadata.get(_POSITIONAL):
+        notes.append("required")
+    notes += [bounds] if (bounds := bounds_text(kind)) else []
+    text = field.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    return as_typed(text).replace("%", "%%")
+
+
+def _shown(default: Any) -> str:
+    """A default as `--help` shows it; empty where there is nothing to show."""
+    if default is dataclasses.MISSING or default is None or default is False:
+        return ""
+    if default is True:
+        return "on"
+    if isinstance(default, float):
+        return f"{default:g}"
+    text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return textwrap.shorten(text, 60, placeholder=" ...")
+
+
+def _with_dashed_values(words: Sequence[str], schema: type) -> list[str]:
+    """`words`, with each text option joined to a value that looks like an option, as in `--vllm-args --seed`."""
+    by_flag = {_flag(name): kind for name, kind in kinds(schema).items()}
     joined: list[str] = []
     for word in words:
-        last = flags.get(joined[-1]) if joined else None
-        ours = word.partition("=")[0] in (*flags, "--config", "--json", "--help", "-h") or word.startswith("--no-")
-        if last is not None and hints[last] is str and word.startswith("-") and not ours:
+        last = by_flag.get(joined[-1]) if joined else None
+        ours = word.partition("=")[0] in (*by_flag, "--config", "--json", "--help", "-h") or word.startswith("--no-")
+        if last is not None and last.type is str and not last.many and word.startswith("-") and not ours:
             joined[-1] += f"={word}"
         else:
             joined.append(word)
     return joined
 
 
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """A mapping's keys are given once: YAML says so, and PyYAML lets the last one win."""
+        """Refuses a key that is given twice, as YAML demands; PyYAML would keep the last one."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: list[Any] = []
+            keys: list[Any] = []  # a list, since a key may be unhashable
             for key_node, _ in node.value:
                 if key_node.tag == "tag:yaml.org,2002:merge":
-                    continue  # keys that are merged in may be given again: that is what merging is for
+                    continue  # a key beside `<<` may override a merged one
                 key = self.construct_object(key_node, deep=True)
-                if key in seen:
+                if key in keys:
                     raise UserError(
                         f"{str(path)!r} line {key_node.start_mark.line + 1} gives {key!r} a second time; keep one"
                     )
-                seen.append(key)
+                keys.append(key)
             return super().construct_mapping(node, deep)
 
     try:
@@ -304,43 +345,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UserError(f"{str(path)!r} holds {type(document).__name__}, not `key: value` lines")
     return document
-
-
-def _convert(key: str, value: Any, hint: Any) -> Any:
-    """Turn a flag's text or a YAML value into the type of its field."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None or value == "none":
-            return None
-        hint = next(arm for arm in typing.get_args(hint) if arm is not type(None))
-    try:
-        if typing.get_origin(hint) is tuple:
-            parts = (
-                value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-            )
-            return tuple(_convert(key, part, typing.get_args(hint)[0]) for part in parts)
-        if hint is bool:
-            word = str(value).lower()
-            if word not in _TRUE | _FALSE:
-                raise ValueError
-            return word in _TRUE
-        if hint is str:
-            return _text(value)
-        if isinstance(value, bool) or not math.isfinite(number := float(value)):
-            raise ValueError
-        if hint is int and number != int(number):
-            raise ValueError
-        return int(value if isinstance(value, int) else number) if hint is int else number
-    except (TypeError, ValueError, OverflowError) as error:
-        wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}[hint]
-        wanted = f"one {wanted.removeprefix('a ')}, not a list" if isinstance(value, list) else wanted
-        given = "empty (null)" if value is None else repr(value)
-        advice = "; in YAML put it in quotes" if hint is str and isinstance(value, int | float | datetime.date) else ""
-        raise UserError(f"{key} is {given}; it must be {wanted}{advice}") from error
-
-
-def _text(value: Any) -> str:
-    """Text as it was given. A number, a date or a list may have been read out of what was meant as text."""
-    if not isinstance(value, str):
-        raise TypeError
-    value.encode("utf-8")  # a half surrogate, or bytes of another encoding on the command line, breaks later
-    return value

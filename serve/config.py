@@ -1,6 +1,6 @@
-"""What a server is: the one dataclass behind `python -m serve`'s flags, its YAML keys, and what the child reads.
+"""`ServeConfig`: the schema of `python -m serve`'s flags and YAML keys, and what its child processes read.
 
-The parent resolves it once and hands it to the child as JSON in `COUNSEL_SERVE`. Secrets are never in it: keys come
+The parent resolves it once and hands it to the child as JSON in `COUNSEL_SERVE`. It never holds secrets: keys come
 hashed from a file, or from the environment (see serve/keys.py).
 """
 
@@ -10,75 +10,110 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
-from counsel.cli import nearest, option
+from annotated_types import Ge, Le
+
+from counsel.cli import option
 from counsel.errors import UserError
+from counsel.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 
 ENVIRONMENT = "COUNSEL_SERVE"
-# What the parent calls the child it started, and where the child says it back.
+# The parent names each child it starts in INSTANCE; the child answers with that name in INSTANCE_HEADER.
 INSTANCE, INSTANCE_HEADER = "COUNSEL_INSTANCE", "x-counsel-instance"
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_MODEL, _ADAPTERS, _ACCESS, _LIMITS, _LIFETIME = "model", "adapters", "address and access", "limits", "start and stop"
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """One base model, the store whose adapters it serves, and the bounds it keeps."""
+    """One base model, the store whose adapters it serves, and the server's limits."""
 
-    model: str = option("smollm2-135m", "base model: a catalog name, a hub id or a folder")
-    store: str = option("store", "adapter store; what is published there is served within 2 s")
-    host: str = option("127.0.0.1", "address to listen on; any other than loopback needs keys")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
-    # Capacity
-    max_loras: int = option(
-        8, "adapters that one batch may mix (they stay resident; the least recently used gives way)"
+    model: str = option(
+        "smollm2-135m", "base model: a catalog name, a hub id or a local folder", group=_MODEL, metavar="MODEL"
     )
-    max_cpu_loras: int = option(64, "adapters kept in host memory, ready to enter a slot")
-    max_lora_rank: int = option(
-        64, f"largest adapter rank served, one of {', '.join(map(str, RANKS))}; lower is faster"
+    dtype: Annotated[str, Literal["auto", "float32", "bfloat16", "float16"]] = option(
+        "auto", "number format of weights and arithmetic; auto takes the fastest one on a CPU", group=_MODEL
     )
-    adapter_wait_s: float = option(
-        2.0, "longest wait in seconds of an adapter for a slot that others hold; they take turns"
+    max_model_len: PositiveInt | None = option(
+        None, "longest prompt and answer together, in tokens", group=_MODEL, shown="the model's, at most 4096"
     )
-    max_model_len: int | None = option(None, "longest prompt + answer in tokens (default: the model's, at most 4096)")
-    max_num_seqs: int | None = option(None, "requests decoded together (default: by the machine)")
-    dtype: str = option("auto", f"arithmetic, one of {', '.join(DTYPES)} (auto: on a CPU what is fast there)")
-    compile: bool = option(True, "compile the model: faster answers, half a minute at a model's first start")
-    kv_cache_memory_gb: float | None = option(None, "memory for the key-value cache in GB (default: by the machine)")
-    vllm_args: str = option("", "further vLLM flags, which win over the launch plan, such as '--block-size 64'")
-    # Who may ask, and how much
-    keys: str = option("", "file of hashed keys, made with `python -m serve key`; reread when it changes")
+    max_num_seqs: PositiveInt | None = option(
+        None, "requests decoded together", group=_MODEL, shown="set from the machine"
+    )
+    kv_cache_memory_gb: PositiveFloat | None = option(
+        None, "memory for the key-value cache", group=_MODEL, shown="set from the machine"
+    )
+    compile: bool = option(
+        True, "compile the model: faster answers, half a minute at a model's first start", group=_MODEL
+    )
+    vllm_args: str = option(
+        "",
+        "further vLLM flags, which override the launch plan, such as '--block-size 64'",
+        group=_MODEL,
+        metavar="FLAGS",
+    )
+    store: str = option(
+        "store", "adapter store; the server loads what is published there within 2 s", group=_ADAPTERS, metavar="FOLDER"
+    )
+    max_loras: PositiveInt = option(
+        8, "adapters that one batch may mix; they stay loaded until the least recently used is evicted", group=_ADAPTERS
+    )
+    max_cpu_loras: PositiveInt = option(
+        64, "adapters kept in host memory, ready to load; at least --max-loras", group=_ADAPTERS
+    )
+    max_lora_rank: Annotated[int, Literal[8, 16, 32, 64, 128, 256, 320, 512]] = option(
+        64, "largest adapter rank served; lower is faster", group=_ADAPTERS
+    )
+    adapter_wait_s: PositiveFloat = option(
+        2.0, "longest time an adapter waits while others occupy every slot; then they take turns", group=_ADAPTERS
+    )
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on; any address other than loopback requires --keys",
+        group=_ACCESS,
+        metavar="ADDRESS",
+    )
+    port: Annotated[int, Ge(0), Le(65535)] = option(8000, "port to listen on; 0 takes a free one", group=_ACCESS)
+    keys: str = option(
+        "",
+        "file of hashed keys, made with `python -m serve key`; reread when it changes",
+        group=_ACCESS,
+        metavar="FILE",
+    )
     allowed_origins: tuple[str, ...] = option(
-        (), "origins that browsers may call from, comma-separated (default: none)"
+        (), "origins that browsers may call from, comma-separated", group=_ACCESS, metavar="ORIGIN,...", shown="none"
     )
-    max_body_kb: int = option(1024, "largest request body in KiB")
-    max_completion_tokens: int = option(1024, "most tokens one answer may have")
-    key_running: int = option(64, "answers in the engine at a time per key; further ones wait their turn")
-    key_queued: int = option(64, "answers that may wait for their turn per key before 429")
-    queued: int = option(256, "answers running or waiting on the whole server before 503")
-    comment_s: float = option(15.0, "seconds after which a waiting stream sends a comment line; 0: none")
-    # Life
-    logs: str = option("runs/serve", "folder for <port>/server.log, requests.jsonl and audit.jsonl")
-    start_s: float = option(900.0, "seconds the server may take to get ready")
-    leave_s: float = option(5.0, "seconds on SIGTERM in which /ready says 503 while work is still taken")
-    drain_s: float = option(30.0, "seconds that running requests get to finish when the server is told to stop")
-    restarts: int = option(5, "restarts in ten minutes after which a dying server is given up")
+    max_completion_tokens: PositiveInt = option(1024, "most tokens of one answer", group=_LIMITS)
+    max_body_kb: PositiveInt = option(1024, "largest request body", group=_LIMITS)
+    key_running: PositiveInt = option(
+        64, "answers per key that the engine works on at a time; further ones wait", group=_LIMITS
+    )
+    key_queued: NonNegativeInt = option(
+        64, "answers per key that may wait; further requests get status 429", group=_LIMITS
+    )
+    queued: PositiveInt = option(
+        256, "answers running or waiting on the whole server; further requests get status 503", group=_LIMITS
+    )
+    comment_s: NonNegativeFloat = option(
+        15.0, "seconds after which a waiting stream sends a comment line; 0: never", group=_LIMITS
+    )
+    logs: str = option(
+        "runs/serve", "folder for <port>/server.log, requests.jsonl and audit.jsonl", group=_LIFETIME, metavar="FOLDER"
+    )
+    start_s: NonNegativeFloat = option(900.0, "longest time the server may take to become ready", group=_LIFETIME)
+    leave_s: NonNegativeFloat = option(
+        5.0, "time after SIGTERM in which /ready says 503 while new requests are still served", group=_LIFETIME
+    )
+    drain_s: NonNegativeFloat = option(
+        30.0, "time that running requests get to finish when the server stops", group=_LIFETIME
+    )
+    restarts: NonNegativeInt = option(
+        5, "restarts in ten minutes after which a server that keeps dying is given up", group=_LIFETIME
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_loras", "max_cpu_loras", "max_body_kb", "max_completion_tokens", "key_running", "queued"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("drain_s", "leave_s", "comment_s", "restarts", "port", "key_queued"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.port > 65535:
-            raise UserError(f"port is {self.port}; it must be at most 65535")
-        if not self.adapter_wait_s > 0:
-            raise UserError(f"adapter_wait_s is {self.adapter_wait_s}; it must be above 0")
-        if self.max_lora_rank not in RANKS:
-            raise UserError(f"max_lora_rank is {self.max_lora_rank}; vLLM allows {', '.join(map(str, RANKS))}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
+        check_bounds(self)
         if self.max_cpu_loras < self.max_loras:
             raise UserError(f"max_cpu_loras is {self.max_cpu_loras}; it must be at least max_loras, {self.max_loras}")
 
@@ -96,7 +131,7 @@ class ServeConfig:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this machine to itself."""
+    """Whether a host name or address is loopback: reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -104,6 +139,6 @@ def is_loopback(host: str) -> bool:
 
 
 def from_environment() -> ServeConfig:
-    """The config the parent resolved for this child."""
+    """The config that the parent resolved for this child."""
     values = json.loads(os.environ[ENVIRONMENT])
     return ServeConfig(**{**values, "allowed_origins": tuple(values["allowed_origins"])})

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import pytest
 
 import counsel.__main__
 from counsel.cli import FOLDERS, Command, Result, argument, load_config, main, option
 from counsel.errors import UserError
+from counsel.values import NonNegativeFloat, PositiveFloat, PositiveInt, Seed, ShareBelowOne, check_bounds
 from tests.test_layout import HEAVY, ROOT
 
 
@@ -94,11 +96,11 @@ def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("name: 7", "name is 7; it must be text; in YAML put it in quotes"),
         ("name: on", "name is True; it must be text; in YAML put it in quotes"),
         ("name: 2026-01-01", "it must be text; in YAML put it in quotes"),
-        ("name: [a, b]", "it must be one text, not a list"),
+        ("name: [a, b]", "it must be text, not a list"),
         ("name: {a: b}", "it must be text"),
         ('name: "half \\ud83d"', "it must be text"),
         ("name: a\ntimes:", r"times is empty \(null\); it must be a whole number"),
-        ("name: a\ntimes: [1]", "it must be one whole number, not a list"),
+        ("name: a\ntimes: [1]", "it must be a whole number, not a list"),
         ("name: a\ntimes: 1.0e+400", "it must be a whole number"),
         ("name: a\nwarmth: .inf", "warmth is inf; it must be a finite number"),
         ("name: a\nwarmth: -.inf", "it must be a finite number"),
@@ -203,7 +205,7 @@ def test_an_option_in_a_texts_place_is_still_missing_its_value():
         (["ada", "--zzz", "2"], "unknown option --zzz ("),
         (["ada", "bob"], "no command 'bob'; known: again"),
         (["agian", "ada"], "no command 'ada'; known: again"),
-        (["again", "ada", "bob"], "'bob' is one word too many"),
+        (["again", "ada", "bob"], "unexpected argument 'bob'"),
         (["ada", "--times"], "argument --times: expected one argument"),
     ],
 )
@@ -227,7 +229,7 @@ def test_a_misspelt_word_is_one_line_with_the_nearest(words, said, capsys):
         (["chek", "warm"], "no command or recipe 'chek'; did you mean 'check'?"),
         (["wram"], "no command or recipe 'wram'; did you mean 'warm'?"),
         (["check", "wram"], "no recipe 'wram'; did you mean 'warm'?"),
-        (["warm", "quiet"], "'quiet' is one word too many"),
+        (["warm", "quiet"], "unexpected argument 'quiet'"),
         (["warm", "--time", "2"], "unknown option --time; did you mean --times?"),
     ],
 )
@@ -261,6 +263,89 @@ def test_a_locale_without_utf_8_ends_no_command():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("utf-8") == "gr\u00fc\u00df dich \u2013 \u201cja\u201d\n"
+
+
+@dataclass(frozen=True)
+class Baking:
+    bread: str = argument("what to bake")
+    oven: Literal["gas", "wood"] = option("gas", "how to bake", group="oven")
+    shelf: Annotated[int, Literal[2, 4]] = option(4, "where to put it", group="oven")
+    heat: PositiveFloat = option(2.0, "heat of the oven", group="oven", metavar="BARS")
+    rest_s: NonNegativeFloat = option(0.0, "rest before baking")
+    loaves: PositiveInt | None = option(None, "how many", shown="all that fit")
+    salt: ShareBelowOne = option(0.02, "part of the flour")
+    seeds: tuple[Seed, ...] = option((), "what goes on top")
+    note: str = option("a long story " * 20, "what to write on it")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def help_of(schema, capsys):
+    with pytest.raises(SystemExit):
+        main("bake", {"": Command(schema, lambda config: Result({}), "bake bread")}, ["--help"])
+    return capsys.readouterr().out
+
+
+def test_help_shows_groups_types_choices_bounds_and_defaults(monkeypatch, capsys):
+    """What a value may be stands beside its option; defaults that say nothing are left out, long ones are cut."""
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = [" ".join(line.split()) for line in help_of(Baking, capsys).splitlines()]
+
+    assert lines[0] == "usage: python -m bake BREAD [options]"
+    for line in (
+        "BREAD what to bake",
+        "--oven {gas,wood} how to bake (default: gas)",
+        "--shelf {2,4} where to put it (default: 4)",
+        "--heat BARS heat of the oven (default: 2; above 0)",
+        "--rest-s SECONDS rest before baking (default: 0; 0 or more)",
+        "--loaves N how many (default: all that fit; at least 1)",
+        "--salt X part of the flour (default: 0.02; at least 0 and below 1)",
+        "--seeds N,... what goes on top (from 0 to 4294967295)",
+    ):
+        assert line in lines
+    note = next(line for line in lines if line.startswith("--note TEXT"))
+    assert len(note) < 120
+    assert note.endswith("...)")
+    titles = [line for line in lines if line.endswith(":") and " " not in line]
+    assert titles == ["arguments:", "oven:", "options:", "general:"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"oven": "gaz"}, r"oven is 'gaz'; allowed: gas, wood \(did you mean 'gas'\?\)"),
+        ({"oven": ["gas"]}, r"oven is \['gas'\]; allowed: gas, wood"),
+        ({"shelf": "3"}, "shelf is 3; allowed: 2, 4"),
+        ({"shelf": "top"}, "shelf is 'top'; allowed: 2, 4"),
+        ({"heat": "0"}, "heat is 0.0; it must be above 0"),
+        ({"rest_s": "-1"}, "rest_s is -1.0; it must be 0 or more"),
+        ({"loaves": "0"}, r"loaves is 0; it must be at least 1 \(or none\)"),
+        ({"salt": 1}, "salt is 1.0; it must be at least 0 and below 1"),
+        ({"seeds": "1,-1"}, "seeds is -1; it must be from 0 to 4294967295"),
+    ],
+)
+def test_a_value_out_of_bounds_names_what_is_allowed(given, message):
+    """One line with the key, the value and what is allowed, whether YAML, a flag or code gives the value."""
+    with pytest.raises(UserError, match=f"^{message}$"):
+        load_config(Baking, None, {"bread": "rye", **given})
+
+
+def test_a_config_made_in_code_keeps_the_same_bounds():
+    """`check_bounds` in `__post_init__` holds values that never were text."""
+    assert Baking("rye", loaves=None, seeds=(1, 2), oven="wood").loaves is None
+    for given in ({"heat": float("nan")}, {"heat": float("inf")}, {"loaves": 0}, {"seeds": (1, -1)}, {"oven": "gaz"}):
+        with pytest.raises(UserError, match=f"^{next(iter(given))} is "):
+            Baking("rye", **given)
+
+
+@pytest.mark.parametrize("command", ["train", "serve", "eval", "loadtest"])
+def test_no_help_shows_an_empty_default(command, capsys):
+    """A default without a value is left out."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"{command}.__main__").main(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: )" not in text
 
 
 ALL_COMMANDS = {

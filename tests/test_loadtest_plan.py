@@ -151,7 +151,7 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
         ({"cancel_share": 1.5}, "must be from 0 to 1"),
         ({"slo": ("ttft_p91_s <= 1",)}, "did you mean"),
         ({"slo": ("ttft_p90_s < 1",)}, "the form is"),
-        ({"duration_s": float("inf")}, "must be a number above 0"),
+        ({"duration_s": float("inf")}, "duration_s is inf; it must be above 0"),
         ({"seed": -1}, "seed is -1"),
         ({"slo": ("error_rate <= 5",)}, "a share from 0 to 1, not percent; write 0.05"),
         ({"slo": ("goodput_share >= 90",)}, "a share from 0 to 1, not percent; write 0.9"),

@@ -166,7 +166,6 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
         ({"optim": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
         ({"optim": "schedule_free_adamw"}, "optimizer", "does not work here"),
         ({"optim": "galore_adamw"}, "optimizer", "does not work here"),
-        ({"contacts": "keep"}, "data", "it must be drop or mask"),
         ({"store": str(RECIPES / "smoke.yaml")}, "store", "is a file; give a folder"),
         ({"store": str(RECIPES / "smoke.yaml" / "store")}, "store", "is a file; give a folder"),
     ],
@@ -208,7 +207,7 @@ def test_rows_longer_than_the_base_are_found(llama, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_rows": 0}, r"max_rows is 0; it must be above 0 \(or none\)"),
+        ({"max_rows": 0}, r"max_rows is 0; it must be at least 1 \(or none\)"),
         ({"max_rows": -1}, "max_rows is -1"),
         ({"max_steps": -5}, "max_steps is -5; it must be 0 or more"),
         ({"patience": -1}, "patience is -1"),
@@ -239,6 +238,7 @@ def test_rows_longer_than_the_base_are_found(llama, tmp_path):
         ({"target_modules": ()}, "target_modules is empty"),
         ({"target_modules": ("all-linear", "q_proj")}, "give all-linear alone"),
         ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type is 'cosin'; allowed"),
+        ({"contacts": "keep"}, "contacts is 'keep'; allowed: drop, mask"),
         ({"attn_implementation": "flash"}, "attn_implementation is 'flash'; allowed"),
         ({"data": ""}, "data is empty; leave it out for 'sample'"),
         ({"base": " "}, "base is empty"),

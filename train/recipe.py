@@ -1,13 +1,23 @@
 """`Recipe`: the schema of a training run. Shipped recipes are the YAML files in train/recipes, named by their stem."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import option
 from counsel.errors import UserError
+from counsel.values import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
+    ShareBelowOne,
+    check_bounds,
+)
 from train.data import DataConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -15,94 +25,130 @@ RECIPES = Path(__file__).parent / "recipes"
 # What may differ between a run and its --resume: these say how to start, not what to train.
 START_FIELDS = ("resume", "overwrite", "strict", "seeds")
 
+_RUN, _DATA, _LORA = "run", "data", "LoRA"
+_OPTIMIZATION, _EVALUATION, _MEMORY = "optimization", "evaluation", "memory and speed"
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training run, whole: the resolved copy is the run's config.json."""
+    """One training run: the resolved copy is the run's config.json."""
 
-    name: str = option("gentle", "run directory under --runs, and adapter name in the store")
-    base: str = option("smollm2-135m", "base model: catalog name, hub id or local folder")
-    data: str = option("sample", "conversations: a CSV, TSV, JSON, JSONL or Parquet file, a hub id, or `sample`")
-    revision: str = option("", "commit, tag or branch of a hub set; pin one to repeat a run")
-    question_column: str = option("Context", "column that holds the question")
-    answer_column: str = option("Response", "column that holds the answer")
-    topic_column: str = option("topic", "column that holds the topic, where there is one")
-    contacts: str = option(
-        "drop", "rows with links, e-mail addresses, phone numbers: `drop` them, or `mask` those parts"
+    name: str = option(
+        "gentle", "name of the run directory under --runs, and of the adapter in the store", group=_RUN, metavar="NAME"
     )
-    val_share: float = option(0.1, "share of the questions held out to choose a checkpoint")
-    test_share: float = option(0.1, "share of the questions held out for eval and loadtest")
-    split: str = option("question", "unit of splitting: `question`; `row` leaks, and is there to measure how much")
-    split_seed: int = option(0, "another seed holds out other questions")
-    max_rows: int | None = option(None, "train on so many rows only, evenly spaced (smoke runs)")
-    max_val_rows: int = option(64, "validation rows scored at each evaluation")
-    system: str = option(SYSTEM_PROMPT, "system prompt, in training and when served")
-
-    rank: int = option(16, "LoRA rank r")
-    alpha: int = option(32, "LoRA alpha; the update is scaled by alpha / rank")
-    dropout: float = option(0.0, "LoRA dropout")
-    target_modules: tuple[str, ...] = option(("all-linear",), "modules that get an adapter: `all-linear`, or names")
-
-    epochs: float = option(1.0, "passes over the training rows")
-    max_steps: int = option(0, "stop after this many optimizer steps; 0: by epochs")
-    batch_size: int = option(4, "rows in a forward pass, per process")
-    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step")
-    learning_rate: float = option(2e-4, "peak learning rate")
-    lr_scheduler_type: str = option(
-        "cosine", "learning-rate schedule after warm-up: cosine, linear or constant_with_warmup"
+    base: str = option(
+        "smollm2-135m", "base model: a catalog name, a hub id or a local folder", group=_RUN, metavar="MODEL"
     )
-    warmup_ratio: float = option(0.05, "share of steps spent warming up")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    optim: str = option("adamw_torch_fused", "a transformers optimizer name, such as paged_adamw_8bit")
-    max_length: int = option(1024, "tokens per row; longer rows are cut at the end")
-    group_by_length: bool = option(False, "batch rows of like length: saves padding where the fast path does not apply")
-
-    load_in_4bit: bool = option(False, "load the base in NF4 with double quantisation (QLoRA)")
-    force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slower, for checks")
-    attn_implementation: str = option(
-        "sdpa", "attention: sdpa or eager; Gemma 2 needs eager, sdpa drops its soft-capping"
+    data: str = option(
+        "sample",
+        "conversations: a CSV, TSV, JSON, JSONL or Parquet file, a hub id, or `sample`, the shipped set",
+        group=_DATA,
+        metavar="SOURCE",
     )
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: slower, less memory")
-    fast_cpu: bool = option(True, "on a CPU, score answer tokens only (same loss; train/cpu/loss.py)")
+    revision: str = option(
+        "", "commit, tag or branch of a hub dataset; pin a commit to repeat a run", group=_DATA, metavar="REF"
+    )
+    question_column: str = option("Context", "column that holds the question", group=_DATA, metavar="COLUMN")
+    answer_column: str = option("Response", "column that holds the answer", group=_DATA, metavar="COLUMN")
+    topic_column: str = option("topic", "column that holds the topic, if there is one", group=_DATA, metavar="COLUMN")
+    contacts: Literal["drop", "mask"] = option(
+        "drop",
+        "what to do with rows that have links, e-mail addresses or phone numbers: drop the row, or mask those parts",
+        group=_DATA,
+    )
+    val_share: ShareBelowOne = option(0.1, "share of the questions held out to choose a checkpoint", group=_DATA)
+    test_share: ShareBelowOne = option(0.1, "share of the questions held out for eval and loadtest", group=_DATA)
+    split: Annotated[str, Literal["question", "row"]] = option(
+        "question",
+        "unit of splitting; `row` leaks test questions into training, and is there to measure how much",
+        group=_DATA,
+    )
+    split_seed: Seed = option(0, "seed of the split: another seed holds out other questions", group=_DATA)
+    max_rows: PositiveInt | None = option(
+        None, "train on only this many rows, evenly spaced (for smoke runs)", group=_DATA, shown="all"
+    )
+    max_val_rows: PositiveInt = option(64, "validation rows scored at each evaluation", group=_EVALUATION)
+    system: str = option(
+        SYSTEM_PROMPT, "system prompt, in training and when served", group=_DATA, shown="the built-in supportive prompt"
+    )
 
-    evaluations: int = option(4, "evenly spaced validation passes, each with a checkpoint; the best is kept")
-    patience: int = option(0, "stop after this many evaluations without improvement; 0: never")
-    samples: int = option(2, "validation questions answered at each evaluation, into samples.jsonl")
-    seed: int = option(42, "seed of the initial adapter, the order of rows and dropout")
+    rank: PositiveInt = option(16, "LoRA rank r", group=_LORA)
+    alpha: PositiveInt = option(32, "LoRA alpha; the update is scaled by alpha / rank", group=_LORA)
+    dropout: ShareBelowOne = option(0.0, "LoRA dropout", group=_LORA)
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",), "modules that get an adapter: `all-linear`, or names", group=_LORA, metavar="NAME,..."
+    )
 
-    runs: str = option("runs", "folder of run directories")
-    store: str = option("store", "adapter store to publish to; empty: do not publish")
-    resume: bool = option(False, "go on from the last checkpoint of the run")
-    overwrite: bool = option(False, "remove the existing run of that name first")
-    strict: bool = option(False, "refuse instead of falling back where the machine lacks something")
-    seeds: tuple[int, ...] = option((), "train once per seed, as <name>-s<seed>, and report mean and spread")
+    epochs: PositiveFloat = option(1.0, "passes over the training rows", group=_OPTIMIZATION)
+    max_steps: NonNegativeInt = option(
+        0, "stop after this many optimizer steps, whatever --epochs says; 0: no such limit", group=_OPTIMIZATION
+    )
+    batch_size: PositiveInt = option(4, "rows in a forward pass, per process", group=_OPTIMIZATION)
+    gradient_accumulation_steps: PositiveInt = option(1, "forward passes per optimizer step", group=_OPTIMIZATION)
+    learning_rate: PositiveFloat = option(2e-4, "peak learning rate", group=_OPTIMIZATION)
+    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = option(
+        "cosine", "learning-rate schedule after warm-up", group=_OPTIMIZATION
+    )
+    warmup_ratio: ShareBelowOne = option(0.05, "share of the steps spent warming up", group=_OPTIMIZATION)
+    weight_decay: NonNegativeFloat = option(0.0, "AdamW weight decay", group=_OPTIMIZATION)
+    max_grad_norm: NonNegativeFloat = option(1.0, "gradient norm to clip at; 0: no clipping", group=_OPTIMIZATION)
+    optim: str = option(
+        "adamw_torch_fused",
+        "a transformers optimizer name, such as paged_adamw_8bit",
+        group=_OPTIMIZATION,
+        metavar="NAME",
+    )
+    max_length: Annotated[int, Ge(16)] = option(
+        1024, "tokens per row; longer rows are cut at the end", group=_OPTIMIZATION
+    )
+    group_by_length: bool = option(
+        False, "batch rows of similar length, which saves padding where the fast CPU path does not apply", group=_MEMORY
+    )
+
+    load_in_4bit: bool = option(False, "load the base in NF4 with double quantization (QLoRA)", group=_MEMORY)
+    force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slow, for checks", group=_MEMORY)
+    attn_implementation: Literal["sdpa", "eager"] = option(
+        "sdpa", "attention; Gemma 2 needs eager, since sdpa drops its soft-capping", group=_MEMORY
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: slower, less memory", group=_MEMORY
+    )
+    fast_cpu: bool = option(
+        True,
+        "on a CPU, compute the loss of answer tokens only: the same loss, faster (train/cpu/loss.py)",
+        group=_MEMORY,
+    )
+
+    evaluations: PositiveInt = option(
+        4, "evenly spaced validation passes, each with a checkpoint; the best checkpoint is kept", group=_EVALUATION
+    )
+    patience: NonNegativeInt = option(
+        0, "stop after this many evaluations without improvement; 0: never", group=_EVALUATION
+    )
+    samples: NonNegativeInt = option(
+        2, "validation questions answered at each evaluation, into samples.jsonl", group=_EVALUATION
+    )
+    seed: Seed = option(42, "seed of the initial adapter, the order of rows and dropout", group=_OPTIMIZATION)
+
+    runs: str = option("runs", "folder of run directories", group=_RUN, metavar="FOLDER")
+    store: str = option("store", "adapter store to publish to; empty: do not publish", group=_RUN, metavar="FOLDER")
+    resume: bool = option(False, "continue from the last checkpoint of the run", group=_RUN)
+    overwrite: bool = option(False, "remove the existing run of that name first", group=_RUN)
+    strict: bool = option(False, "fail instead of falling back where the machine lacks something", group=_RUN)
+    seeds: tuple[Seed, ...] = option(
+        (), "train once per seed, as <name>-s<seed>, and report mean and spread", group=_RUN
+    )
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other; give one")
-        if self.lr_scheduler_type not in ("cosine", "linear", "constant_with_warmup"):
-            raise UserError(
-                f"lr_scheduler_type is {self.lr_scheduler_type!r}; allowed: cosine, linear, constant_with_warmup"
-            )
-        if self.attn_implementation not in ("sdpa", "eager"):
-            raise UserError(f"attn_implementation is {self.attn_implementation!r}; allowed: sdpa, eager")
-        for key in ("rank", "alpha", "batch_size", "gradient_accumulation_steps", "evaluations", "max_val_rows",
-                    "epochs", "learning_rate", "max_rows"):  # fmt: skip
-            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
-                raise UserError(f"{key} is {value}; it must be above 0{' (or none)' if key == 'max_rows' else ''}")
-        for key in ("max_steps", "patience", "samples", "weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be 0 or more")
-        for key in ("dropout", "warmup_ratio", "val_share", "test_share"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key} is {getattr(self, key)}; it must be at least 0 and below 1")
         for key in ("name", "base", "data", "question_column", "answer_column", "runs", "optim"):
             if not getattr(self, key).strip():
                 raise UserError(f"{key} is empty; leave it out for {Recipe.__dataclass_fields__[key].default!r}")
         if self.question_column == self.answer_column:
             raise UserError(
-                f"question_column and answer_column are both {self.question_column!r}; the answer is another"
+                f"question_column and answer_column are both {self.question_column!r}; name two different columns"
             )
         if not self.target_modules or ("all-linear" in self.target_modules and len(self.target_modules) > 1):
             raise UserError(
@@ -111,18 +157,13 @@ class Recipe:
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds is {', '.join(map(str, self.seeds))}; each seed is one run: give each once")
-        for key, value in (("seed", self.seed), ("split_seed", self.split_seed), *(("seeds", s) for s in self.seeds)):
-            if not 0 <= value < 2**32:
-                raise UserError(f"{key} is {value}; it must be from 0 to {2**32 - 1}")
-        if self.max_length < 16:
-            raise UserError(f"max_length is {self.max_length}; it must be at least 16 tokens")
 
     @property
     def run_path(self) -> Path:
         return Path(self.runs) / self.name
 
     def document(self) -> dict[str, Any]:
-        """What config.json holds: every field that shapes the result."""
+        """What config.json holds: every field that affects the result."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in START_FIELDS}
 
     def data_config(self) -> DataConfig:
