@@ -1,14 +1,14 @@
-"""How the stack talks to a server: the official `openai` clients, and one streamed reply with its times.
+"""How the project talks to a server: the official `openai` clients, and the one reader of `GET /v1/models`.
 
 Retries are off: a measurement or a test must see every failure.
 """
 
+import contextlib
+import json
 import os
-import time
 import urllib.parse
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import openai
 
@@ -17,27 +17,36 @@ from counsel.errors import UserError
 API_KEY = "COUNSEL_API_KEY"
 BASE_URL = "http://127.0.0.1:8000/v1"
 
+# A server that takes longer than this for its list of models is not ready.
+_LIST_TIMEOUT_S = 10.0
 
-@dataclass(frozen=True)
-class Reply:
-    """One reply. Times are seconds from just before the request was sent.
 
-    model: what the server says answered (`name@version` for an adapter). ttft_s: to the first text, None when there
-    was none. chunk_s: arrival of each piece of text. Token counts are the server's own.
+class ServerModels(NamedTuple):
+    """What a server serves, as `GET /v1/models` lists it.
+
+    names: every model but the exact versions of adapters (`name@version`), in the server's order. adapters: those of
+    them that are adapters. roots: for every listed name, exact versions too, what it stands for: `name@version` for an
+    adapter of this project's server, a path for stock vLLM, empty where the server does not say.
+    max_model_len: most tokens of prompt and answer together; None where the server does not say.
     """
 
-    model: str
-    text: str
-    ttft_s: float | None
-    duration_s: float
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: str
-    chunk_s: tuple[float, ...]
+    base: str
+    adapters: tuple[str, ...]
+    names: tuple[str, ...]
+    roots: dict[str, str]
+    max_model_len: int | None
+
+    def exact(self, name: str) -> str:
+        """The exact version that `name` stands for now, or `name` itself where the server lists no such version.
+
+        Whoever asks by exact version gets no answer of a version that is published meanwhile.
+        """
+        root = self.roots[name]
+        return root if root in self.roots else name
 
 
 def make_client(base_url: str = BASE_URL, api_key: str = "", timeout_s: float = 600.0) -> openai.OpenAI:
-    """A client without retries. `api_key` defaults to $COUNSEL_API_KEY; `timeout_s` bounds the wait for each byte."""
+    """A client without retries. `api_key` defaults to $COUNSEL_API_KEY; `timeout_s` limits the wait for each byte."""
     return openai.OpenAI(
         base_url=checked_url(base_url), api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s)
     )
@@ -51,86 +60,87 @@ def make_async_client(base_url: str = BASE_URL, api_key: str = "", timeout_s: fl
 
 
 def checked_url(url: str) -> str:
-    """`url`, if it is one that a client can call; raises UserError otherwise."""
+    """`url`, if a client can call it; raises UserError otherwise."""
     try:
         parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        callable_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        good = False
-    if not good:
+        callable_url = False
+    if not callable_url:
         raise UserError(f"url is {url!r}; it must be like {BASE_URL}")
     return url
 
 
-def timed_reply(client: openai.OpenAI, model: str, messages: Iterable[Any], max_tokens: int, **sampling: Any) -> Reply:
-    """Ask for one chat reply as a stream and time it; `sampling` goes to the server (temperature, seed, ...)."""
-    clock = _Stopwatch(model)
-    for chunk in client.chat.completions.create(**_request(model, messages, max_tokens, sampling)):
-        clock.take(chunk)
-    return clock.reply()
+def list_models(client: openai.OpenAI) -> ServerModels:
+    """The models that the server lists.
+
+    Raises UserError if no server answers, if it refuses, if it is not an OpenAI-compatible server, or if it lists no
+    base model.
+    """
+    with _one_line_errors(client):
+        reply = client.models.with_raw_response.list(timeout=_LIST_TIMEOUT_S)
+    return _read_models(reply.http_response.content, _url(client))
 
 
-async def timed_reply_async(
-    client: openai.AsyncOpenAI, model: str, messages: Iterable[Any], max_tokens: int, **sampling: Any
-) -> Reply:
-    """`timed_reply` for asyncio."""
-    clock = _Stopwatch(model)
-    async for chunk in await client.chat.completions.create(**_request(model, messages, max_tokens, sampling)):
-        clock.take(chunk)
-    return clock.reply()
+async def list_models_async(client: openai.AsyncOpenAI) -> ServerModels:
+    """`list_models` for asyncio."""
+    with _one_line_errors(client):
+        reply = await client.models.with_raw_response.list(timeout=_LIST_TIMEOUT_S)
+    return _read_models(reply.http_response.content, _url(client))
 
 
-def _request(model: str, messages: Iterable[Any], max_tokens: int, sampling: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": model,
-        "messages": list(messages),
-        "max_completion_tokens": max_tokens,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **sampling,
-    }
+def error_message(error: openai.APIError) -> str:
+    """The server's own words in an error of the SDK, in one line."""
+    body = error.body
+    message = str(body["message"] if isinstance(body, dict) and "message" in body else error)
+    return " ".join(message.split())
+
+
+def _read_models(body: bytes, url: str) -> ServerModels:
+    try:
+        cards = {str(card["id"]): card for card in json.loads(body)["data"]}
+        roots = {name: str(card.get("root") or "") for name, card in cards.items()}
+        # vLLM's cards name the base of an adapter as its parent; the card of a base has none.
+        adapters = [name for name, card in cards.items() if card.get("parent")]
+        lengths = {name: card.get("max_model_len") for name, card in cards.items()}
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        start = body[:60].decode("utf-8", "replace")
+        raise UserError(
+            f"{url} is not an OpenAI-compatible API: GET /models answered {start!r}; give a url like {BASE_URL}"
+        ) from error
+    if not cards:
+        raise UserError(f"the server at {url} lists no model; load one there, or give --url of another server")
+    bases = [name for name in cards if name not in adapters]
+    if not bases:
+        raise UserError(f"the server at {url} lists no base model, only the adapters {', '.join(adapters)}")
+    # The card of an exact version stands for itself.
+    names = [name for name in cards if name in bases or roots[name] != name]
+    return ServerModels(
+        bases[0], tuple(name for name in names if name in adapters), tuple(names), roots, lengths[bases[0]]
+    )
+
+
+@contextlib.contextmanager
+def _one_line_errors(client: openai.OpenAI | openai.AsyncOpenAI) -> Iterator[None]:
+    url = _url(client)
+    try:
+        yield
+    except openai.APIConnectionError as error:
+        raise UserError(f"no server answers at {url}; start one with python -m serve, or give --url") from error
+    except openai.APIStatusError as error:
+        raise UserError(
+            f"{url} answered {error.status_code} to GET /models: {error_message(error)}; check --url and {API_KEY}"
+        ) from error
+
+
+def _url(client: openai.OpenAI | openai.AsyncOpenAI) -> str:
+    return str(client.base_url).rstrip("/")
 
 
 def _key(api_key: str) -> str:
-    # The SDK refuses an empty key; a server without keys ignores it.
+    # The SDK rejects an empty key; a server without keys ignores it.
     return api_key or os.environ.get(API_KEY) or "none"
 
 
 def _timeout(timeout_s: float) -> openai.Timeout:
     return openai.Timeout(timeout_s, connect=10.0)
-
-
-@dataclass
-class _Stopwatch:
-    """Collects the chunks of one stream and when they came."""
-
-    model: str
-    started: float = field(default_factory=time.perf_counter)
-    texts: list[str] = field(default_factory=list)
-    times_s: list[float] = field(default_factory=list)
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def take(self, chunk: Any) -> None:
-        self.model = chunk.model
-        for choice in chunk.choices:
-            if choice.delta.content:
-                self.times_s.append(time.perf_counter() - self.started)
-                self.texts.append(choice.delta.content)
-            self.finish_reason = choice.finish_reason or self.finish_reason
-        if chunk.usage is not None:
-            self.prompt_tokens = chunk.usage.prompt_tokens
-            self.completion_tokens = chunk.usage.completion_tokens
-
-    def reply(self) -> Reply:
-        return Reply(
-            model=self.model,
-            text="".join(self.texts),
-            ttft_s=self.times_s[0] if self.times_s else None,
-            duration_s=time.perf_counter() - self.started,
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.completion_tokens,
-            finish_reason=self.finish_reason,
-            chunk_s=tuple(self.times_s),
-        )

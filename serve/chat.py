@@ -9,40 +9,42 @@ from typing import Any
 from counsel.chat import NOTICE, Message
 from counsel.cli import Result, argument, nearest, option
 from counsel.errors import UserError
+from counsel.values import NonNegativeFloat, PositiveInt
 
-# What vLLM's refusals of a conversation that is too long have in common.
-TOO_LONG = ("maximum context length", "maximum model length")
+# vLLM's errors for a conversation that is too long contain one of these.
+_TOO_LONG = ("maximum context length", "maximum model length")
 
 
 @dataclass(frozen=True)
 class Chat:
-    model: str = argument("who answers: an adapter, name@version, or the base (default: the first adapter served)", "")
-    url: str = option("http://127.0.0.1:8000/v1", "the server's address, with /v1")
-    system: str = option("", "system text (default: the one the adapter was published with)")
-    max_tokens: int = option(300, "longest answer in tokens")
-    temperature: float = option(0.7, "0 always gives the likeliest answer")
+    """Which model to talk to, and how it answers."""
+
+    model: str = argument("an adapter, name@version, or the base model", "", shown="the first adapter served")
+    url: str = option("http://127.0.0.1:8000/v1", "the server's OpenAI base URL, with /v1", metavar="URL")
+    system: str = option("", "system prompt", shown="the one that the adapter was published with")
+    max_tokens: PositiveInt = option(300, "longest answer, in tokens")
+    temperature: NonNegativeFloat = option(0.7, "sampling temperature; 0 always gives the likeliest answer")
 
 
 def chat(options: Chat) -> Result:
-    """Read lines, print answers; an empty line or end of input ends the conversation.
+    """Read lines and print answers until an empty line or the end of input.
 
-    Ctrl-C ends an answer, not the conversation. What the server refuses is said, and the conversation goes on without
-    it; one that no longer fits the model goes on without its oldest turns. Raises UserError for a model that is not
-    served, and where no server answers at the start.
+    Ctrl-C ends an answer, not the conversation. A turn that the server refuses is dropped, with the server's reason;
+    a conversation that no longer fits the model loses its oldest turns. Raises UserError for a model that is not
+    served, and if no server answers at the start.
     """
-    # Inside, so that every other command's --help does not wait for the SDK.
+    # Imported here, so that no other command's --help waits for the SDK.
     import httpx2
     import openai
 
-    from counsel.client import make_client
+    from counsel.client import error_message, list_models, make_client
 
     client = make_client(options.url)
-    try:
-        model = _served(client, options.model)
-    except openai.APIConnectionError as error:
-        raise UserError(f"no server answers at {options.url}; start one with python -m serve") from error
-    except openai.APIStatusError as error:
-        raise UserError(_message(error)) from error
+    served = list_models(client)
+    # The server answers for more exact versions than it lists.
+    if options.model and options.model.partition("@")[0] not in served.names:
+        raise UserError(f"the server has no model {options.model!r}; {nearest(options.model, served.names)}")
+    model = options.model or (served.adapters[0] if served.adapters else served.base)
     print(
         f"{NOTICE}\n\nYou are talking to {model}. An empty line ends the conversation, Ctrl-C an answer.",
         file=sys.stderr,
@@ -54,9 +56,9 @@ def chat(options: Chat) -> Result:
         try:
             answer = _fitting_answer(client, model, messages, options)
         except (openai.APIConnectionError, httpx2.TransportError):
-            print(f"no server answers at {options.url}; say it again when it is back", file=sys.stderr)
+            print(f"no server answers at {options.url}; repeat the line when it is back", file=sys.stderr)
         except openai.APIError as error:
-            print(f"the server refused: {_message(error)}", file=sys.stderr)
+            print(f"the server refused: {error_message(error)}", file=sys.stderr)
         else:
             if answer:
                 messages.append({"role": "assistant", "content": answer})
@@ -66,19 +68,10 @@ def chat(options: Chat) -> Result:
     return Result({"model": model, "turns": n_turns})
 
 
-def _served(client: Any, asked: str) -> str:
-    """The model to talk to. Raises UserError for a name that the server does not list; a version it need not list."""
-    cards = list(client.models.list())
-    served = [card.id for card in cards]
-    if asked and asked.partition("@")[0] not in served:
-        raise UserError(f"the server has no model {asked!r}; {nearest(asked, served)}")
-    return asked or str(next((card.id for card in cards if getattr(card, "parent", None)), cards[0].id))
-
-
 def _lines() -> Iterator[str]:
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
-        importlib.import_module("readline")  # makes input() edit lines, and keep them while this runs
+        importlib.import_module("readline")  # lets input() edit lines and recall earlier ones
     while True:
         try:
             if is_terminal:
@@ -99,26 +92,28 @@ def _lines() -> Iterator[str]:
 
 
 def _fitting_answer(client: Any, model: str, messages: list[Message], options: Chat) -> str:
-    """The answer to `messages`, from which the oldest turns are taken where the model can read it only without them."""
+    """The answer to `messages`; while they are too long for the model, their oldest turn is removed."""
     import openai
+
+    from counsel.client import error_message
 
     asked = list(messages)
     while True:
         try:
             answer = _answer(client, model, asked, options)
         except openai.BadRequestError as error:
-            if len(asked) < 3 or not any(words in _message(error) for words in TOO_LONG):
+            if len(asked) < 3 or not any(words in error_message(error) for words in _TOO_LONG):
                 raise
             del asked[:2]
             continue
         if len(asked) < len(messages):
-            print("(the oldest turns no longer fit the model, and are left out from here on)", file=sys.stderr)
+            print("(the oldest turns no longer fit the model, and are left out from now on)", file=sys.stderr)
             messages[:] = asked
         return answer
 
 
 def _answer(client: Any, model: str, messages: list[Message], options: Chat) -> str:
-    """Print an answer as it comes, and return it; Ctrl-C ends it where it is."""
+    """Print an answer as it streams, and return it; Ctrl-C ends it early."""
     system: list[Message] = [{"role": "system", "content": options.system}] if options.system else []
     parts: list[str] = []
     try:
@@ -137,7 +132,3 @@ def _answer(client: Any, model: str, messages: list[Message], options: Chat) -> 
         print(" (stopped)", end="", file=sys.stderr)
     print()
     return "".join(parts)
-
-
-def _message(error: Any) -> str:
-    return str(error.body["message"] if isinstance(error.body, dict) and "message" in error.body else error)
