@@ -29,20 +29,20 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportOptions:
     """A run whose files are complete enough to judge."""
 
     dir: str = argument("results directory of the run")
 
 
-def run(scenario: Any) -> Result:
+def _run(scenario: Any) -> Result:
     """Run a `Scenario`, then print the table and the verdict."""
     from loadtest.run import play
 
     return _printed(play(scenario))
 
 
-def report(options: Report) -> Result:
+def _report(options: ReportOptions) -> Result:
     """Judge a run again from its rows, and write the report."""
     from loadtest.run import judge
 
@@ -65,7 +65,7 @@ def _printed(summary: dict[str, Any]) -> Result:
     return Result(summary, EXIT_STATUS[summary["verdict"]])
 
 
-def work(options: Worker) -> Result:
+def _work(options: Worker) -> Result:
     """Send a share of the requests of a run that another machine leads."""
     from loadtest.launch import run_worker
     from loadtest.scenario import read_scenario
@@ -79,7 +79,7 @@ def work(options: Worker) -> Result:
 COMMANDS = {
     "": Command(
         "loadtest.scenario:Scenario",
-        run,
+        _run,
         "load a running server with a mix of models and measure every request",
     ),
     "find-capacity": Command(
@@ -92,8 +92,8 @@ COMMANDS = {
         "loadtest.compare:compare",
         "say whether run B is better or worse than run A, with intervals",
     ),
-    "report": Command(Report, report, "judge a finished or interrupted run again, and write its report"),
-    "worker": Command(Worker, work, "send requests for a run that another machine leads (--bind)"),
+    "report": Command(ReportOptions, _report, "judge a finished or interrupted run again, and write its report"),
+    "worker": Command(Worker, _work, "send requests for a run that another machine leads (--bind)"),
 }
 
 
