@@ -9,7 +9,8 @@ import importlib.metadata
 import sys
 from types import ModuleType
 
-from counsel.cli import FOLDERS, OneLineErrors, nearest
+from counsel.cli import FOLDERS, OneLineErrors
+from counsel.values import nearest
 
 DESCRIPTION = (
     "Fine-tune supportive-conversation LoRA adapters, serve them with their base, evaluate and load-test them."

@@ -59,7 +59,7 @@ class Result(NamedTuple):
 class Command(NamedTuple):
     """A config dataclass, the function that takes it, and one line of help.
 
-    Either may be `module:name` instead, which is imported only when the command runs or shows its help.
+    `config` and `run` may be given as `module:name`, which is imported when the command needs it.
     With `presets`, a folder, the YAML file is a positional argument: a path, or the stem of a file in that folder.
     """
 
@@ -73,7 +73,7 @@ def option(default: Any, help: str, *, group: str = "options", metavar: str = ""
     """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`).
 
     Its type, choices and bounds are read from the annotation (see counsel/values.py). group: heading in `--help`.
-    metavar: name of the value there. shown: what `--help` says of the default, where the value itself would not help.
+    metavar: name of the value there. shown: the default as `--help` shows it, where the value itself says too little.
     """
     return dataclasses.field(
         default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown}
@@ -120,13 +120,13 @@ def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> in
     def run() -> int:
         file = _yaml_file(flags.pop("config", None), command.presets)
         config: Any = load_config(schema, file, flags)
-        result = _imported(command.run)(config)
+        result: Result = _imported(command.run)(config)
         document = json.dumps(result.document, allow_nan=False)
-        person = sys.stdout.isatty()
+        is_terminal = sys.stdout.isatty()
         # A document of 20 KB would push the table off a terminal's screen.
-        if json_wanted or not person:
+        if json_wanted or not is_terminal:
             print(document, flush=True)
-        if result.next and person:
+        if result.next and is_terminal:
             print(as_typed(f"next: {result.next}"), file=sys.stderr)
         return result.exit_status
 
@@ -185,14 +185,14 @@ def exit_status(run: Callable[[], int]) -> int:
         print(as_typed(f"error: {error}"), file=sys.stderr)
         return 1
     except OSError as error:
-        # A full disk, a read-only one or missing permission: a traceback would explain nothing more.
+        # A full or read-only disk, or missing permission: a traceback would explain nothing more.
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}; free some space, or choose a folder that you "
               "may write to", file=sys.stderr)  # fmt: skip
         return 1
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped", file=sys.stderr)
+        print(as_typed(str(stop)) or "stopped", file=sys.stderr)
         return 130
 
 
@@ -271,7 +271,7 @@ def _word(field: dataclasses.Field[Any]) -> str:
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wider columns than argparse's: our flags are words."""
+    """Gives option names more room than argparse does."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)

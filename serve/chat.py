@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from counsel.chat import NOTICE, Message
-from counsel.cli import Result, argument, nearest, option
+from counsel.cli import Result, argument, option
 from counsel.errors import UserError
-from counsel.values import NonNegativeFloat, PositiveInt
+from counsel.values import NonNegativeFloat, PositiveInt, nearest
 
 # vLLM's errors for a conversation that is too long contain one of these.
 _TOO_LONG = ("maximum context length", "maximum model length")

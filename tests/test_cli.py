@@ -46,8 +46,8 @@ def test_last_line_of_stdout_is_json(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"greeted": "ada", "tags": ["a", "b"]}
 
 
-def test_terminal_is_spared_the_document(monkeypatch, capsys):
-    """On a terminal the table is the last thing on stdout, unless --json asks for the document."""
+def test_a_terminal_gets_no_json_document(monkeypatch, capsys):
+    """On a terminal the document is printed only with --json."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
 
     assert main("greet", COMMANDS, ["ada"]) == 0
@@ -56,8 +56,8 @@ def test_terminal_is_spared_the_document(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["greeted"] == "ada"
 
 
-def test_next_step_is_said_to_a_person(monkeypatch, capsys):
-    """What to do next is said on a terminal; a program that reads the document is left alone."""
+def test_the_next_step_is_printed_on_a_terminal(monkeypatch, capsys):
+    """Programs that read the document get no hint."""
     commands = {"": Command(Greeting, lambda config: Result({}, next=f"wave to {config.name}"), "say hello")}
 
     assert main("greet", commands, ["ada"]) == 0
@@ -78,7 +78,7 @@ def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("name: a\ntime: 2", "unknown key 'time'"),
         ("name: a\ntime: 2", "did you mean 'times'"),
@@ -112,14 +112,14 @@ def test_flags_beat_yaml_and_yaml_beats_defaults(tmp_path):
         ("name: a\ntags:", r"tags is empty \(null\); it must be text"),
     ],
 )
-def test_bad_yaml_is_one_clear_line(tmp_path, text, said):
-    """A bad config file is refused with what was wrong, in one line."""
+def test_bad_yaml_is_one_clear_line(tmp_path, text, message):
+    """The error for a bad config file says in one line what is wrong."""
     file = tmp_path / "g.yaml"
     file.write_text(text)
 
-    with pytest.raises(UserError, match=said.replace("[", r"\[").replace("{", r"\{")) as refusal:
+    with pytest.raises(UserError, match=message.replace("[", r"\[").replace("{", r"\{")) as caught:
         load_config(Greeting, str(file), {})
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_list_of_one_may_be_given_plainly(tmp_path):
@@ -130,14 +130,14 @@ def test_a_list_of_one_may_be_given_plainly(tmp_path):
 
 
 def test_yaml_may_merge_a_mapping_and_change_a_key_of_it(tmp_path):
-    """A key given beside a merged one is no second giving: that is what merging is for."""
+    """A key beside `<<` overrides the merged one; it is not a duplicate."""
     file = tmp_path / "g.yaml"
     file.write_text("<<: {name: ada, times: 2}\ntimes: 3\n")
     assert load_config(Greeting, str(file), {}) == Greeting("ada", times=3)
 
 
-def test_text_that_is_no_utf_8_is_refused():
-    """A command line in another encoding would break when it is first written, perhaps hours later."""
+def test_text_that_is_not_utf_8_is_refused():
+    """An argument in another encoding would otherwise fail when it is first written, perhaps hours later."""
     with pytest.raises(UserError, match=r"name is .*; it must be text"):
         load_config(Greeting, None, {"name": b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")})
 
@@ -156,7 +156,7 @@ def test_result_sets_exit_status_and_subcommand_is_found(capsys):
 
 
 def test_unknown_flag_is_a_usage_error():
-    """argparse's own exit status 2 stands for usage."""
+    """Exit status 2, as argparse has it."""
     with pytest.raises(SystemExit) as stop:
         main("greet", COMMANDS, ["ada", "--lod"])
     assert stop.value.code == 2
@@ -171,8 +171,8 @@ def test_unknown_flag_is_a_usage_error():
         (["--extra", "-O3", "--loud"], "-O3"),
     ],
 )
-def test_a_texts_value_may_begin_with_a_dash(words, extra, capsys):
-    """Flags for another program are given as people write them, with a space or an equals sign."""
+def test_a_text_value_may_begin_with_a_dash(words, extra, capsys):
+    """Flags for another program may follow a space or an equals sign."""
 
     @dataclass(frozen=True)
     class Passing:
@@ -184,8 +184,8 @@ def test_a_texts_value_may_begin_with_a_dash(words, extra, capsys):
     assert json.loads(capsys.readouterr().out) == {"extra": extra}
 
 
-def test_an_option_in_a_texts_place_is_still_missing_its_value():
-    """`--extra --loud` forgot the text: our own options are never taken for one."""
+def test_one_of_our_options_is_never_taken_for_a_value():
+    """`--extra --loud` lacks the text for --extra."""
 
     @dataclass(frozen=True)
     class Passing:
@@ -198,7 +198,7 @@ def test_an_option_in_a_texts_place_is_still_missing_its_value():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["ada", "--lod"], "unknown option --lod; did you mean --loud?"),
         (["ada", "--time=2"], "unknown option --time; did you mean --times?"),
@@ -209,20 +209,20 @@ def test_an_option_in_a_texts_place_is_still_missing_its_value():
         (["ada", "--times"], "argument --times: expected one argument"),
     ],
 )
-def test_a_misspelt_word_is_one_line_with_the_nearest(words, said, capsys):
-    """The usage is one --help away; thirty lines of it hide what was wrong."""
+def test_a_misspelt_word_is_one_line_with_the_nearest(words, message, capsys):
+    """Thirty lines of usage would hide what was wrong; --help prints them."""
     with pytest.raises(SystemExit) as stop:
         main("greet", COMMANDS, words)
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert told.startswith("error: ")
-    assert said in told
-    assert told.count("\n") == 1
-    assert "--help lists the options" in told
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert "--help lists the options" in error
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "a recipe is needed; known: quiet, warm, or a .yaml file"),
         (["check"], "a recipe is needed; known: quiet, warm"),
@@ -233,8 +233,8 @@ def test_a_misspelt_word_is_one_line_with_the_nearest(words, said, capsys):
         (["warm", "--time", "2"], "unknown option --time; did you mean --times?"),
     ],
 )
-def test_a_command_with_recipes_does_nothing_without_one(words, said, tmp_path, capsys):
-    """No word at all, or one that is neither a recipe nor a command, starts nothing."""
+def test_a_command_with_recipes_does_nothing_without_one(words, message, tmp_path, capsys):
+    """No argument, or one that is neither a recipe nor a command, starts nothing."""
     for recipe in ("warm", "quiet"):
         (tmp_path / f"{recipe}.yaml").write_text("name: ada\n")
 
@@ -250,11 +250,11 @@ def test_a_command_with_recipes_does_nothing_without_one(words, said, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         main("greet", {"": kind, "check": kind}, words)
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_locale_without_utf_8_ends_no_command():
-    """Text that people wrote is printed as UTF-8 wherever the command runs."""
+def test_commands_work_in_a_locale_without_utf_8():
+    """Commands print UTF-8 in every locale."""
     code = (
         "import sys; from counsel.cli import exit_status\n"
         "sys.exit(exit_status(lambda: print('gr\\u00fc\\u00df dich \\u2013 \\u201cja\\u201d') or 0))"
@@ -288,7 +288,7 @@ def help_of(schema, capsys):
 
 
 def test_help_shows_groups_types_choices_bounds_and_defaults(monkeypatch, capsys):
-    """What a value may be stands beside its option; defaults that say nothing are left out, long ones are cut."""
+    """Empty defaults are left out, long ones are shortened."""
     monkeypatch.setenv("COLUMNS", "200")
     lines = [" ".join(line.split()) for line in help_of(Baking, capsys).splitlines()]
 
@@ -332,7 +332,7 @@ def test_a_value_out_of_bounds_names_what_is_allowed(given, message):
 
 
 def test_a_config_made_in_code_keeps_the_same_bounds():
-    """`check_bounds` in `__post_init__` holds values that never were text."""
+    """`check_bounds` in `__post_init__` checks values that come from neither a flag nor YAML."""
     assert Baking("rye", loaves=None, seeds=(1, 2), oven="wood").loaves is None
     for given in ({"heat": float("nan")}, {"heat": float("inf")}, {"loaves": 0}, {"seeds": (1, -1)}, {"oven": "gaz"}):
         with pytest.raises(UserError, match=f"^{next(iter(given))} is "):
@@ -429,7 +429,7 @@ def test_hints_name_commands_as_the_user_typed_them(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
 def test_every_command_refers_to_a_config_and_a_function(command):
-    """What a table names as `module:name` is there."""
+    """Every `module:name` in a table can be imported."""
     config, run = (
         pkgutil.resolve_name(given) if isinstance(given, str) else given for given in ALL_COMMANDS[command][:2]
     )

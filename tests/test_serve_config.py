@@ -1,4 +1,4 @@
-"""What is refused before anything starts, and the reason a child gives."""
+"""Configs that are refused before anything starts, and the reason that a failed child leaves in its log."""
 
 import json
 
@@ -10,8 +10,8 @@ from serve.launch import gateway_flags
 from serve.server import Server, reason_in
 
 
-def test_browsers_are_let_in_from_nowhere_unless_origins_are_named():
-    """What vLLM's CORS middleware is told: no origin by default."""
+def test_no_origin_is_allowed_by_default():
+    """The origins that vLLM's CORS middleware gets."""
     for config, origins in (
         (ServeConfig(), []),
         (ServeConfig(allowed_origins=("https://a.example",)), ["https://a.example"]),
@@ -21,13 +21,13 @@ def test_browsers_are_let_in_from_nowhere_unless_origins_are_named():
 
 
 def test_an_open_address_without_keys_is_refused(tmp_path, tiny_model):
-    """Listening beyond loopback needs keys, in one line, before anything starts."""
+    """Listening beyond loopback requires keys."""
     with pytest.raises(UserError, match="no keys are set"):
         Server(ServeConfig(model=str(tiny_model.path), host="0.0.0.0", port=0, logs=str(tmp_path)))
 
 
-def test_a_port_in_use_is_told_at_once(tmp_path, tiny_model):
-    """The address and the way out are in the one line."""
+def test_a_port_in_use_is_an_error_at_once(tmp_path, tiny_model):
+    """One line names the address and the option that changes it."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -37,7 +37,7 @@ def test_a_port_in_use_is_told_at_once(tmp_path, tiny_model):
 
 
 def test_the_reason_is_the_last_error_that_is_not_an_echo(tmp_path):
-    """vLLM ends with 'see root cause above'; the cause is what a user needs."""
+    """vLLM's last error says 'see root cause above'; users need the cause."""
     log = tmp_path / "server.log"
     log.write_text(
         "(EngineCore pid=1) ERROR 11-23 [core.py:1] ValueError: 5.0 GB is less than 1.2 GB\n"
