@@ -18,7 +18,7 @@ from counsel.files import read_json
 from serve.config import ServeConfig
 from serve.hardware import Hardware
 
-PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters")
+PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters", "counsel_log_privacy")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 # The key in vLLM's --additional-config under which serve/scheduler.py finds it.

@@ -17,7 +17,11 @@ _SEE_REQUESTS = (
 
 
 def register() -> None:
-    """Keep requests out of this process's log records, before any handler sees them."""
+    """Keep requests out of this process's log records, before any handler sees them.
+
+    A `vllm.platform_plugins` entry point: the only plugins that vLLM loads first in each of its processes. Returning
+    None leaves the choice of the platform to others.
+    """
     make = logging.getLogRecordFactory()
     if getattr(make, "counsel", False):
         return

@@ -1,4 +1,4 @@
-"""The scheduler that serve/launch.py and serve/cpu/platform.py name: adapters take turns in the slots.
+"""The scheduler that serve/launch.py names: adapters take turns in the slots. The CPU platform extends it.
 
 vLLM passes over a waiting request while other adapters' answers run in every slot, and lets newer requests for those
 adapters in before it: beside a few busy adapters another may wait for ever. Here an adapter that has waited long enough
@@ -12,7 +12,6 @@ step. Adapters that have a slot are not held back, nor is the base.
 A request whose scores are not finite, which no token can be chosen from, ends with an error.
 """
 
-import copy
 import time
 from collections import OrderedDict
 from typing import Any
@@ -22,7 +21,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 
 from serve.config import ServeConfig
@@ -170,20 +168,6 @@ class TurnsScheduler(Scheduler):
 
 class AsyncTurnsScheduler(TurnsScheduler, AsyncScheduler):
     """The same over vLLM's scheduler that is a step ahead, its default on GPUs."""
-
-
-class CleanBlocksScheduler(TurnsScheduler):
-    """The same where blocks must be cleared before use: serve/cpu/runner.py does, once it is told which are new."""
-
-    def __init__(self, *args: Any, kv_cache_config: KVCacheConfig, **kwargs: Any) -> None:
-        told = copy.copy(kv_cache_config)
-        told.__class__ = _Cleared
-        super().__init__(*args, kv_cache_config=told, **kwargs)
-
-
-class _Cleared(KVCacheConfig):
-    # vLLM's own answer is yes for models with a state, and no for those with attention alone.
-    needs_kv_cache_zeroing = True
 
 
 def adapter_of(request: Request) -> int | None:

@@ -17,8 +17,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from serve.cpu.scheduler import CleanBlocksScheduler
 from serve.launch import WAIT
-from serve.scheduler import AsyncTurnsScheduler, CleanBlocksScheduler, TurnsScheduler, make_scheduler
+from serve.scheduler import AsyncTurnsScheduler, TurnsScheduler, make_scheduler
 from tests.tiny import tiny_base
 
 BLOCK = 32

@@ -10,7 +10,7 @@ from serve.cpu.ops import PROVIDER
 from serve.launch import EXECUTOR, START_METHOD
 
 WORKER = "serve.cpu.worker.CounselCpuWorker"
-SCHEDULER = "serve.scheduler.CleanBlocksScheduler"
+SCHEDULER = "serve.cpu.scheduler.CleanBlocksScheduler"
 
 # The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
 _Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")

@@ -5,7 +5,6 @@ On CUDA, and with a vLLM that this was not tested with, it stays out of the way.
 
 import logging
 
-from serve import log_privacy
 from serve.hardware import vllm_is_cpu_build, vllm_version
 
 TESTED = ("0.32.",)
@@ -15,8 +14,6 @@ logger = logging.getLogger("vllm.counsel")
 
 def register() -> str | None:
     """The platform class to use instead of vLLM's own, or None to leave vLLM's choice."""
-    # Every process of vLLM's asks for its platform first.
-    log_privacy.register()
     if not vllm_is_cpu_build():
         return None
     version = vllm_version()
