@@ -12,7 +12,7 @@ from counsel.processor import Processor, described
 from serve.config import ServeConfig
 from serve.cpu import plugin as platform
 from serve.hardware import Hardware, detect
-from serve.launch import PLUGINS, plan
+from serve.launch import PLUGINS, gateway_flags, plan
 from train import hardware
 from train.recipe import Recipe
 
@@ -189,8 +189,9 @@ def test_the_plan_is_what_vllm_understands(base):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    made = plan(ServeConfig(vllm_args="--seed 3"), base, SMALL, (16,), targets, environ={})
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(list(made.argv[3:]))
+    config = ServeConfig(vllm_args="--seed 3")
+    made = plan(config, base, SMALL, (16,), targets, environ={})
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args([*made.argv[3:], *gateway_flags(config)])
     assert tuple(parsed.lora_target_modules) == targets
     assert (parsed.max_loras, parsed.max_lora_rank, parsed.block_size, parsed.seed) == (8, 64, 32, 3)
 

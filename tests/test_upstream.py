@@ -1,0 +1,181 @@
+"""What we use of vLLM is there, and is listed in serve/cpu/UPSTREAM.md: after a version bump, this fails first."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from serve import launch
+from tests.test_layout import PACKAGES, ROOT
+
+TABLES = ROOT / "serve" / "cpu" / "UPSTREAM.md"
+SOURCES = sorted(path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.py"))
+# Names of our own that look like vLLM's: its loggers pass on what ours say.
+OURS = ("vllm.counsel", "vllm.platform_plugins", "vllm.general_plugins", "vllm.endpoint_plugins")
+IMPORT = re.compile(r"from (vllm[\w.]*) import (\w+(?:, \w+)*)")
+DOTTED = re.compile(r"vllm(\.\w+)+")
+VARIABLE = re.compile(r"VLLM_[A-Z_]+")
+
+
+class Name(NamedTuple):
+    """One name of the tables, and its whole row."""
+
+    text: str
+    row: str
+
+
+def names() -> Iterator[Name]:
+    for line in TABLES.read_text(encoding="utf-8").splitlines():
+        owner = ""
+        for text in re.findall(r"`([^`]+)`", line.split(" | ")[0]) if line.startswith("| `") else ():
+            if text.startswith("."):
+                yield Name(owner + text, line)
+            else:
+                module, _, qualified = text.partition(":")
+                owner = f"{module}:{re.split('[.(]', qualified)[0]}"
+                yield Name(text, line)
+
+
+NAMES = list(names())
+LISTED = {name.text.partition("(")[0] for name in NAMES}
+
+
+def problem(text: str) -> str | None:
+    """Why a name of the tables is not what we rely on; None where it is."""
+    if VARIABLE.fullmatch(text):
+        return None if text in importlib.import_module("vllm.envs").environment_variables else "no such variable"
+    if '"' in text:
+        module, _, words = text.partition(" ")
+        source = inspect.getsource(importlib.import_module(module))
+        return None if words.strip('"') in source else f"its source no longer holds {words}"
+    path, _, parameters = text.rstrip(")").partition("(")
+    module, _, qualified = path.partition(":")
+    if importlib.util.find_spec(module) is None:
+        return "no such module"
+    if module == "torch":
+        # The operators of vLLM's C++ library, which torch knows once it is loaded.
+        importlib.import_module("vllm.platforms").current_platform.import_kernels()
+    found: Any = importlib.import_module(module) if qualified else None
+    for part in filter(None, qualified.split(".")):
+        if not hasattr(found, part):
+            return None if inspect.isclass(found) and has_field(found, part) else f"no attribute {part!r}"
+        found = getattr(found, part)
+    if not parameters:
+        return None
+    taken = inspect.signature(found).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    missing = [parameter for parameter in parameters.split(", ") if parameter not in taken]
+    return f"it does not take {', '.join(missing)}" if missing and not open_ended else None
+
+
+def has_field(cls: type, attribute: str) -> bool:
+    """Whether instances of a class have an attribute: a declared field, or one that a method assigns."""
+    assigned = re.compile(rf"\bself\.{attribute}\b *(:|=[^=]|,)")
+    for each in cls.__mro__[:-1]:
+        if attribute in getattr(each, "__annotations__", {}):
+            return True
+        try:
+            if assigned.search(inspect.getsource(each)):
+                return True
+        except (OSError, TypeError):
+            continue
+    return False
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.text)
+def test_what_we_rely_on_is_there(name: Name) -> None:
+    """Each name of the tables exists, and takes the parameters that we pass."""
+    pytest.importorskip("vllm")
+    assert problem(name.text) is None, f"{name.text}: {problem(name.text)}. Its row:\n{name.row}"
+
+
+def used_in(source: str) -> set[str]:
+    """The names of vLLM in a module's code, as the tables write them."""
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "vllm"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
+            used |= {f"{node.module}:{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            dotted = DOTTED.fullmatch(node.value) and not node.value.startswith(OURS)
+            if dotted or VARIABLE.fullmatch(node.value):
+                used.add(node.value)
+            for module, imported in IMPORT.findall(node.value):
+                used |= {f"{module}:{name}" for name in imported.split(", ")}
+    return used
+
+
+def is_listed(used: str) -> bool:
+    # A string names a class by its dotted path, and an import may name a module as a member of its package.
+    spellings = {used, used.replace(":", "."), ":".join(used.rsplit(".", 1))}
+    return any(name == one or name.startswith((f"{one}.", f"{one}:")) for one in spellings for name in LISTED)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_whatever_we_use_is_listed(path: Path) -> None:
+    """A new import of vLLM, a class named in a string or a variable of vLLM's needs a row in the tables."""
+    used = used_in(path.read_text(encoding="utf-8"))
+    unlisted = sorted(name for name in used if not is_listed(name))
+    assert unlisted == [], f"list these in {TABLES.relative_to(ROOT)}, with the reason and when they can go"
+
+
+def test_an_import_that_is_not_listed_is_found() -> None:
+    """However it is written."""
+    code = 'import vllm.secret\nfrom vllm.config import Secret\nx = "vllm.secret.Thing"\ny = "VLLM_SECRET"\n'
+    code += 'z = "import argparse; from vllm.benchmarks.serve import secret, main; main()"\n'
+    unlisted = {name for name in used_in(code) if not is_listed(name)}
+    assert unlisted == {
+        "vllm.secret", "vllm.config:Secret", "vllm.secret.Thing", "VLLM_SECRET", "vllm.benchmarks.serve:secret"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("vllm.secret", "no such module"),
+        ("vllm.config:LoRAConfig.secret", "no attribute"),
+        ("vllm.logger:init_logger(secret)", "does not take secret"),
+        ('vllm.logger "a secret"', "no longer holds"),
+        ("VLLM_SECRET", "no such variable"),
+    ],
+)
+def test_a_name_that_is_gone_is_found(text: str, why: str) -> None:
+    """Each kind of name that the tables hold."""
+    pytest.importorskip("vllm")
+    assert why in (problem(text) or "")
+
+
+def test_every_row_says_why_and_until_when() -> None:
+    """Five columns, none of them empty, and two in the table of public names."""
+    private, _, public = TABLES.read_text(encoding="utf-8").partition("## Public")
+    for text, columns in ((private, 5), (public, 2)):
+        for line in text.splitlines():
+            if line.startswith("| "):
+                cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+                assert len(cells) == columns, line
+                assert all(cells), line
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_serve_cpu_can_be_deleted(path: Path) -> None:
+    """Outside the folder nothing names its modules; vLLM finds it through entry points."""
+    if path.is_relative_to(ROOT / "serve" / "cpu") or path.is_relative_to(ROOT / "benchmarks"):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    imports = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imports += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert [name for name in (*strings, *imports) if name.startswith("serve.cpu")] == []
+
+
+def test_log_privacy_does_not_go_with_it() -> None:
+    """Its entry point is its own."""
+    assert 'counsel_log_privacy = "serve.log_privacy:register"' in (ROOT / "pyproject.toml").read_text()
+    assert "counsel_log_privacy" in launch.PLUGINS
