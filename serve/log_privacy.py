@@ -1,15 +1,15 @@
-"""What the server's log may say of a request: that something went wrong with it, and where, but never its words.
+"""Keeps requests out of the server's log: it shows that a request failed and where, but never its words.
 
-vLLM's modules that see requests put them into warnings and into the messages of exceptions: a chat template's complaint
-quotes a role, a grammar's error quotes the grammar and what was written so far. Which of them do changes with each
-version, so nothing that such a module fills into a warning is written down.
+vLLM's modules that see requests put them into warnings and exception messages: a chat template's error quotes a role, a
+grammar's error quotes the grammar and the answer so far. Which modules do this changes with each version, so the log
+drops everything that such a module fills into a warning.
 """
 
 import logging
 import traceback
 from typing import Any
 
-_SEE_REQUESTS = (
+_MODULES_THAT_SEE_REQUESTS = (
     "vllm.entrypoints", "vllm.renderers", "vllm.parser", "vllm.tool_parsers", "vllm.reasoning", "vllm.sampling_params",
     "vllm.tokenizers", "vllm.multimodal", "vllm.v1.structured_output", "vllm.v1.core.sched", "vllm.v1.engine.async_llm",
     "vllm.v1.engine.input_processor", "vllm.v1.engine.output_processor", "vllm.v1.engine.detokenizer", "uvicorn",
@@ -17,10 +17,10 @@ _SEE_REQUESTS = (
 
 
 def register() -> None:
-    """Keep requests out of this process's log records, before any handler sees them.
+    """Strip requests from this process's log records before any handler sees them.
 
-    A `vllm.platform_plugins` entry point: the only plugins that vLLM loads first in each of its processes. Returning
-    None leaves the choice of the platform to others.
+    An entry point of `vllm.platform_plugins`, the plugins that vLLM loads first in each of its processes. It returns
+    None, so it does not choose a platform.
     """
     make = logging.getLogRecordFactory()
     if getattr(make, "counsel", False):
@@ -28,8 +28,8 @@ def register() -> None:
 
     def make_private(name: str | None, level: int | str, *rest: Any, **named: Any) -> logging.LogRecord:
         record = make(name, level, *rest, **named)
-        # logging.makeLogRecord asks for one without name and level.
-        if name and isinstance(level, int) and level >= logging.WARNING and name.startswith(_SEE_REQUESTS):
+        # logging.makeLogRecord passes no name and level.
+        if name and isinstance(level, int) and level >= logging.WARNING and name.startswith(_MODULES_THAT_SEE_REQUESTS):
             _strip(record)
         return record
 
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def _strip(record: logging.LogRecord) -> None:
-    # The text as the program has it, with its gaps.
+    # The format string stays, with its placeholders unfilled.
     record.args = ()
     if record.exc_info:
         kind, _, trace = record.exc_info

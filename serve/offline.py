@@ -1,11 +1,11 @@
-"""An engine without a port: requests go in by the hundred, and each answer comes back when it is done.
+"""An engine without a port: send hundreds of requests at once, and get each answer when it is done.
 
     async with OfflineEngine(ServeConfig(model="smollm2-135m", store="store"), Path("engine.log")) as engine:
         answer = await engine.ask("/v1/chat/completions", {"model": "gentle", "messages": messages})
 
-The engine runs in a child (serve/offline_process.py) with a server's launch plan and is answered by a server's code, so
-the same request has the same answer. Parent and child talk in JSON lines over the child's standard input and output.
-When the parent is gone, however it went, the pipe ends and the engine stops.
+The engine runs in a child process (serve/offline_process.py) with a server's launch plan and request handlers, so the
+same request gets the same answer. Parent and child exchange JSON lines over the child's standard input and output. The
+child exits when its stdin closes, so no engine outlives its parent.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ from serve.config import ServeConfig
 from serve.server import reason_in
 
 STOP_S = 15.0
-# One line is one request or one answer; likelihoods of long prompts take megabytes.
+# A line holds one request or one answer. Likelihoods of long prompts take megabytes.
 MAX_LINE_BYTES = 1 << 30
 
 
 class Answer(NamedTuple):
-    """What a server would have replied: its HTTP status, and the body, which holds `error` unless the status is 200."""
+    """A server's reply: its HTTP status and its body, which holds `error` unless the status is 200."""
 
     status: int
     body: dict[str, Any]
@@ -43,34 +43,34 @@ class OfflineEngine:
     """A running `serve.offline_process` child. Entering starts it and waits until it is ready; leaving stops it."""
 
     def __init__(self, config: ServeConfig, log: Path) -> None:
-        """`log` takes vLLM's output, and is written over. Raises UserError when there is no such base."""
+        """`log` gets vLLM's output and is overwritten. Raises UserError for an unknown base."""
         self.base: Base = resolve(config.model)
         self.config, self.log = config, log
         self.process: asyncio.subprocess.Process | None = None
-        self._asked: dict[int, asyncio.Future[Answer]] = {}
+        self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._last_number = 0
 
-    def plan(self) -> launch.Plan:
-        """What will be started, and why so."""
+    def plan(self) -> launch.LaunchPlan:
+        """What will be started, and why."""
         return launch.plan(self.config, self.base, hardware.detect(), targets=targets(self.base.path))
 
     def flags(self) -> tuple[str, ...]:
-        """vLLM's flags, as the child is given them."""
+        """The vLLM flags for the child."""
         return (*self.plan().argv[3:], *launch.gateway_flags(self.config), "--disable-log-stats")
 
     async def ask(self, path: str, body: dict[str, Any]) -> Answer:
-        """The answer to one request; any number may wait at once. Raises UserError when the engine has ended."""
+        """The answer to one request; any number can wait at once. Raises UserError if the engine has exited."""
         if self._listening.done():
-            raise self._ended()
+            raise self._exit_error()
         self._last_number += 1
         number = self._last_number
-        future = self._asked[number] = asyncio.get_running_loop().create_future()
+        future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
-            # Not drained: what is written is bounded by what waits for its answer.
+            # No drain: the waiting requests bound what is written.
             self._stdin.write(json.dumps({"number": number, "path": path, "body": body}).encode() + b"\n")
             return await future
         finally:
-            del self._asked[number]
+            del self._pending[number]
 
     async def __aenter__(self) -> Self:
         print(f"starting an engine for {self.base.name} (log: {self.log})", file=sys.stderr, flush=True)
@@ -84,7 +84,7 @@ class OfflineEngine:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 limit=MAX_LINE_BYTES,
-                # Ctrl-C is for us; we then stop the child.
+                # Ctrl-C reaches this process only, which then stops the child.
                 start_new_session=True,
             )
         assert self.process.stdin is not None
@@ -115,35 +115,35 @@ class OfflineEngine:
         await asyncio.wait(waited, timeout=self.config.start_s, return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         if self._listening.done():
-            raise self._ended()
+            raise self._exit_error()
         if not self._ready.is_set():
             raise UserError(f"the engine is not ready after {self.config.start_s:.0f} s (start_s); see {self.log}")
 
     async def _listen(self) -> None:
-        """Hand each line of the child to who asked for it; when the lines end, tell all who still wait."""
+        """Hand each answer to the request that waits for it; when the child exits, fail all that still wait."""
         assert self.process is not None
         assert self.process.stdout is not None
         try:
             async for line in self.process.stdout:
-                said = json.loads(line)
-                if said["number"] == 0:
+                message = json.loads(line)
+                if message["number"] == 0:
                     self._ready.set()
                     continue
-                future = self._asked.get(said["number"])
-                # One that was cancelled is still here until its task runs again.
+                future = self._pending.get(message["number"])
+                # A cancelled future stays here until its task runs again.
                 if future is not None and not future.done():
-                    future.set_result(Answer(said["status"], said["body"]))
+                    future.set_result(Answer(message["status"], message["body"]))
         finally:
-            for future in self._asked.values():
+            for future in self._pending.values():
                 if not future.done():
-                    future.set_exception(self._ended())
+                    future.set_exception(self._exit_error())
 
-    def _ended(self) -> UserError:
-        reason = reason_in(self.log) or "it gave no reason"
+    def _exit_error(self) -> UserError:
+        reason = reason_in(self.log) or "no reason in its log"
         return UserError(f"the engine ended: {reason} (log: {self.log})")
 
     async def _kill(self) -> None:
-        """End what is left of the child and of the processes it started."""
+        """Kill the child and every process it started."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""What the child process of serve/offline.py runs: a server's engine and request handlers, without HTTP before them.
+"""The child process of serve/offline.py: a server's engine and request handlers, without HTTP.
 
-In, one JSON object a line: `number`, `path`, `body`. Out, one a line and in the order they finish: `number`, `status`,
-`body`, as a server would have replied; number 0 says that the engine is ready. It stops when its input ends.
+It reads one JSON object per line: `number`, `path`, `body`. It writes one per answer, in the order they finish:
+`number`, `status`, `body`, as a server replies. Number 0 means that the engine is ready. It exits when stdin closes.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ READY = {"number": 0}
 
 
 def main() -> None:
-    """Parse vLLM's flags from the command line and answer what is read until the input ends."""
+    """Parse vLLM's flags from the command line and answer requests until the input ends."""
     answers = own_stdout()
 
     import uvloop
@@ -50,13 +50,13 @@ async def _run(args: Namespace, answers: IO[str]) -> None:
 
     inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
     threading.Thread(target=_read, args=(asyncio.get_running_loop(), inbox), daemon=True).start()
-    # As LLM does: on a GPU vLLM then sizes its batches for throughput.
+    # As vLLM's LLM class does, so that on a GPU vLLM sizes its batches for throughput.
     async with build_async_engine_client(args, usage_context=UsageContext.LLM_CLASS) as engine:
-        desk = await OfflineHandler.open(engine, args)
-        _say(answers, READY)
+        handler = await OfflineHandler.open(engine, args)
+        _write(answers, READY)
         tasks: set[asyncio.Task[None]] = set()
         while (line := await inbox.get()) is not None:
-            task = asyncio.create_task(_answer(desk, json.loads(line), answers, inbox))
+            task = asyncio.create_task(_answer(handler, json.loads(line), answers, inbox))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
         for task in tasks:
@@ -66,22 +66,22 @@ async def _run(args: Namespace, answers: IO[str]) -> None:
 
 
 async def _answer(
-    desk: "OfflineHandler", asked: dict[str, Any], answers: IO[str], inbox: asyncio.Queue[bytes | None]
+    handler: "OfflineHandler", message: dict[str, Any], answers: IO[str], inbox: asyncio.Queue[bytes | None]
 ) -> None:
-    status, body = await desk.answer(asked["path"], asked["body"])
-    if desk.engine.errored:
-        # Every request would now fail in the same way: stop, and let the parent say why.
+    status, body = await handler.answer(message["path"], message["body"])
+    if handler.engine.errored:
+        # Every request would now fail in the same way. Stop, so that the parent reports why.
         inbox.put_nowait(None)
         return
     try:
-        _say(answers, {"number": asked["number"], "status": status, "body": body})
+        _write(answers, {"number": message["number"], "status": status, "body": body})
     except ValueError as error:
-        refusal = ApiError(500, f"the answer is no JSON: {error}")
-        _say(answers, {"number": asked["number"], "status": 500, "body": json.loads(refusal.body())})
+        api_error = ApiError(500, f"the answer is not valid JSON: {error}")
+        _write(answers, {"number": message["number"], "status": 500, "body": json.loads(api_error.body())})
 
 
 class OfflineHandler:
-    """Answers one request as a server does: vLLM's own handlers, behind the pool and the prompt conventions."""
+    """Answers one request as a server does: vLLM's own handlers, behind the adapter pool and the request rewrite."""
 
     def __init__(self, engine: Any, state: Any, pool: AdapterPool, template: Template) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -96,7 +96,7 @@ class OfflineHandler:
 
     @classmethod
     async def open(cls, engine: Any, args: Namespace) -> "OfflineHandler":
-        """Set up the handlers, and read the store once: what a name means then holds for the whole run."""
+        """Set up the handlers and read the store once, so that a name means the same version for the whole run."""
         from starlette.datastructures import State
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 
@@ -114,15 +114,15 @@ class OfflineHandler:
         return cls(engine, state, pool, template_in(Path(args.model), args.chat_template))
 
     async def answer(self, path: str, body: Body) -> tuple[int, Body]:
-        """Status and body of the reply; what a server would refuse, or vLLM would only ignore, is refused."""
+        """The status and body of the reply. Refuses what a server refuses, and fields that vLLM would ignore."""
         from vllm.entrypoints.serve import create_error_response
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
         try:
             reply = await self._generate(path, body)
-        except ApiError as refusal:
-            return refusal.status, json.loads(refusal.body())
-        except Exception as error:  # as vLLM's own handlers do: each kind has its status
+        except ApiError as error:
+            return error.status, json.loads(error.body())
+        except Exception as error:  # as vLLM's own handlers do: each kind has its own status
             reply = create_error_response(error)
         return (reply.error.code if isinstance(reply, ErrorResponse) else 200), reply.model_dump()
 
@@ -140,33 +140,33 @@ class OfflineHandler:
         request = schema.model_validate(ready)
         if manifest is None:
             return await create(request)
-        resident = await self.pool.acquire(manifest)
+        loaded = await self.pool.acquire(manifest)
         try:
             return await create(request)
         finally:
-            self.pool.release(resident)
+            self.pool.release(loaded)
 
 
 def own_stdout() -> IO[str]:
-    """Keep standard output for answers alone; whatever else is printed, here or in the engine, goes to the log."""
+    """Keep standard output for answers; everything else that is printed, here or in the engine, goes to the log."""
     kept = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return kept
 
 
-def _say(answers: IO[str], line: dict[str, Any]) -> None:
+def _write(answers: IO[str], line: dict[str, Any]) -> None:
     answers.write(json.dumps(line, allow_nan=False) + "\n")
     answers.flush()
 
 
 def _read(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[bytes | None]) -> None:
-    # Not sys.stdin: its lock, held by this waiting thread, would abort the interpreter's own exit.
+    # Not sys.stdin: this thread would hold its lock, and the interpreter would abort at exit.
     with open(0, "rb", closefd=False) as lines:
         for line in lines:
             loop.call_soon_threadsafe(inbox.put_nowait, line)
     loop.call_soon_threadsafe(inbox.put_nowait, None)
     time.sleep(LINGER_S)
-    # Interrupted while it starts, vLLM can wait for ever for an engine that waits for it.
+    # If vLLM is interrupted during its start, it and its engine can wait for each other forever.
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

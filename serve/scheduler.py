@@ -24,7 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from serve.config import ServeConfig
-from serve.launch import WAIT
+from serve.launch import ADAPTER_WAIT_KEY
 
 logger = init_logger("vllm.counsel.scheduler")
 
@@ -43,7 +43,7 @@ class TurnsScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # A slot is given within half of what an adapter may wait; the other half is for its prompt.
-        self.due_s = self.vllm_config.additional_config.get(WAIT, ServeConfig.adapter_wait_s) / 2
+        self.due_s = self.vllm_config.additional_config.get(ADAPTER_WAIT_KEY, ServeConfig.adapter_wait_s) / 2
         self.turns = dict[int, float]()
         self.without_since = dict[int, float]()
         # What the worker holds in its slots: the most recently used.

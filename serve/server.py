@@ -1,9 +1,9 @@
-"""One server as its parent sees it: started, waited for with visible progress, watched, stopped.
+"""One server, seen from its parent process: start it, show progress until it is ready, watch it, stop it.
 
     with Server(ServeConfig(model="smollm2-135m", store="store", port=0)) as server:
         client = make_client(server.base_url)
 
-The child's output goes to `<logs>/<port>/server.log`; when it dies, the reason is looked for there.
+The child's output goes to `<logs>/<port>/server.log`; if it dies, its reason comes from there.
 """
 
 import contextlib
@@ -33,15 +33,15 @@ from serve.config import ServeConfig
 from serve.keys import KeyRing
 
 POLL_S = 0.2
-SAY_EVERY_S = 5.0
+PROGRESS_EVERY_S = 5.0
 STOP_S = 15.0
 HEALTH_S = 5.0
 
 Health = Literal["up", "down", "silent", "unknown"]
-# A fault of whoever asks, which says nothing of who is asked: no file handle, memory or local port left.
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+# Errors of this process, not of the server: no file handle, memory or local port left.
+_LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
 
-# What vLLM logs on its way up -> what we say; the last one seen holds.
+# vLLM's log lines during a start -> the progress shown. The last match counts.
 _PHASES = (
     ("Initializing a V1 LLM engine", "starting the engine"),
     ("Starting to load model", "loading weights"),
@@ -50,17 +50,17 @@ _PHASES = (
     ("Starting vLLM server", "opening the port"),
 )
 _REASON = re.compile(r"((?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)|error|Value error)[:,] (\S.*)")
-# Lines that only say that another process has the reason.
-_ECHOES = ("Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
+# Lines that only report that another process failed.
+_SECONDHAND = ("Engine core initialization failed", "WorkerProc initialization failed", "cancelled")
 
 
 class Server:
     """A running `serve.api_process` child. Entering starts it and waits until it answers; leaving stops it."""
 
     def __init__(self, config: ServeConfig, *, quiet: bool = False) -> None:
-        """Raises UserError for what can be seen beforehand: no such base, port in use, no keys on an open address."""
+        """Raises UserError for an unknown base, a port in use, or an address open to others without keys."""
         self.base: Base = resolve(config.model)
-        _refuse_open_door(config)
+        _require_keys(config)
         self._port = _reserve_port(config)
         port = int(self._port.getsockname()[1])
         self.config = dataclasses.replace(config, port=port, logs=str(Path(config.logs).absolute()))
@@ -72,7 +72,7 @@ class Server:
 
     @property
     def base_url(self) -> str:
-        """What an openai client takes: with `/v1`."""
+        """The base URL for an openai client, with `/v1`."""
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{self.config.port}/v1"
 
@@ -82,16 +82,16 @@ class Server:
 
     @property
     def pid(self) -> int | None:
-        """The API process's id, None before it was started."""
+        """The API process's id; None before the start."""
         return self.process.pid if self.process else None
 
     @property
     def restarts(self) -> int:
-        """How often it was started again after the first time."""
+        """How often the server was restarted."""
         return max(0, self._n_starts - 1)
 
-    def plan(self) -> launch.Plan:
-        """What will be started, and why so."""
+    def plan(self) -> launch.LaunchPlan:
+        """What will be started, and why."""
         ranks = _ranks(Path(self.config.store))
         return launch.plan(self.config, self.base, hardware.detect(), ranks, targets(self.base.path))
 
@@ -100,12 +100,12 @@ class Server:
         return (*self.plan().argv, *launch.gateway_flags(self.config))
 
     def start(self) -> None:
-        """Start the child and wait until it is ready. Raises UserError with the child's reason when it dies first."""
+        """Start the child and wait until it is ready. Raises UserError with the child's reason if it dies first."""
         self.ready_s = 0.0
         self.config.log_dir.mkdir(parents=True, exist_ok=True)
-        self._say(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
+        self._show(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
         started_s = time.monotonic()
-        # One file for one start, so that a reason found there is of this one; the one before is kept.
+        # One log per start, so that a reason found there belongs to this start. The previous log stays.
         if self.log.is_file():
             self.log.replace(self.log.with_name("server.previous.log"))
         self._instance = secrets.token_hex(8)
@@ -114,11 +114,11 @@ class Server:
                 self.command(),
                 env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()}
                 | {configs.INSTANCE: self._instance},
-                # It ends with us: serve.api_process stops when this pipe closes.
+                # The child exits when its stdin closes, also if this process is killed.
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C is for us; we then tell the child.
+                # Ctrl-C reaches this process only, which then stops the child.
                 start_new_session=True,
             )
         self._n_starts += 1
@@ -127,18 +127,18 @@ class Server:
             self._wait_until_ready(started_s)
             undo.pop_all()
         self.ready_s = time.monotonic() - started_s
-        self._say(f"ready after {self.ready_s:.0f} s: {self.base_url}")
+        self._show(f"ready after {self.ready_s:.0f} s: {self.base_url}")
 
     def stop(self, leave: bool = False) -> None:
-        """Let running requests end within `drain_s`, then end the child; kill what is left, at once if interrupted.
+        """Let running requests finish within `drain_s`, then stop the child; kill what is left, at once if interrupted.
 
-        leave: first say on `/ready` for `leave_s` that it is about to stop, and still take work.
+        leave: first report on `/ready` for `leave_s` that the server is about to stop, and still accept requests.
         """
         self._port.close()
         if self.process is None:
             return
         try:
-            # The gate turns new requests away and, once the running ones have ended, sends itself SIGTERM.
+            # The gateway refuses new requests and, once the running ones have finished, sends itself SIGTERM.
             stopping = signal.SIGUSR1 if leave else signal.SIGUSR2
             self.process.send_signal(stopping if self.ready_s else signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -147,7 +147,7 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """End the child and every process it started, now."""
+        """Kill the child and every process it started."""
         if self.process is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -156,14 +156,14 @@ class Server:
         _close(self.process.stdin)
 
     def health(self, within_s: float) -> Health:
-        """What this server's `/health` says."""
+        """The state of this server, from its `/health`."""
         return health(self.base_url, within_s, self._instance)
 
-    def died(self) -> str | None:
-        """Why the child is gone, in one line; None while it runs."""
+    def exit_reason(self) -> str | None:
+        """Why the child exited, in one line; None while it runs."""
         if self.process is None or self.process.poll() is None:
             return None
-        return reason_in(self.log) or f"it ended with status {self.process.returncode}"
+        return reason_in(self.log) or f"it exited with status {self.process.returncode}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -175,31 +175,31 @@ class Server:
         self.stop()
 
     def _wait_until_ready(self, started_s: float) -> None:
-        said_s = time.monotonic()
+        shown_s = time.monotonic()
         while self.health(HEALTH_S) != "up":
-            reason = self.died()
+            reason = self.exit_reason()
             if reason is not None:
                 raise UserError(f"the server did not start: {reason} (log: {self.log})")
             if time.monotonic() - started_s > self.config.start_s:
                 raise UserError(f"the server is not ready after {self.config.start_s:.0f} s (start_s); see {self.log}")
-            if time.monotonic() - said_s >= SAY_EVERY_S:
-                said_s = time.monotonic()
-                self._say(f"  {said_s - started_s:3.0f} s  {_phase(self.log)}")
+            if time.monotonic() - shown_s >= PROGRESS_EVERY_S:
+                shown_s = time.monotonic()
+                self._show(f"  {shown_s - started_s:3.0f} s  {_phase(self.log)}")
             time.sleep(POLL_S)
 
-    def _say(self, line: str) -> None:
+    def _show(self, line: str) -> None:
         if not self.quiet:
             print(line, file=sys.stderr, flush=True)
 
 
 def health(url: str, within_s: float, instance: str | None = None) -> Health:
-    """What `/health` at an address says; of the server started as `instance`, where that is given.
+    """The state of the server at an address, from its `/health`; `instance` is the one it must have been started as.
 
-    "up"; "down": nobody listens, its engine is dead, or another program has its port; "silent" for `within_s`; or
-    "unknown", where the question could not be asked.
+    "up"; "down": nothing listens, the engine is dead, or another program has the port; "silent": no answer in
+    `within_s`; "unknown": this process could not ask.
     """
     address = urllib.parse.urlsplit(url)
-    # Not urllib: a proxy set for the way out would be asked for this machine too.
+    # Not urllib, which would ask an outgoing proxy for this machine too.
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=within_s)
     try:
         connection.request("GET", "/health")
@@ -209,44 +209,44 @@ def health(url: str, within_s: float, instance: str | None = None) -> Health:
     except TimeoutError:
         return "silent"
     except (OSError, http.client.HTTPException) as error:
-        return "unknown" if isinstance(error, OSError) and error.errno in _OURS else "down"
+        return "unknown" if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS else "down"
     finally:
         connection.close()
 
 
 def reason_in(log: Path) -> str | None:
-    """The line of a dead server's log that says most about why: the last error that is not an echo of another's."""
+    """Why a server died, from its log: the last error that is not about another process's failure."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     for line in reversed(lines):
-        found = _REASON.search(line)
-        if found and not any(echo in line for echo in _ECHOES):
-            return found[0]
+        match = _REASON.search(line)
+        if match and not any(text in line for text in _SECONDHAND):
+            return match[0]
     return None
 
 
 def _ranks(store: Path) -> list[int]:
     ranks = []
     for name in adapter_store.names(store):
-        # One broken version must not keep the others from being served: the child leaves it out and logs why.
+        # One broken version must not stop the others from being served: the child skips it and logs why.
         with contextlib.suppress(UserError, FileNotFoundError):
             ranks += [manifest.rank for manifest in adapter_store.read_versions(store, name).versions.values()]
     return ranks
 
 
-def _refuse_open_door(config: ServeConfig) -> None:
+def _require_keys(config: ServeConfig) -> None:
     keys = KeyRing(Path(config.keys) if config.keys else None)
     if keys.open and not config.loopback:
         raise UserError(
-            f"host {config.host} can be reached by others, and no keys are set; make one with "
+            f"host {config.host} can be reached by other machines, but no keys are set; make one with "
             "`python -m serve key NAME --keys keys.txt` and start with --keys keys.txt, or use --host 127.0.0.1"
         )
 
 
 def _reserve_port(config: ServeConfig) -> socket.socket:
-    """A socket bound to the port to use, which tells at once when it is taken.
+    """A socket bound to the port. Raises UserError at once if the port is taken.
 
-    It never listens. While it stays open nobody else is given the port, also where any free one was asked for and the
-    child takes half a minute to get there; the child may listen on it all the same, as both set SO_REUSEADDR.
+    It never listens. While it is open, the system gives the port to no other program, even if any free port was asked
+    for and the child needs half a minute to open it. The child can still listen on it, because both set SO_REUSEADDR.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     reserved = socket.socket(family)
@@ -257,7 +257,7 @@ def _reserve_port(config: ServeConfig) -> socket.socket:
         reserved.close()
         raise UserError(
             f"cannot listen on {config.host} port {config.port}: {error.strerror}; "
-            "stop what listens there, or take another with --port (0: any free one)"
+            "stop what listens there, or choose another port with --port (0: any free one)"
         ) from error
     return reserved
 

@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from serve.cpu.scheduler import CleanBlocksScheduler
-from serve.launch import WAIT
+from serve.launch import ADAPTER_WAIT_KEY
 from serve.scheduler import AsyncTurnsScheduler, TurnsScheduler, make_scheduler
 from tests.tiny import tiny_base
 
@@ -43,7 +43,8 @@ def engine_of(base, monkeypatch):
 
         config = EngineArgs(
             str(base), enable_lora=True, max_loras=slots, max_cpu_loras=32, max_num_seqs=running, block_size=BLOCK,
-            max_model_len=512, enforce_eager=True, additional_config={WAIT: WAIT_S}, dtype="float32", **options,
+            max_model_len=512, enforce_eager=True, additional_config={ADAPTER_WAIT_KEY: WAIT_S}, dtype="float32",
+            **options,
         ).create_engine_config()  # fmt: skip
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
