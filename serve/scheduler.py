@@ -1,15 +1,15 @@
 """The scheduler that serve/launch.py names: adapters take turns in the slots. The CPU platform extends it.
 
-vLLM passes over a waiting request while other adapters' answers run in every slot, and lets newer requests for those
-adapters in before it: beside a few busy adapters another may wait for ever. Here an adapter that has waited long enough
-gets the slot of the one that has had its own for longest. That one's answers stand still until they get a slot back.
-They keep their key-value memory, so nothing is computed twice.
+While other adapters' answers run in every slot, vLLM skips a waiting request and admits newer requests for those
+adapters, so next to a few busy adapters another can wait forever. Here an adapter that has waited long enough gets the
+slot of the adapter that has held one longest. The answers of that adapter pause until it gets a slot again. They keep
+their key-value memory, so nothing is computed twice.
 
-In the step in which an adapter takes a slot, it is written and packed and its request's prompt is read, and whatever
-runs waits for all of that. vLLM lets in at once as many as there are free slots. Here the second comes with the next
-step. Adapters that have a slot are not held back, nor is the base.
+In the step in which an adapter takes a slot, its weights are written and packed and its request's prompt is read, and
+every running answer waits. vLLM admits as many adapters per step as slots are free; here one adapter per step takes a
+slot. Requests for the base and for adapters in a slot are not delayed.
 
-A request whose scores are not finite, which no token can be chosen from, ends with an error.
+A request whose scores are not finite, so that no token can be chosen, ends with an error.
 """
 
 import time
@@ -30,100 +30,106 @@ logger = init_logger("vllm.counsel.scheduler")
 
 
 def make_scheduler(*args: Any, **kwargs: Any) -> SchedulerInterface:
-    """vLLM calls this as a class. It has two schedulers, and chooses where it is not told one."""
+    """vLLM calls this as if it were a class. Like vLLM by default, it chooses between the two kinds of scheduler."""
     asynchronous = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (AsyncTurnsScheduler if asynchronous else TurnsScheduler)(*args, **kwargs)
 
 
 class TurnsScheduler(Scheduler):
-    """vLLM's scheduler with turns. `turns` holds when each adapter's began, the earliest first."""
+    """vLLM's scheduler with turns. `turns` maps each adapter that has one to its start, earliest first."""
 
     clock = staticmethod(time.monotonic)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A slot is given within half of what an adapter may wait; the other half is for its prompt.
+        # An adapter gets a slot within half of its longest wait. The other half is for reading its prompt.
         self.due_s = self.vllm_config.additional_config.get(ADAPTER_WAIT_KEY, ServeConfig.adapter_wait_s) / 2
         self.turns = dict[int, float]()
         self.without_since = dict[int, float]()
-        # What the worker holds in its slots: the most recently used.
+        # The adapters in the worker's slots, most recently used last.
         self.in_slots = OrderedDict[int, None]()
         self.now = 0.0
-        self.entered = False
-        # The adapter that was given a turn, or whose turn it is once there is room: others wait for it.
-        self.next_in: int | None = None
+        self.slot_taken = False
+        # The adapter that is due: it has a turn, or gets one once there is room. Other adapters wait for it.
+        self.due_adapter: int | None = None
         self.not_finite = frozenset[str]()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """As vLLM's, with the answers of adapters without a turn standing still, and with one entry at most."""
-        self.now, self.entered = self.clock(), False
+        """As vLLM's, but answers of adapters without a turn pause, and at most one adapter enters a slot."""
+        self.now, self.slot_taken = self.clock(), False
         self._give_turns()
         for request in self.running:
-            number = adapter_of(request)
-            if number is None or number in self.turns:
+            adapter_id = adapter_id_of(request)
+            if adapter_id is None or adapter_id in self.turns:
                 continue
-            # vLLM keeps a request out of a step so where its last token is still on its way through a pipeline.
+            # vLLM's own way to keep a request out of a step, for tokens that are still in its pipeline.
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
         return super().schedule(throttle_prefills)
 
     def _give_turns(self) -> None:
-        running = dict.fromkeys(number for request in self.running if (number := adapter_of(request)) is not None)
-        first_in_line: dict[int, Request] = {}
+        running = dict.fromkeys(
+            adapter_id for request in self.running if (adapter_id := adapter_id_of(request)) is not None
+        )
+        first_waiting: dict[int, Request] = {}
         for request in self.waiting:
-            number = adapter_of(request)
-            if number is not None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
-                first_in_line.setdefault(number, request)
-        if self.next_in in running or self.next_in not in first_in_line:
-            self.next_in = None
-        wanting = running | first_in_line
-        self.turns = {number: began for number, began in self.turns.items() if number in wanting}
-        for number in running.keys() & self.turns.keys():
-            self._take(number)
-        without = {number: self.without_since.get(number, self.now) for number in wanting if number not in self.turns}
+            adapter_id = adapter_id_of(request)
+            if adapter_id is not None and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+                first_waiting.setdefault(adapter_id, request)
+        if self.due_adapter in running or self.due_adapter not in first_waiting:
+            self.due_adapter = None
+        contenders = running | first_waiting
+        self.turns = {adapter_id: began for adapter_id, began in self.turns.items() if adapter_id in contenders}
+        for adapter_id in running.keys() & self.turns.keys():
+            self._use_slot(adapter_id)
+        without = {
+            adapter_id: self.without_since.get(adapter_id, self.now)
+            for adapter_id in contenders
+            if adapter_id not in self.turns
+        }
         self.without_since = dict(sorted(without.items(), key=lambda item: item[1]))
-        for number, since in list(self.without_since.items()):
+        for adapter_id, since in list(self.without_since.items()):
             due = self.now - since >= self.due_s
-            if number in running and not self._may_enter(number):
+            if adapter_id in running and not self._can_enter(adapter_id):
                 break
             if len(self.turns) == self.lora_config.max_loras:
                 longest = next(iter(self.turns))
                 if not due:
                     break
-                another_waits = self.next_in not in (None, number, *self.turns)
-                if number not in running and (another_waits or not self._has_room(first_in_line[number])):
-                    # One waits for room, and stops nobody who has it: the slots go round without it.
-                    self.next_in = self.next_in or number
+                another_is_due = self.due_adapter not in (None, adapter_id, *self.turns)
+                if adapter_id not in running and (another_is_due or not self._has_room(first_waiting[adapter_id])):
+                    # It waits for room. Adapters that have room keep taking turns without it.
+                    self.due_adapter = self.due_adapter or adapter_id
                     continue
-                # Others are kept out of the room that one waited for: it does not wait for a turn's end as well.
-                if number != self.next_in and self.now - self.turns[longest] < self.due_s:
+                # No other adapter gets the room that this one waited for, so it need not also wait for a turn to end.
+                if adapter_id != self.due_adapter and self.now - self.turns[longest] < self.due_s:
                     break
                 del self.turns[longest]
                 self.without_since[longest] = self.now
-            # Other adapters in line begin in the line's order, below.
-            if number in running:
-                self._begin(number)
-                self._take(number)
+            # The other waiting adapters begin in the order of the queue, below.
+            if adapter_id in running:
+                self._start_turn(adapter_id)
+                self._use_slot(adapter_id)
             elif due:
-                self._begin(number)
-                self.next_in = number
+                self._start_turn(adapter_id)
+                self.due_adapter = adapter_id
                 break
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        # vLLM asks this of each waiting request before it is admitted; those that must wait keep their place in line.
+        # vLLM calls this for each waiting request before it admits it. A request that must wait keeps its place.
         if not super()._handle_blocked_waiting_request(request):
             return False
-        number = adapter_of(request)
-        if self.next_in is not None and number != self.next_in:
+        adapter_id = adapter_id_of(request)
+        if self.due_adapter is not None and adapter_id != self.due_adapter:
             return False
-        if number is None:
+        if adapter_id is None:
             return True
-        if number not in self.turns and len(self.turns) == self.lora_config.max_loras:
+        if adapter_id not in self.turns and len(self.turns) == self.lora_config.max_loras:
             return False
-        if not self._may_enter(number):
+        if not self._can_enter(adapter_id):
             return False
-        if number not in self.turns:
-            self._begin(number)
-        self._take(number)
+        if adapter_id not in self.turns:
+            self._start_turn(adapter_id)
+        self._use_slot(adapter_id)
         return True
 
     def _has_room(self, request: Request) -> bool:
@@ -131,22 +137,22 @@ class TurnsScheduler(Scheduler):
         free_tokens = self.kv_cache_manager.block_pool.get_num_free_blocks() * self.block_size // max(groups, 1)
         return len(self.running) < self.max_num_active_reqs and request.num_tokens < free_tokens
 
-    def _begin(self, number: int) -> None:
-        self.turns[number] = self.now
-        self.without_since.pop(number, None)
+    def _start_turn(self, adapter_id: int) -> None:
+        self.turns[adapter_id] = self.now
+        self.without_since.pop(adapter_id, None)
 
-    def _may_enter(self, number: int) -> bool:
-        return number in self.in_slots or not self.entered
+    def _can_enter(self, adapter_id: int) -> bool:
+        return adapter_id in self.in_slots or not self.slot_taken
 
-    def _take(self, number: int) -> None:
-        self.entered = self.entered or number not in self.in_slots
-        self.in_slots[number] = None
-        self.in_slots.move_to_end(number)
+    def _use_slot(self, adapter_id: int) -> None:
+        self.slot_taken = self.slot_taken or adapter_id not in self.in_slots
+        self.in_slots[adapter_id] = None
+        self.in_slots.move_to_end(adapter_id)
         if len(self.in_slots) > self.lora_config.max_loras:
             self.in_slots.popitem(last=False)
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
-        """As vLLM's; a request that the runner reports to have no finite scores ends, with an error."""
+        """As vLLM's, but a request whose scores the runner reports as not finite ends with an error."""
         counts = model_runner_output.num_nans_in_logits or {}
         self.not_finite = frozenset(request_id for request_id, count in counts.items() if count)
         return super().update_from_output(scheduler_output, model_runner_output)
@@ -158,7 +164,7 @@ class TurnsScheduler(Scheduler):
             return super()._update_request_with_output(request, new_token_ids, *args, **kwargs)
         adapter = f"the adapter {request.lora_request.lora_name}" if request.lora_request else "the base"
         logger.error(
-            "Request %s ends: %s gives scores that are not finite numbers; its weights overflow in this --dtype",
+            "Request %s ends with an error: %s gives scores that are not finite; its weights overflow in this --dtype",
             request.request_id,
             adapter,
         )
@@ -167,9 +173,9 @@ class TurnsScheduler(Scheduler):
 
 
 class AsyncTurnsScheduler(TurnsScheduler, AsyncScheduler):
-    """The same over vLLM's scheduler that is a step ahead, its default on GPUs."""
+    """The same on vLLM's asynchronous scheduler, its default on GPUs."""
 
 
-def adapter_of(request: Request) -> int | None:
-    """The number of a request's adapter; None for the base."""
+def adapter_id_of(request: Request) -> int | None:
+    """The id of a request's adapter; None for the base."""
     return request.lora_request.lora_int_id if request.lora_request else None

@@ -1,4 +1,4 @@
-"""Grammars are compiled in a bounded child: what asks for too much is refused, whichever field it comes in."""
+"""Grammars compile in a bounded child, and one that takes too much is refused, whichever field it comes in."""
 
 import asyncio
 import itertools
@@ -17,8 +17,8 @@ from vllm.exceptions import VLLMServerError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.structured_output import backend_guidance
 
-from serve import grammars as checks
-from serve.grammars import Grammars
+from serve import grammars
+from serve.grammars import GrammarChecker
 from tests.tiny import tiny_tokenizer
 from tests.waiting import HANG_S, is_alive, until
 
@@ -26,19 +26,19 @@ HUGE = 1_000_000_000
 NUMBERS = {"type": "array", "items": {"type": "integer"}}
 
 
-def fault_of(kind: str, spec: str) -> str:
+def problem_of(kind: str, spec: str) -> str:
     tokenizer = tiny_tokenizer()
 
     async def ask() -> str:
-        grammars = Grammars(tokenizer.backend_tokenizer.to_str(), len(tokenizer), tokenizer.eos_token_id)
+        checker = GrammarChecker(tokenizer.backend_tokenizer.to_str(), len(tokenizer), tokenizer.eos_token_id)
         try:
-            # Twice: what is asked again is answered from memory, and the same.
-            first = await grammars.fault(kind, spec)
-            assert await grammars.fault(kind, spec) == first
-            # Whatever became of the one before, the next is compiled.
-            assert await grammars.fault("regex", "[a-z]{3}") == ""
+            # Twice: the second answer comes from the cache, and is the same.
+            first = await checker.problem(kind, spec)
+            assert await checker.problem(kind, spec) == first
+            # The next grammar compiles, whatever happened to the first.
+            assert await checker.problem("regex", "[a-z]{3}") == ""
         finally:
-            await grammars.close()
+            await checker.close()
         return first
 
     return asyncio.run(ask())
@@ -56,9 +56,9 @@ def fault_of(kind: str, spec: str) -> str:
         ("choice", json.dumps(["x" * 900_000])),
     ],
 )
-def test_a_grammar_that_asks_for_too_much_is_refused(kind, spec):
-    """The child ends it at its bound of memory or processor time; the caller is told which, and what to do."""
-    assert "too large: compiling it takes more than" in fault_of(kind, spec)
+def test_a_grammar_that_takes_too_much_is_refused(kind, spec):
+    """The child stops at its limit of memory or processor time; the error says which, and what to do."""
+    assert "too large: compiling it takes more than" in problem_of(kind, spec)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_a_grammar_that_asks_for_too_much_is_refused(kind, spec):
         ("grammar", 'start: "low" | "fine"'),
     ],
 )
-def test_what_people_ask_for_compiles(kind, spec):
-    """Each kind of grammar in a size of daily use."""
-    assert fault_of(kind, spec) == ""
+def test_ordinary_grammars_compile(kind, spec):
+    """Each kind of grammar, in an ordinary size."""
+    assert problem_of(kind, spec) == ""
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_what_people_ask_for_compiles(kind, spec):
         ("structural_tag", '{"triggers": ["<a"], "structures": [{"begin": "<a>", "schema": {}, "end": "</a>"}]}'),
     ],
 )  # fmt: skip
-def test_what_is_no_grammar_is_said_in_one_line(kind, spec):
-    """The compiler's own words, short, and the child goes on."""
-    fault = fault_of(kind, spec)
-    assert fault.startswith(f"{kind} is no grammar: ")
-    assert "\n" not in fault
-    assert len(fault) < 400
+def test_an_invalid_grammar_gets_a_one_line_error(kind, spec):
+    """The compiler's own message, shortened, and the child continues."""
+    problem = problem_of(kind, spec)
+    assert problem.startswith(f"{kind} is not a valid grammar: ")
+    assert "\n" not in problem
+    assert len(problem) < 400
 
 
 _FIRST_CALL = """
@@ -113,9 +113,9 @@ def watched(*given):
 
 @pytest.fixture
 def at_first_call(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """Has the child, or its fork, do something before the first call of a function; by default, to compile a regex.
+    """Makes the child, or its fork, do something before the first call of a function; by default, compiling a regex.
 
-    Returns a file that is there once it began; the file's text, once it is whole, is the id of the process that did it.
+    Returns a file that exists once it began. Its text, once it ends with a newline, is the id of that process.
     """
 
     def arrange(deed: str, function: str = "llguidance.grammar_from") -> Path:
@@ -129,16 +129,16 @@ def at_first_call(tmp_path, monkeypatch) -> Callable[..., Path]:
     return arrange
 
 
-def with_grammars(ask: Callable[[Grammars], Coroutine[Any, Any, None]]) -> None:
-    """Run `ask` with a child of its own; no tokenizer, so that the child has nothing to read."""
+def with_checker(ask: Callable[[GrammarChecker], Coroutine[Any, Any, None]]) -> None:
+    """Run `ask` with a child of its own, without a tokenizer, so that the child starts quickly."""
 
     async def run() -> None:
-        grammars = Grammars(None, 0, None)
+        checker = GrammarChecker(None, 0, None)
         try:
             async with asyncio.timeout(HANG_S):
-                await ask(grammars)
+                await ask(checker)
         finally:
-            await grammars.close()
+            await checker.close()
 
     asyncio.run(run())
 
@@ -147,71 +147,71 @@ STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
 
 
 async def fork_that_stopped(done: Path) -> psutil.Process:
-    """The fork that did `STOP`, once it stands still."""
+    """The fork that ran `STOP`, once it is stopped."""
     await asyncio.to_thread(until, lambda: done.exists() and done.read_text().endswith("\n"))
     fork = psutil.Process(int(done.read_text()))
     await asyncio.to_thread(until, lambda: fork.status() == psutil.STATUS_STOPPED)
     return fork
 
 
-def test_a_compile_that_hangs_holds_up_no_other(at_first_call, monkeypatch):
-    """It is given up after a while with all that it holds, and the next grammar is compiled."""
+def test_a_compile_that_hangs_does_not_block_the_next(at_first_call, monkeypatch):
+    """After a while its child is killed, and the next grammar compiles."""
     done = at_first_call(STOP)
 
-    async def ask(grammars: Grammars) -> None:
-        monkeypatch.setattr(checks, "WAIT_S", 1.0)
-        # As often as it takes for one to get there: a child may need longer to start.
+    async def ask(checker: GrammarChecker) -> None:
+        monkeypatch.setattr(grammars, "WAIT_S", 1.0)
+        # Until a compile has begun: a child may need longer to start.
         for n in itertools.count(1):
             with pytest.raises(TimeoutError):
-                await grammars.fault("regex", "a" * n)
+                await checker.problem("regex", "a" * n)
             if done.exists():
                 break
-        monkeypatch.setattr(checks, "WAIT_S", HANG_S)
-        assert await grammars.fault("regex", "b") == ""
+        monkeypatch.setattr(grammars, "WAIT_S", HANG_S)
+        assert await checker.problem("regex", "b") == ""
 
-    with_grammars(ask)
+    with_checker(ask)
 
 
 def test_a_compile_that_hangs_ends_with_the_child(at_first_call):
-    """Nothing is left running, nor asleep, when the server ends or its child is killed."""
+    """No process is left, running or stopped, when the server ends or its child is killed."""
     done = at_first_call(STOP)
 
-    async def ask(grammars: Grammars) -> None:
-        asking = asyncio.create_task(grammars.fault("regex", "a"))
+    async def ask(checker: GrammarChecker) -> None:
+        asking = asyncio.create_task(checker.problem("regex", "a"))
         fork = await fork_that_stopped(done)
         asking.cancel()
         await asyncio.wait([asking])
-        await grammars.close()
+        await checker.close()
         await asyncio.to_thread(until, lambda: not is_alive(fork))
 
-    with_grammars(ask)
+    with_checker(ask)
 
 
 KILL_THE_CHILD = "os.kill(os.getppid(), signal.SIGKILL); signal.pause()"
 
 
 def test_a_child_that_dies_is_replaced(at_first_call):
-    """The machine may end it for reasons of its own, in the middle of a compile or between two."""
+    """The machine may kill it, during a compile or between two."""
     at_first_call(KILL_THE_CHILD)
 
-    async def ask(grammars: Grammars) -> None:
-        assert await grammars.fault("regex", "a") == ""
+    async def ask(checker: GrammarChecker) -> None:
+        assert await checker.problem("regex", "a") == ""
         (child,) = (one for one in psutil.Process().children() if "serve.grammar_child" in one.cmdline())
         child.kill()
-        assert await grammars.fault("regex", "b") == ""
+        assert await checker.problem("regex", "b") == ""
 
-    with_grammars(ask)
+    with_checker(ask)
 
 
-def test_who_hangs_up_takes_the_child_from_nobody(at_first_call):
-    """The compile goes on, so that the child stays for those who wait, and what it finds is remembered."""
+def test_a_caller_that_hangs_up_leaves_the_child_to_the_others(at_first_call):
+    """The compile continues, so that the child stays for those who wait, and its result is cached."""
     done = at_first_call(STOP)
 
-    async def ask(grammars: Grammars) -> None:
-        impatient = asyncio.create_task(grammars.fault("regex", "a"))
+    async def ask(checker: GrammarChecker) -> None:
+        impatient = asyncio.create_task(checker.problem("regex", "a"))
         fork = await fork_that_stopped(done)
         child = fork.parent()
-        patient = asyncio.create_task(grammars.fault("regex", "b"))
+        patient = asyncio.create_task(checker.problem("regex", "b"))
         impatient.cancel()
         await asyncio.wait([impatient])
         assert impatient.cancelled()
@@ -219,11 +219,11 @@ def test_who_hangs_up_takes_the_child_from_nobody(at_first_call):
         assert await patient == ""
         assert is_alive(child)
         assert child.ppid() == os.getpid()
-        # Were it compiled again, nothing would come of it.
+        # Only a cached result can arrive from a suspended child.
         child.suspend()
-        assert await grammars.fault("regex", "a") == ""
+        assert await checker.problem("regex", "a") == ""
 
-    with_grammars(ask)
+    with_checker(ask)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +233,11 @@ def test_who_hangs_up_takes_the_child_from_nobody(at_first_call):
         ("os.kill(os.getpid(), signal.SIGKILL)", "llguidance.grammar_from"),
         ("raise BlockingIOError(11, 'Resource temporarily unavailable')", "os.fork"),
     ],
-    ids=["child after child dies", "the compile is killed", "no process can be had"],
+    ids=["each child dies", "the compile is killed", "no fork"],
 )
-def test_what_the_machine_does_is_held_against_no_grammar(at_first_call, monkeypatch, deed, function):
-    """The caller is told that it is the server's fault, status 500; asked again, the grammar passes."""
-    # Not the first call alone, but each until we say so.
+def test_an_error_of_the_machine_does_not_count_against_the_grammar(at_first_call, monkeypatch, deed, function):
+    """The caller gets status 500. When the request is sent again, the grammar passes."""
+    # Every call fails until the file is removed, not only the first.
     done = at_first_call(f"os.rename(done, todo); {deed}", function)
     monkeypatch.setattr(backend_guidance, "validate_guidance_grammar", backend_guidance.validate_guidance_grammar)
     passed = []
@@ -245,9 +245,9 @@ def test_what_the_machine_does_is_held_against_no_grammar(at_first_call, monkeyp
     async def add_request(request_id: str, prompt: str, params: SamplingParams) -> None:
         passed.append(request_id)
 
-    async def ask(grammars: Grammars) -> None:
+    async def ask(checker: GrammarChecker) -> None:
         engine_client = SimpleNamespace(add_request=add_request)
-        checks.guard(engine_client, grammars)
+        grammars.guard(engine_client, checker)
         params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
         with pytest.raises(VLLMServerError) as caught:
             await engine_client.add_request("first", "", params)
@@ -256,7 +256,7 @@ def test_what_the_machine_does_is_held_against_no_grammar(at_first_call, monkeyp
         await engine_client.add_request("second", "", params)
         assert passed == ["second"]
 
-    with_grammars(ask)
+    with_checker(ask)
 
 
 BOMB = {**NUMBERS, "maxItems": HUGE}
@@ -288,11 +288,11 @@ CHAT, COMPLETIONS, RESPONSES = "chat/completions", "completions", "responses"
         (CHAT, {"tools": [TOOL], "tool_choice": "required"}),
     ],
 )
-def test_no_field_brings_a_grammar_past_the_bound(server, path, fields, stream):
-    """Chat, completions and responses, streamed or not, and what vLLM makes of tools: a 400, and never an answer."""
+def test_no_field_gets_a_grammar_past_the_limit(server, path, fields, stream):
+    """Chat, completions and responses, streamed or not, and vLLM's grammars for tools get a 400, never an answer."""
     prompt = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, COMPLETIONS: {"prompt": "hi"}}
     body = {"model": "calm", "stream": stream, **prompt.get(path, {"input": "hi"}), **fields}
     headers = {"Authorization": f"Bearer {server.user_key}"}
     reply = httpx.post(f"{server.base_url}/{path}", json=body, headers=headers, timeout=600)
     assert reply.status_code == 400, reply.text[:300]
-    assert any(word in reply.text for word in ("too large", "not kept to", "tool-call-parser")), reply.text[:300]
+    assert any(word in reply.text for word in ("too large", "not enforced", "tool-call-parser")), reply.text[:300]
