@@ -16,12 +16,12 @@ from serve.cpu import kernel  # noqa: E402
 from serve.cpu.lora import GroupedPunicaWrapper  # noqa: E402
 
 MAX_RANK = 64
-# Of the values' own size: bfloat16 has 8 bits of mantissa, and the sum is rounded to it once.
+# Relative: bfloat16 has 8 bits of mantissa, and the sum is rounded to it once.
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float32: 1e-5}
 
 
 class Adapters:
-    """Random adapters in vLLM's stacked layout, some slots empty, each with its own rank."""
+    """Random adapters in vLLM's stacked layout, each with its own rank; rank 0 leaves a slot empty."""
 
     def __init__(self, ranks, n_in, n_out, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class Adapters:
 
 
 def wrapper_for(slots, n_slots, samples=None, cls=GroupedPunicaWrapper):
-    """A wrapper told that row i belongs to slot slots[i]; adapter ids are slot + 1, 0 is the base model."""
+    """A wrapper for a step in which row i belongs to slot slots[i]. Adapter ids are slot + 1, and 0 is the base."""
     wrapper = cls(4096, 256, torch.device("cpu"))
     ids = tuple(slot + 1 if slot >= 0 else 0 for slot in slots)
     sampled = ids if samples is None else tuple(slot + 1 if slot >= 0 else 0 for slot in samples)
@@ -70,7 +70,7 @@ def assert_near(found, expected, dtype):
     seed=st.integers(0, 3),
 )
 def test_any_mix_equals_float32_row_by_row(kernel, ranks, picks, n_in, n_out, dtype, seed):
-    """For any ranks, adapters, base rows and slices the result is the float32 one within one rounding."""
+    """For any ranks, adapters, base rows and slices the result equals the float32 one within one rounding."""
     slots = [pick if pick < len(ranks) else -1 for pick in picks]
     adapters = Adapters(ranks, n_in, n_out, dtype, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +88,7 @@ def test_any_mix_equals_float32_row_by_row(kernel, ranks, picks, n_in, n_out, dt
 
 
 def test_stock_answers_base_rows_with_the_last_slot():
-    """vLLM's own CPU path gives base rows the last slot's adapter. When this fails, upstream has mended it."""
+    """vLLM's own CPU path gives base rows the last slot's adapter. If this fails, upstream has fixed it."""
     slots = [-1, 0, -1]
     adapters = Adapters([8, 8], 32, (16,), torch.float32)
     x = torch.randn(3, 32)
@@ -100,7 +100,7 @@ def test_stock_answers_base_rows_with_the_last_slot():
 
 
 def test_a_rewritten_slot_is_served_at_once():
-    """New weights in a slot, of another rank, count from the next step on."""
+    """New weights in a slot, of another rank, are used from the next step on."""
     adapters = Adapters([8], 32, (16,), torch.float32)
     wrapper, x = wrapper_for([0], 1), torch.randn(1, 32)
     wrapper.add_lora_linear(torch.zeros(1, 16), x, adapters.a, adapters.b, 1.0, (16,))
@@ -113,7 +113,7 @@ def test_a_rewritten_slot_is_served_at_once():
 
 
 def test_adapters_change_places_and_are_replaced():
-    """Each answer is that of the adapter that stands in the slot now, also when one has come back, changed or not."""
+    """Each row gets the adapter that is in its slot now, also after one came back, changed or not."""
     first, second, third = (Adapters([rank], 32, (16,), torch.float32, seed=rank) for rank in (8, 20, 5))
     slots = Adapters([0, 0], 32, (16,), torch.float32)
     known = {1: first, 2: second}
@@ -136,13 +136,13 @@ def test_adapters_change_places_and_are_replaced():
     for numbers in ((1, 2), (2, 1), (1, 2)):
         place(*numbers)
         right()
-    known[1] = third  # under the same number: what vLLM calls loading in place
+    known[1] = third  # under the same id: what vLLM calls loading in place
     place(1, 2)
     right()
 
 
 def test_logits_of_sampled_rows_and_of_prompt_rows_take_their_own_adapters():
-    """Sampled rows follow the sampler's order; a slice of the step's hidden states follows the tokens it came from."""
+    """Sampled rows follow the sampler's order; a slice of the step's hidden states follows its tokens."""
     tokens, samples = [-1, -1, 1, 1, 1, 0, 0], [-1, 1, 0]
     adapters = Adapters([4, 8], 32, (50,), torch.float32)
     wrapper = wrapper_for(tokens, 2, samples)
@@ -155,7 +155,7 @@ def test_logits_of_sampled_rows_and_of_prompt_rows_take_their_own_adapters():
 
 
 def test_stock_fails_on_prompt_rows_of_several_requests():
-    """vLLM's own path takes one index per request for one row per prompt token. When this fails, it was mended."""
+    """vLLM's own path uses one index per request for one row per prompt token. If this fails, upstream has fixed it."""
     adapters = Adapters([4], 32, (50,), torch.float32)
     wrapper = wrapper_for([0, 0, 0, 0, 0, 0], 1, [0, 0, 0], cls=PunicaWrapperCPU)
     with pytest.raises(RuntimeError, match="broadcast"):
@@ -163,7 +163,7 @@ def test_stock_fails_on_prompt_rows_of_several_requests():
 
 
 def test_embedding_and_sharded_paths_leave_base_rows_alone():
-    """add_lora_embedding, add_shrink and add_expand skip rows with no adapter too."""
+    """add_lora_embedding, add_shrink and add_expand skip rows without an adapter too."""
     slots = [1, -1, 0, -1]
     adapters = Adapters([4, 8], 32, (50,), torch.float32)
     x = torch.randn(4, 32)
@@ -181,11 +181,11 @@ def test_embedding_and_sharded_paths_leave_base_rows_alone():
 
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
-    """The folder of compiled kernels, empty; what this process has loaded is forgotten, and found again afterwards."""
+    """An empty folder for compiled kernels. This process forgets the loaded kernel, and finds it again afterwards."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ here")
     monkeypatch.setattr(kernel, "cache_dir", lambda: tmp_path)
-    # It is loaded here, not run: as good, and compiled in a fraction of the time.
+    # The tests load it but do not run it, so it may compile quickly.
     monkeypatch.setattr(kernel, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in kernel.FLAGS))
     kernel.library.cache_clear()
     yield tmp_path / "kernels"
@@ -193,21 +193,21 @@ def kernels(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, -1000], ids=["empty", "header", "tail"])
-def test_a_kept_kernel_that_is_not_whole_is_compiled_again(kernels, n_bytes):
-    """A file cut short anywhere is never loaded: it is replaced, and the same file is taken from then on."""
+def test_a_broken_kernel_in_the_cache_is_compiled_again(kernels, n_bytes):
+    """A file cut short anywhere is never loaded. It is replaced, and the new file is used from then on."""
     assert kernel.library() is not None
-    (kept,) = kernels.iterdir()
-    whole = kept.read_bytes()
-    # The library stays mapped in this process: a new file takes the name.
-    kept.unlink()
-    kept.write_bytes(whole[:n_bytes])
+    (file,) = kernels.iterdir()
+    content = file.read_bytes()
+    # A new file takes the name, because the library stays mapped in this process.
+    file.unlink()
+    file.write_bytes(content[:n_bytes])
     kernel.library.cache_clear()
     assert kernel.library() is not None
     (again,) = kernels.iterdir()
-    assert again.read_bytes()[-1000:] == whole[-1000:]
+    assert again.read_bytes()[-1000:] == content[-1000:]
 
 
-def test_a_whole_kept_kernel_is_not_compiled_again(kernels, monkeypatch):
+def test_a_good_kernel_in_the_cache_is_not_compiled_again(kernels, monkeypatch):
     """The second start compiles nothing."""
     assert kernel.library() is not None
     kernel.library.cache_clear()
@@ -215,16 +215,16 @@ def test_a_whole_kept_kernel_is_not_compiled_again(kernels, monkeypatch):
     assert kernel.library() is not None
 
 
-def test_where_no_kernel_can_be_had_one_line_says_so(kernels, monkeypatch, caplog):
-    """A failing compiler, a library that cannot be loaded, a cache that is a file: torch's operators, one warning."""
+def test_without_a_kernel_there_is_one_warning(kernels, monkeypatch, caplog):
+    """A failing compiler, a library that does not load, a cache that is a file: torch operators and one warning."""
     broken = kernels.parent / "g++"
     broken.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
     broken.chmod(0o755)
-    made = kernel._compile("g++")
+    a_file = kernel._compile("g++")
     for change in (
         {"which": lambda _name: str(broken)},
-        {"_kept": lambda _compiler: kernels.parent / "absent.so"},
-        {"cache_dir": lambda: made},
+        {"_cached": lambda _compiler: kernels.parent / "absent.so"},
+        {"cache_dir": lambda: a_file},
     ):
         kernel.library.cache_clear()
         caplog.clear()
@@ -239,7 +239,7 @@ def test_where_no_kernel_can_be_had_one_line_says_so(kernels, monkeypatch, caplo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
 def test_no_row_and_no_adapter_reaches_another(kernel, dtype, poison):
-    """Rows of NaN or Inf, and an adapter that overflows, leave every other row what it is without them, bit for bit."""
+    """Rows of NaN or Inf, and an adapter that overflows, do not change any other row by a single bit."""
     slots = [0, 1, -1, 0, 1, 2, 2, -1, 0, 1] * 3
     adapters = Adapters([5, 17, 8], 63, (40, 15), dtype)
     x, y = torch.randn(len(slots), 63).to(dtype), torch.randn(len(slots), 55).to(dtype)
@@ -256,7 +256,7 @@ def test_no_row_and_no_adapter_reaches_another(kernel, dtype, poison):
     again = wrapper_for(slots, 3)
     if not kernel:
         again.kernels = {}
-    for _ in range(2):  # the second time with what the first left in the kernel's own buffers
+    for _ in range(2):  # the second run meets what the first one left in the kernel's buffers
         found = y.clone()
         again.add_lora_linear(found, x, adapters.a, adapters.b, 1.0, (40, 15))
     assert torch.equal(found[~spoiled], clean[~spoiled])

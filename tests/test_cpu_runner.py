@@ -1,4 +1,4 @@
-"""What our CPU runner adds to vLLM's: blocks that are cleared, and rows of scores that no token can be chosen from."""
+"""What our CPU runner adds to vLLM's: it clears blocks, and finds rows of scores without a finite maximum."""
 
 import pytest
 
@@ -11,7 +11,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def test_a_block_is_cleared_in_every_layer_and_nowhere_else():
-    """Whatever attention a layer has, and where two layers share memory; what is no tensor is passed over."""
+    """Whatever attention a layer has, and if two layers share memory; caches that are not tensors are skipped."""
     shared, own = (torch.full((6, 1, 32, 64), NAN, dtype=torch.bfloat16) for _ in range(2))
     runner = CounselCpuModelRunner.__new__(CounselCpuModelRunner)
     runner.kv_caches = [shared, shared, own, [torch.full((6, 2), NAN)]]
@@ -25,7 +25,7 @@ def test_a_block_is_cleared_in_every_layer_and_nowhere_else():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("at", [0, 7, 1000])
 def test_rows_without_a_finite_best_score_are_found(dtype, at):
-    """A NaN or an infinity anywhere; a row that a grammar has masked but for one word is fine."""
+    """A NaN or an infinity anywhere. A row in which a grammar masks all but one token is fine."""
     scores = torch.zeros(5, 1001, dtype=dtype)
     scores[1, at], scores[2, at] = NAN, INF
     scores[3] = -INF

@@ -1,1 +1,1 @@
-"""The CPU path of the server: everything here can be deleted as a whole."""
+"""The server's CPU path. The folder can be deleted as a whole: UPSTREAM.md says how, and when."""

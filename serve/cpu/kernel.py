@@ -1,7 +1,7 @@
-"""Compile cpu_lora.cpp once for this processor, keep the library in the cache, and hand out its functions.
+"""Compiles lora.cpp once for this processor, caches the library and loads it.
 
-torch.compile needs the same compiler, so a machine that serves with vLLM on CPU usually has one. Where there is none,
-`library()` is None and the caller does the same sums with torch operators, correct but slower.
+torch.compile needs the same compiler, so a machine that serves with vLLM on a CPU usually has one. Without it,
+`library()` is None and the caller computes the same sums with torch operators, correct but slower.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ logger = logging.getLogger("vllm.counsel")
 
 
 class Adapter(ctypes.Structure):
-    """Where one adapter's weights for one layer lie; the same fields as in the source."""
+    """The addresses of one adapter's weights for one layer; the same fields as in lora.cpp."""
 
     _fields_ = [
         ("a", ctypes.c_void_p),
@@ -36,7 +36,7 @@ class Adapter(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """The shape of one linear layer, and where its table of adapters lies; the same fields as in the source."""
+    """The shape of one linear layer, and the address of its table of adapters; the same fields as in lora.cpp."""
 
     _fields_ = [
         ("n_in", ctypes.c_int64),
@@ -47,7 +47,7 @@ class Layer(ctypes.Structure):
 
 
 class Groups(ctypes.Structure):
-    """Where the rows of each adapter are listed; the same fields as in the source."""
+    """The addresses of the lists of each adapter's rows; the same fields as in lora.cpp."""
 
     _fields_ = [
         ("n", ctypes.c_int64),
@@ -59,17 +59,17 @@ class Groups(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None (and one warning) where it cannot be had."""
+    """The compiled kernel; None, with one warning, if it cannot be compiled or loaded."""
     compiler = shutil.which("g++")
     if compiler is None:
-        logger.warning("no g++ here (Debian: apt install g++): LoRA runs on torch operators, correct but slower")
+        logger.warning("g++ is missing (Debian: apt install g++): LoRA runs on torch operators, correct but slower")
         return None
     try:
-        loaded = ctypes.CDLL(str(_kept(compiler) or _compile(compiler)))
+        loaded = ctypes.CDLL(str(_cached(compiler) or _compile(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
-        # No compiler that works, no folder to write to, or one from which nothing may be run.
-        said = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
-        reason = said[-1] if said else error
+        # The compiler fails, or the cache cannot be written to or does not allow executables.
+        lines = error.stderr.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) else []
+        reason = lines[-1] if lines else error
         logger.warning("cannot compile %s (%s): LoRA runs on torch operators, correct but slower", SOURCE, reason)
         return None
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
@@ -81,7 +81,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def along_k() -> int:
-    """How many numbers along k lie side by side in a bfloat16 A: 2 where the processor multiplies pairs, else 1."""
+    """How many values along k are adjacent in a bfloat16 A: 2 if the processor multiplies pairs, else 1."""
     loaded = library()
     return ctypes.c_int64.in_dll(loaded, "bfloat16_along_k").value if loaded else 1
 
@@ -90,13 +90,13 @@ def _folder() -> Path:
     return cache_dir() / "kernels"
 
 
-def _kept(compiler: str) -> Path | None:
-    """The library compiled before, if it is whole; what is not is removed. Its name ends with its own hash."""
-    for found in sorted(_folder().glob(f"cpu_lora-{_identity(compiler)}-*.so")):
-        # One cut short by a full disk or a lost power supply may load, and end the process when it is run.
-        if found.stem.endswith(_digest(found.read_bytes())):
-            return found
-        found.unlink(missing_ok=True)
+def _cached(compiler: str) -> Path | None:
+    """The library from an earlier start, or None. A broken one is deleted; the file name ends with its own hash."""
+    for library_file in sorted(_folder().glob(f"cpu_lora-{_identity(compiler)}-*.so")):
+        # A file cut short by a full disk or a power failure may load, and crash the process when it runs.
+        if library_file.stem.endswith(_digest(library_file.read_bytes())):
+            return library_file
+        library_file.unlink(missing_ok=True)
     return None
 
 
@@ -104,12 +104,12 @@ def _compile(compiler: str) -> Path:
     _folder().mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=_folder(), suffix=".partial")
     os.close(handle)
-    made = Path(temporary)
+    compiled = Path(temporary)
     try:
         subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, check=True)
-        return made.replace(_folder() / f"cpu_lora-{_identity(compiler)}-{_digest(made.read_bytes())}.so")
+        return compiled.replace(_folder() / f"cpu_lora-{_identity(compiler)}-{_digest(compiled.read_bytes())}.so")
     finally:
-        made.unlink(missing_ok=True)
+        compiled.unlink(missing_ok=True)
 
 
 def _digest(content: bytes) -> str:
@@ -117,7 +117,7 @@ def _digest(content: bytes) -> str:
 
 
 def _identity(compiler: str) -> str:
-    """Changes with the source, the flags, the compiler and the processor: a home may be shared by machines."""
+    """Changes with the source, the flags, the compiler and the processor, because machines may share a home."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")

@@ -1,11 +1,11 @@
 // y[rows] += (x[rows] A) B, for many adapters in one call: the LoRA step of one linear layer.
 //
-// Rows come grouped by adapter. An adapter holds A for all slices of the layer side by side, and one B per slice. Both
-// lie as vectors of LANES columns (the last one filled up with zeros): (columns / LANES, k, LANES), k being n_in for A
-// and the slice's rank for B, so that they are read in the order they lie in. Where the processor multiplies pairs of
-// bfloat16 (AVX512-BF16), A lies in pairs along k: (columns / LANES, n_in / 2 rounded up, LANES, 2). Weights and
-// activations are bfloat16 or float32; all sums, the intermediate too, are float32. But for two instructions of
-// AVX512-BF16, GCC's vector types keep this free of any one processor's. Compiled at first use by serve/cpu/kernel.py.
+// Rows are grouped by adapter. An adapter has one A with the columns of all slices of the layer side by side, and one B
+// per slice. Both are stored as vectors of LANES columns (the last one padded with zeros): (columns / LANES, k, LANES),
+// where k is n_in for A and the slice's rank for B, so that memory is read in order. If the processor multiplies pairs
+// of bfloat16 (AVX512-BF16), A is stored in pairs along k: (columns / LANES, n_in / 2 rounded up, LANES, 2). Weights and
+// activations are bfloat16 or float32; all sums, including the intermediate ones, are float32. Except for two
+// AVX512-BF16 instructions, GCC's vector types keep this portable. serve/cpu/kernel.py compiles it at first use.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -17,8 +17,8 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int TILE = 8;  // rows that share each weight loaded
-constexpr int64_t SERIAL = 1 << 17;  // multiply-adds under which waking a second thread costs more than it saves
+constexpr int TILE = 8;  // rows that share each loaded weight
+constexpr int64_t SERIAL = 1 << 17;  // below this many multiply-adds, waking a second thread costs more than it saves
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
@@ -75,15 +75,15 @@ struct Layer {
     const Adapter* adapters;  // by slot
 };
 
-// Rows of x and y by adapter: those of slots[i] are rows[starts[i]] up to rows[starts[i + 1]].
+// Rows of x and y by adapter: slots[i] has rows[starts[i]] to rows[starts[i + 1] - 1].
 struct Groups {
     int64_t n;
     const int32_t *slots, *starts, *rows;
 };
 
-// A sum takes some four cycles before the next can be added to it, and two start in each: at least this many at a time.
+// An addition takes about four cycles and two can start per cycle, so at least this many sums run in parallel.
 constexpr int CHAINS = 8;
-// Weights stream from memory, and a processor's own prefetching stops at the end of a page: ask for them this early.
+// Weights stream from memory, and the processor's own prefetcher stops at a page's end: prefetch this far ahead.
 constexpr int AHEAD = 128 * LANES;
 
 template <typename T>
@@ -92,7 +92,7 @@ inline Floats stream(const T* from) {
     return load(from);
 }
 
-// What one step along k takes of x and of A: one number of each, in float32.
+// What one step along k reads of x and A: one value of each, in float32.
 template <typename T>
 struct Step {
     static constexpr int K = 1;
@@ -106,7 +106,7 @@ struct Step {
 };
 
 #ifdef __AVX512BF16__
-// Two numbers of each, as they are.
+// Two values of each, unconverted.
 template <>
 struct Step<bfloat16> {
     static constexpr int K = 2;
@@ -128,7 +128,7 @@ struct Step<bfloat16> {
 };
 #endif
 
-// h (N, columns), the C vectors of columns from `column` on, = x A. Few sums are split over k as well.
+// h (N, columns) = x A, for the C vectors of columns that start at `column`. A few sums are also split over k.
 template <typename T, int N, int C>
 void shrink_block(int64_t n_steps, int64_t columns, int64_t column, const T* a, const typename Step<T>::Input* x,
                   float* h) {
@@ -153,7 +153,7 @@ void shrink_block(int64_t n_steps, int64_t columns, int64_t column, const T* a, 
         }
 }
 
-// h (N, columns) = x A, where x (N, n_steps) is dense.
+// h (N, columns) = x A, with dense x (N, n_steps).
 template <typename T, int N>
 void shrink(int64_t n_steps, const Adapter& adapter, const typename Step<T>::Input* x, float* h) {
     const T* a = static_cast<const T*>(adapter.a);
@@ -166,7 +166,7 @@ void shrink(int64_t n_steps, const Adapter& adapter, const typename Step<T>::Inp
         shrink_block<T, N, 1>(n_steps, adapter.columns, column, a, x, h);
 }
 
-// y += h B, for one slice's C vectors of columns from `column` on; `width`: how many columns of the last are there.
+// y += h B, for one slice's C vectors of columns that start at `column`; `width`: columns used in the last vector.
 template <typename T, int N, int C>
 void expand_block(int64_t rank, int64_t column, int64_t width, const T* b, const float* h,
                   int64_t h_stride, T* const* y) {
@@ -194,7 +194,7 @@ void expand_block(int64_t rank, int64_t column, int64_t width, const T* b, const
 // y[rows] += h B, slice by slice.
 template <typename T, int N>
 void expand(const Layer& layer, const Adapter& adapter, const float* h, T* const* y) {
-    constexpr int WIDE = std::max(2, CHAINS / N);  // each number of h is loaded once for them
+    constexpr int WIDE = std::max(2, CHAINS / N);  // columns per load of a value of h, in vectors
     int64_t h_at = 0, y_at = 0;
     for (int64_t slice = 0; slice < layer.n_slices; ++slice) {
         const int64_t n_out = layer.n_out[slice];
@@ -245,7 +245,7 @@ void lora(const Layer& layer, const T* x, int64_t x_stride, T* y, int64_t y_stri
     int64_t work = 0;
     for (int64_t group = 0; group < groups.n; ++group) {
         const Adapter& adapter = layer.adapters[groups.slots[group]];
-        if (!adapter.columns) continue;  // this adapter leaves the layer alone
+        if (!adapter.columns) continue;  // this adapter does not change the layer
         const int32_t end = groups.starts[group + 1];
         for (int32_t at = groups.starts[group]; at < end; at += TILE)
             tiles.push_back({groups.slots[group], at, std::min<int32_t>(TILE, end - at)});
@@ -271,7 +271,7 @@ void lora(const Layer& layer, const T* x, int64_t x_stride, T* y, int64_t y_stri
         lora<T>(*layer, static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, *groups);                   \
     }
 
-// How many numbers along k lie side by side in A when weights are bfloat16.
+// How many values along k are adjacent in A when weights are bfloat16.
 extern "C" const int64_t bfloat16_along_k = Step<bfloat16>::K;
 
 EXPORT(lora_bfloat16, bfloat16)

@@ -1,10 +1,10 @@
 """Many adapters in one batch on a CPU, correct and near the speed of the base model.
 
-vLLM's own CPU path copies the adapter's weights once per token, pads every rank to the largest allowed, and takes a
-base-model token's index -1 for the last slot, so that base requests batched with an adapter are answered with it.
-Here rows are grouped by adapter once per step; each layer then makes one call into cpu_lora.cpp (or, without a
-compiler, a few torch operators per adapter) at the adapter's own rank, and rows with no adapter are left alone. vLLM
-finds this class through serve/cpu/plugin.py.
+vLLM's own CPU path copies the adapter's weights once per token, pads every rank to the largest allowed, and reads a
+base token's index -1 as the last slot, so that a base request batched with an adapter is answered with that adapter.
+Here rows are grouped by adapter once per step. Each layer then makes one call into lora.cpp (or, without a compiler,
+uses a few torch operators per adapter) at the adapter's own rank. Rows without an adapter stay unchanged. vLLM finds
+this class through serve/cpu/plugin.py.
 """
 
 import ctypes
@@ -24,10 +24,10 @@ KERNELS = {torch.bfloat16: "lora_bfloat16", torch.float32: "lora_float32"}
 
 
 class Groups:
-    """Rows of a batch by adapter slot: those of slots[i] are rows[starts[i] : starts[i + 1]]. Base rows are in none."""
+    """Rows of a batch by adapter slot: slots[i] has rows[starts[i] : starts[i + 1]]. Base rows are in no group."""
 
     def __init__(self, indices: torch.Tensor) -> None:
-        """`indices`: the slot of each row, negative for the base model."""
+        """`indices`: the slot of each row, negative for the base."""
         self.n_rows = len(indices)
         order = torch.sort(indices, stable=True)
         n_base = int((indices < 0).sum())
@@ -38,7 +38,7 @@ class Groups:
         self.present = frozenset(slots.tolist())
         pointers = (self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
         self.for_kernel = kernel.Groups(len(slots), *pointers)
-        self.at = ctypes.addressof(self.for_kernel)
+        self.address = ctypes.addressof(self.for_kernel)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
         bounds = self.starts.tolist()
@@ -46,11 +46,11 @@ class Groups:
             yield slot, self.rows[bounds[i] : bounds[i + 1]].long()
 
 
-class Packed(NamedTuple):
+class PackedAdapter(NamedTuple):
     """One adapter's weights for one layer at its own rank, as vectors of LANES columns (see _in_vectors).
 
-    a: (vectors, n_in, LANES, 1), the slices' columns side by side; b, for each slice: (vectors, rank, LANES, 1). Where
-    the kernel multiplies pairs, a is (vectors, n_in / 2 rounded up, LANES, 2).
+    a: (vectors, n_in, LANES, 1), with the slices' columns side by side. b, per slice: (vectors, rank, LANES, 1). If the
+    kernel multiplies pairs, a is (vectors, n_in / 2 rounded up, LANES, 2).
     """
 
     a: torch.Tensor
@@ -59,25 +59,25 @@ class Packed(NamedTuple):
 
 
 class Layer:
-    """The adapters of one linear layer, each packed when first used, whatever slots it comes to stand in."""
+    """The adapters of one linear layer. Each is packed once, at its first use, whichever slots it gets later."""
 
     def __init__(
         self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]
     ) -> None:
-        """`a_stacked`: (slots, 1, max rank, n_in) a slice; `b_stacked`: (slots, 1, n_out, max rank) a slice."""
+        """`a_stacked`: (slots, 1, max rank, n_in) per slice; `b_stacked`: (slots, 1, n_out, max rank) per slice."""
         self.a_stacked, self.b_stacked, self.n_out = tuple(a_stacked), tuple(b_stacked), tuple(n_out)
         self.version = -1
-        self.in_slots: dict[int, Packed] = {}
-        self.packed = weakref.WeakKeyDictionary[Any, Packed]()
+        self.in_slots: dict[int, PackedAdapter] = {}
+        self.packed = weakref.WeakKeyDictionary[Any, PackedAdapter]()
         self.table = (kernel.Adapter * a_stacked[0].shape[0])()
         self.for_kernel = kernel.Layer(
             a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out), ctypes.addressof(self.table)
         )
-        self.at = ctypes.addressof(self.for_kernel)
+        self.address = ctypes.addressof(self.for_kernel)
 
-    def ready(self, present: frozenset[int], adapter_in: Callable[[int], object]) -> None:
-        """Have what stands in these slots packed. `adapter_in`: vLLM's object for the adapter in a slot, or None."""
-        # Whatever vLLM writes into a slot, it first sets the slot's first slice to zero, which counts up its version.
+    def pack_missing(self, present: frozenset[int], adapter_in: Callable[[int], object]) -> None:
+        """Pack what is not packed yet in these slots. `adapter_in`: vLLM's adapter object in a slot, or None."""
+        # Before vLLM writes to a slot, it sets the slot's first slice to zero, which increments the tensor's version.
         version = self.a_stacked[0]._version
         if version == self.version and present <= self.in_slots.keys():
             return
@@ -97,8 +97,8 @@ class Layer:
             entry.rank[: len(packed.ranks)] = packed.ranks
             entry.b[: len(packed.b)] = [b.data_ptr() for b in packed.b]
 
-    def _pack(self, slot: int) -> Packed:
-        # In numpy: torch would wake its threads for each of a model's hundreds of slices, and running answers wait.
+    def _pack(self, slot: int) -> PackedAdapter:
+        # In numpy, because torch would wake its threads for each of a model's hundreds of slices while answers wait.
         a_used = [_used_rows(_bits(a_all[slot, 0])) for a_all in self.a_stacked]
         ranks = tuple(len(rows) for rows in a_used)
         dtype = self.a_stacked[0].dtype
@@ -107,17 +107,19 @@ class Layer:
             _in_vectors(_bits(b_all[slot, 0])[:n_out, :rank], b_all.dtype)
             for b_all, rank, n_out in zip(self.b_stacked, ranks, self.n_out, strict=True)
         )
-        return Packed(a, b, ranks)
+        return PackedAdapter(a, b, ranks)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory as whole numbers of the same size: numpy knows no bfloat16."""
+    """The same memory as integers of the same size, because numpy has no bfloat16."""
     return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).numpy()
 
 
 def _in_vectors(rows: np.ndarray, dtype: torch.dtype, along_k: int = 1) -> torch.Tensor:
-    """(columns, k) -> (columns / LANES, k / along_k, LANES, along_k), both rounded up: what is multiplied by one input
-    (or `along_k` of them) lies side by side."""
+    """(columns, k) -> (columns / LANES, k / along_k, LANES, along_k), both rounded up.
+
+    The weights that are multiplied by the same input, or the same `along_k` inputs, become adjacent.
+    """
     n_columns, k = rows.shape
     n_vectors, n_steps = -(-n_columns // LANES), -(-k // along_k)
     filled = np.zeros((n_vectors * LANES, n_steps * along_k), rows.dtype)
@@ -127,13 +129,17 @@ def _in_vectors(rows: np.ndarray, dtype: torch.dtype, along_k: int = 1) -> torch
 
 
 def _used_rows(a: np.ndarray) -> np.ndarray:
-    """The rows up to the adapter's own rank; those after it are zero."""
+    """The rows up to the adapter's own rank. The rows after it are zero."""
     used = np.flatnonzero(a.any(axis=1))
     return a[: used[-1] + 1 if len(used) else 0]
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):
-    """vLLM's interface to LoRA arithmetic, done group by group."""
+    """vLLM's interface to LoRA arithmetic, computed group by group.
+
+    `layers` maps a layer's address to the layer, for calls that pass all its tensors. Compiled code passes one address
+    only, without a wrapper: it looks up `_LAYERS`, which holds the layers of all wrappers.
+    """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
@@ -141,21 +147,23 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         self.kernels = {dtype: getattr(library, name) for dtype, name in KERNELS.items()} if library else {}
         self.tokens = self.samples = Groups(torch.empty(0, dtype=torch.long))
         self.layers: dict[int, Layer] = {}
-        # The adapter with a number, as serve/cpu/worker.py has it; while that is unknown, whatever was written is new.
-        self.adapter_of: Callable[[int], object] = lambda _number: None
-        self.numbers: list[int | None] = []
+        # vLLM's adapter object for an id; set by serve/cpu/worker.py. Without it, every write to a slot counts as new.
+        self.adapter_of: Callable[[int], object] = lambda _adapter_id: None
+        self.adapter_ids: list[int | None] = []
 
-    def know(self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]) -> Layer:
-        """Take in where one layer's adapters lie, which compiled code does not say."""
+    def register_layer(
+        self, a_stacked: Sequence[torch.Tensor], b_stacked: Sequence[torch.Tensor], n_out: Sequence[int]
+    ) -> Layer:
+        """Register the addresses of one layer's adapters, which compiled code does not pass."""
         address = a_stacked[0].data_ptr()
         layer = self.layers[address] = Layer(a_stacked, b_stacked, n_out)
-        _KNOWN[address] = self, layer
+        _LAYERS[address] = self, layer
         return layer
 
     def update_metadata(self, mapping: Any, lora_index_to_id: list[int | None], *args: Any, **kwargs: Any) -> None:
-        """Group the rows of the coming step; vLLM calls this only when the mapping or a slot changed."""
+        """Group the rows of the next step. vLLM calls this only after the mapping or a slot changed."""
         super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)
-        self.numbers = lora_index_to_id
+        self.adapter_ids = lora_index_to_id
         self.tokens, self.samples = Groups(self.token_lora_indices), Groups(self.sampler_indices)
 
     def add_lora_linear(
@@ -168,13 +176,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += x A B for every row with an adapter; its scale is in B since it was read."""
+        """y[:, slice] += x A B for every row with an adapter. B includes the scale since it was loaded."""
         assert scale == 1.0
         if torch.compiler.is_compiling():
             torch.ops.vllm.counsel_lora_linear(y, x, lora_a_stacked[0])
         elif self.tokens.present:
             layer = self.layers.get(lora_a_stacked[0].data_ptr())
-            self._add(self.tokens, layer or self.know(lora_a_stacked, lora_b_stacked, output_slices), y, x)
+            self._add(self.tokens, layer or self.register_layer(lora_a_stacked, lora_b_stacked, output_slices), y, x)
 
     def add_lora_logits(
         self,
@@ -185,19 +193,19 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """The same for the vocabulary projection, whose rows are the sampled ones or a request's prompt rows."""
+        """The same for the vocabulary projection, whose rows are the sampled rows or one request's prompt rows."""
         assert scale == 1.0
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         groups = self._logits_groups(x)
         if groups.present:
             layer = self.layers.get(lora_a_stacked.data_ptr())
             n_out = min(y.shape[1], lora_b_stacked.shape[-2])
-            self._add(groups, layer or self.know((lora_a_stacked,), (lora_b_stacked,), (n_out,)), y, x)
+            self._add(groups, layer or self.register_layer((lora_a_stacked,), (lora_b_stacked,), (n_out,)), y, x)
 
     def add_lora_embedding(
         self, y: torch.Tensor, x: torch.Tensor, lora_b_stacked: torch.Tensor, add_inputs: bool = True, **kwargs: Any
     ) -> None:
-        """y += x B, where x holds each token's row of A already."""
+        """y += x B, where x already holds each token's row of A."""
         self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
 
     def add_shrink(
@@ -208,7 +216,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         scale: float,
         **kwargs: Any,
     ) -> None:
-        """y[i] = scale * x A[i]; rows with no adapter are left alone."""
+        """y[i] = scale * x A[i]. Rows without an adapter stay unchanged."""
         x = x.view(-1, x.shape[-1])
         for into, a_all in zip(y, lora_a_stacked, strict=True):
             flat = into.view(-1, into.shape[-1])
@@ -226,7 +234,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         add_inputs: bool = True,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice i] += x[i] B[i], or = where `add_inputs` is false; rows with no adapter are left alone."""
+        """y[:, slice i] += x[i] B[i], or = if `add_inputs` is false. Rows without an adapter stay unchanged."""
         y = y.view(-1, y.shape[-1])
         for slot, rows in self.tokens:
             at = offset_start
@@ -238,33 +246,33 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 at += n_out
 
     def _adapter_in(self, slot: int) -> object:
-        number = self.numbers[slot]
-        return None if number is None else self.adapter_of(number)
+        adapter_id = self.adapter_ids[slot]
+        return None if adapter_id is None else self.adapter_of(adapter_id)
 
     def _logits_groups(self, x: torch.Tensor) -> Groups:
-        # For prompt log-probabilities vLLM passes, for one request at a time, a slice of the step's hidden states; what
-        # is sampled from it passes as a copy. Where the slice starts says whose rows they are.
+        # For sampled rows vLLM passes a copy. For prompt log-probabilities it passes a slice of the step's hidden
+        # states, one request at a time; the start of the slice tells which rows they are.
         if x.untyped_storage().nbytes() > x.nbytes or len(x) != len(self.sampler_indices):
             first = x.storage_offset() // x.shape[-1]
             return Groups(self.token_lora_indices[first : first + len(x)])
         return self.samples
 
     def _add(self, groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor) -> None:
-        layer.ready(groups.present, self._adapter_in)
+        layer.pack_missing(groups.present, self._adapter_in)
         kernel = self.kernels.get(x.dtype)
         if kernel is None or not x.dtype == y.dtype == layer.a_stacked[0].dtype:
             return _with_torch(groups, layer, y, x)
-        # The kernel trusts what it is given.
+        # The kernel does not check its arguments.
         (n_x, _), (n_y, _) = x.shape, y.shape
         (x_stride, x_step), (y_stride, y_step) = x.stride(), y.stride()
         assert x_step == y_step == 1, "rows must be dense"
-        assert n_x >= groups.n_rows <= n_y, "the mapping is of another step"
-        kernel(layer.at, x.data_ptr(), x_stride, y.data_ptr(), y_stride, groups.at)
+        assert n_x >= groups.n_rows <= n_y, "the mapping belongs to another step"
+        kernel(layer.address, x.data_ptr(), x_stride, y.data_ptr(), y_stride, groups.address)
         return None
 
 
 def _with_torch(groups: Groups, layer: Layer, y: torch.Tensor, x: torch.Tensor) -> None:
-    """What the kernel does, with torch operators."""
+    """The same as the kernel, with torch operators."""
     for slot, rows in groups:
         packed = layer.in_slots[slot]
         h = x[rows].float() @ _as_matrix(packed.a)[: x.shape[1]]
@@ -281,13 +289,13 @@ def _as_matrix(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.float().permute(1, 3, 0, 2).flatten(0, 1).flatten(1)
 
 
-# torch.compile cannot look into the grouping: compiled code calls one operator a layer, which finds the layer and its
-# wrapper by where the one tensor that is passed lies. To pass all of a layer's tensors costs as much as the rest.
-_KNOWN: dict[int, tuple[GroupedPunicaWrapper, Layer]] = {}
+# torch.compile cannot trace the grouping, so compiled code calls one operator per layer. The operator finds the layer
+# and its wrapper by the address of the one tensor it gets; passing all of a layer's tensors would double its cost.
+_LAYERS: dict[int, tuple[GroupedPunicaWrapper, Layer]] = {}
 
 
 def _lora_linear(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> None:
-    wrapper, layer = _KNOWN[a.data_ptr()]
+    wrapper, layer = _LAYERS[a.data_ptr()]
     if wrapper.tokens.present:
         wrapper._add(wrapper.tokens, layer, y, x)
 

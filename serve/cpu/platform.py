@@ -1,4 +1,4 @@
-"""The platform class that serve/cpu/plugin.py names; apart from it, since importing this imports vLLM."""
+"""The platform class that serve/cpu/plugin.py names. In a module of its own, because it imports vLLM."""
 
 import os
 from typing import Any
@@ -12,12 +12,12 @@ from serve.launch import EXECUTOR, START_METHOD
 WORKER = "serve.cpu.worker.CounselCpuWorker"
 SCHEDULER = "serve.cpu.scheduler.CleanBlocksScheduler"
 
-# The class vLLM itself would take: the plain CPU platform, or AMD's where zentorch is installed.
-_Native = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
+# The class that vLLM itself would choose: the plain CPU platform, or AMD's if zentorch is installed.
+_VllmPlatform = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
 
-class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
-    """vLLM's CPU platform with LoRA grouped by adapter, compiled layer by layer, or eager with vLLM's C++ kernels."""
+class CounselCpuPlatform(_VllmPlatform):  # type: ignore[misc, valid-type]
+    """vLLM's CPU platform with LoRA grouped by adapter; compiled per layer, or eager with vLLM's C++ kernels."""
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
@@ -39,7 +39,7 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Let vLLM adapt its config to a CPU, with our worker and scheduler, and take back four of its decisions."""
+        """Let vLLM adapt its config to a CPU, add our worker and scheduler, and undo four of vLLM's decisions."""
         from vllm.config import CompilationMode
 
         compilation = vllm_config.compilation_config
@@ -47,12 +47,12 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         if parallel.worker_cls not in ("auto", WORKER):
-            # Compiled code needs our worker. With one of the user's own vLLM's decisions stand: eager.
+            # Compiled code needs our worker. With a worker of the user's, vLLM's decisions stay, eager mode included.
             super().check_and_update_config(vllm_config)
             return
         parallel.worker_cls = WORKER
-        # Stock turns compilation off when it sees LoRA, whose stock operators cannot be traced; ours is one opaque
-        # operator a layer. LoRA decides nothing else in there.
+        # With LoRA, vLLM turns compilation off, because its own operators cannot be traced. Ours is one opaque operator
+        # per layer, so vLLM must not see LoRA here. Nothing else in its method depends on LoRA.
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
         try:
             super().check_and_update_config(vllm_config)
@@ -61,13 +61,14 @@ class CounselCpuPlatform(_Native):  # type: ignore[misc, valid-type]
         if lora_config is not None and vllm_config.scheduler_config.scheduler_cls is None:
             vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         if executor == os.environ.get(EXECUTOR) == "uni":
-            # Stock insists on a process of its own for the model, to bind that process's threads to cores.
+            # vLLM runs the model in a separate process, to bind that process's threads to cores.
             parallel.distributed_executor_backend = executor
         if start_method is not None:
-            # Stock insists on new interpreters, which import everything again, whatever was chosen.
+            # vLLM overrides this with new interpreters, which import everything again.
             os.environ[START_METHOD] = start_method
         if mode == CompilationMode.VLLM_COMPILE:
-            # Stock compiles the whole model as one graph, and fails to read it back from its own cache. Cut at the
-            # attention, as on a GPU, the layers share one graph: a third of the time, once, and 5 s from then on.
+            # vLLM compiles the whole model as one graph, and cannot read it back from its own cache. Split at the
+            # attention, as on a GPU, the layers share one graph: it compiles in a third of the time, once, and loads
+            # in 5 s after that.
             compilation.mode = mode
             compilation.compile_sizes = []

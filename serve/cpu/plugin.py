@@ -1,6 +1,6 @@
-"""vLLM's CPU platform with this project's LoRA arithmetic, offered through the `vllm.platform_plugins` entry point.
+"""Offers vLLM this project's CPU platform, through the `vllm.platform_plugins` entry point.
 
-On CUDA, and with a vLLM that this was not tested with, it stays out of the way.
+On CUDA, and with a vLLM version that it was not tested with, vLLM keeps its own platform.
 """
 
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger("vllm.counsel")
 
 
 def register() -> str | None:
-    """The platform class to use instead of vLLM's own, or None to leave vLLM's choice."""
+    """The platform class to use, or None to keep vLLM's own."""
     if not vllm_is_cpu_build():
         return None
     version = vllm_version()
     if not (version or "").startswith(TESTED):
         logger.warning(
-            "Counsel Stack's CPU LoRA was not tested with vLLM %s (but with %s): vLLM's own is used, which is slower "
-            "and may answer a base-model request as the adapter it is batched with (docs/cpu-lora.md)",
+            "Counsel Stack's CPU LoRA was not tested with vLLM %s (only with %s), so vLLM's own is used: it is slower, "
+            "and may answer a base request as the adapter that it is batched with (docs/cpu-lora.md)",
             version,
             ", ".join(f"{prefix}x" for prefix in TESTED),
         )

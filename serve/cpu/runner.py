@@ -1,9 +1,9 @@
-"""The model runner that serve/cpu/worker.py puts in: what overflows in one request stays in that request.
+"""The model runner of serve/cpu/worker.py: an overflow in one request does not reach another.
 
-Attention reads key-value blocks whole and weighs what is not a request's own with 0, and 0 times NaN is NaN: an adapter
-whose numbers overflow would spoil the answers of whoever is given its blocks next (vLLM 0.32). So each block is cleared
-when a request is given it. The rows of a request whose scores are not finite are reported in the field that vLLM has
-for that, and serve/scheduler.py ends the request.
+Attention reads whole key-value blocks and multiplies what belongs to other requests by 0, and 0 times NaN is NaN. So
+after an adapter overflows, the next requests to get its blocks would get wrong answers (vLLM 0.32). Therefore each
+block is cleared before a request gets it. Requests whose scores are not finite are reported in vLLM's field for that,
+and serve/scheduler.py ends them.
 """
 
 from typing import Any
@@ -13,17 +13,17 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
 class CounselCpuModelRunner(CPUModelRunner):
-    """vLLM's CPU runner with clean blocks and a look at each step's scores."""
+    """vLLM's CPU runner that clears blocks and checks each step's scores."""
 
     def _zero_block_ids(self, block_ids: list[int]) -> None:
-        # vLLM's own clears the layers of full attention only.
+        # vLLM's own method clears only the layers with full attention.
         caches = {cache.data_ptr(): cache for cache in self.kv_caches if isinstance(cache, torch.Tensor)}
         for cache in caches.values():
             for block in block_ids:
                 cache[block].zero_()
 
     def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
-        # Before the sampler, which writes into the scores. Guessed tokens have rows of their own: no request's.
+        # Before the sampler, which overwrites the scores. With speculative tokens, rows do not map to requests.
         self.not_finite = rows_not_finite(logits) if logits is not None and spec_decode_metadata is None else []
         return super()._sample(logits, spec_decode_metadata)
 
@@ -33,6 +33,6 @@ class CounselCpuModelRunner(CPUModelRunner):
 
 
 def rows_not_finite(logits: torch.Tensor) -> list[int]:
-    """The rows that no token can be chosen from: they hold a NaN, an infinity, or nothing above minus infinity."""
-    # One pass without a copy; vLLM's count of NaNs takes ten times as long. The largest of a row with a NaN is NaN.
+    """The rows from which no token can be chosen: with a NaN, an infinity, or only minus infinity."""
+    # One pass without a copy; vLLM's count of NaNs takes ten times as long. The maximum of a row with a NaN is NaN.
     return torch.nonzero(~logits.amax(dim=-1).isfinite()).flatten().tolist()
