@@ -1,4 +1,4 @@
-"""The figures of `make bench-step`, worked by hand from a trace of three steps."""
+"""The figures of `make bench-step`, computed by hand from a trace of three steps."""
 
 from benchmarks.decode_step import by_kind
 
@@ -7,8 +7,8 @@ def span(name, start_us, length_us):
     return {"name": name, "ts": start_us, "dur": length_us}
 
 
-def test_a_trace_becomes_milliseconds_a_step_by_kind():
-    """An operator counts without what it calls, waiting as elsewhere, and the last, cut step not at all."""
+def test_a_trace_becomes_milliseconds_per_step_by_kind():
+    """An operator's time excludes what it calls, waiting counts as elsewhere, and the last, cut step is ignored."""
     step = (
         span("execute_context_0(0)_generation_1(1)", 0, 8000),
         span("## Call CompiledFxGraph x ##", 1000, 5000),

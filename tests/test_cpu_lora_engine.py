@@ -21,7 +21,7 @@ def asked(question):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny Llama and three adapters that also change its vocabulary projection, each with another rank."""
+    """A tiny Llama and three adapters of different ranks that also change its vocabulary projection."""
     folder = tmp_path_factory.mktemp("llama")
     base = tiny_base(folder / "base", kind="llama")
     paths = [tiny_adapter(base, folder / f"a{rank}", seed=rank, rank=rank, targets=TARGETS) for rank in (4, 8, 2)]
@@ -30,15 +30,15 @@ def model(tmp_path_factory):
 
 @contextlib.contextmanager
 def engine_of(base, **options):
-    """An engine in a process of its own. Both slots are taken by two adapters: none is empty when base rows come by."""
+    """An engine in its own process, with two slots, so that two adapters leave none empty for base rows."""
     vllm = pytest.importorskip("vllm")
     with pytest.MonkeyPatch.context() as kept:
-        # vLLM preloads its OpenMP for every child of this process; later tests start servers of their own.
+        # vLLM preloads its OpenMP for every child of this process, and later tests start servers.
         kept.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
-        # To ask the engine's process which adapter stands in which slot.
+        # Lets collective_rpc run a function of this module in the engine's process.
         kept.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         if options.get("enforce_eager"):
-            # Whatever asks for a compiler ends the engine, as on a machine without one.
+            # A compile ends the engine, as on a machine without a compiler.
             kept.setenv("CXX", "/nowhere/g++")
         started = vllm.LLM(
             str(base), dtype="float32", enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=8,
@@ -55,8 +55,8 @@ def engine(model, request):
         yield started
 
 
-def said(engine, model, picks, prompt_logprobs=None):
-    """Greedy answers, one for each (question, adapter number or None), all in one batch."""
+def answers(engine, model, picks, prompt_logprobs=None):
+    """Greedy answers, one per (question, adapter index or None), all in one batch."""
     from transformers import AutoTokenizer
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -68,11 +68,11 @@ def said(engine, model, picks, prompt_logprobs=None):
         for question, _ in picks
     ]
     prompts = [{"prompt_token_ids": tokenizer(text, add_special_tokens=False).input_ids} for text in texts]
-    wanted = [None if pick is None else LoRARequest(f"a{pick}", pick + 1, str(paths[pick])) for _, pick in picks]
+    adapters = [None if pick is None else LoRARequest(f"a{pick}", pick + 1, str(paths[pick])) for _, pick in picks]
     sampling = SamplingParams(
         temperature=0, max_tokens=N_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=prompt_logprobs
     )
-    return engine.generate(prompts, sampling, lora_request=wanted, use_tqdm=False)
+    return engine.generate(prompts, sampling, lora_request=adapters, use_tqdm=False)
 
 
 def values(logprobs):
@@ -85,13 +85,13 @@ def assert_same(left, right):
         assert [value for _, value in one] == pytest.approx([value for _, value in other], abs=2e-3)
 
 
-def test_a_mixed_batch_says_what_peft_says_for_each(engine, model):
-    """Base and both adapters in one batch: each greedy answer is that of transformers or PEFT in float32."""
+def test_each_answer_of_a_mixed_batch_is_pefts(engine, model):
+    """Base and two adapters in one batch: each greedy answer equals transformers or PEFT in float32."""
     assert_answers_are_pefts(engine, model)
 
 
-def test_with_a_worker_of_ones_own_answers_are_right(model):
-    """A worker that does not make the layers known to compiled code gets none: vLLM's --worker-cls goes on working."""
+def test_with_another_worker_answers_are_right(model):
+    """A worker that does not register layers gets no compiled code, so vLLM's --worker-cls still works."""
     with engine_of(model[0], worker_cls="vllm.v1.worker.cpu_worker.CPUWorker") as started:
         assert_answers_are_pefts(started, model)
 
@@ -99,39 +99,39 @@ def test_with_a_worker_of_ones_own_answers_are_right(model):
 def assert_answers_are_pefts(engine, model):
     base, paths = model
     picks = [(question, pick) for question in QUESTIONS for pick in (None, 0, 1)]
-    for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
+    for (question, pick), output in zip(picks, answers(engine, model, picks), strict=True):
         expected = greedy_ids(base, None if pick is None else paths[pick], asked(question), N_TOKENS)
         assert list(output.outputs[0].token_ids) == expected, (question, pick)
 
 
 def test_base_answers_are_the_same_alone_and_mixed(engine, model):
-    """The base's log-probabilities do not depend on which adapters share its batch."""
-    alone = said(engine, model, [(question, None) for question in QUESTIONS])
-    mixed = said(engine, model, [(question, pick) for question in QUESTIONS for pick in (0, None, 1)])[1::3]
+    """The base's log-probabilities do not depend on the adapters in its batch."""
+    alone = answers(engine, model, [(question, None) for question in QUESTIONS])
+    mixed = answers(engine, model, [(question, pick) for question in QUESTIONS for pick in (0, None, 1)])[1::3]
     for one, other in zip(alone, mixed, strict=True):
         assert_same(values(one.outputs[0].logprobs), values(other.outputs[0].logprobs))
 
 
 def test_prompt_log_probabilities_of_several_requests_are_each_requests_own(engine, model):
-    """What crashes stock vLLM on Llama models: prompt_logprobs of requests that run together with adapters."""
+    """prompt_logprobs of requests that run together with adapters, which crash stock vLLM on Llama models."""
     picks = list(zip(QUESTIONS, (None, 0, 1, 0), strict=True))
-    together = said(engine, model, picks, prompt_logprobs=3)
+    together = answers(engine, model, picks, prompt_logprobs=3)
     for pick, output in zip(picks, together, strict=True):
-        (alone,) = said(engine, model, [pick], prompt_logprobs=3)
+        (alone,) = answers(engine, model, [pick], prompt_logprobs=3)
         assert_same(values(alone.prompt_logprobs), values(output.prompt_logprobs))
 
 
-def in_slots(worker, *needed):
-    """The number of the adapter in each slot once a step has these, by name, number and path. Runs in the engine."""
+def in_slots(worker, *adapters):
+    """The adapter id in each slot after a step with these adapters (name, id, path). Runs in the engine."""
     from vllm.lora.request import LoRARequest
 
     manager = worker.model_runner.lora_manager
-    manager.set_active_adapters({LoRARequest(*adapter) for adapter in needed}, None)
+    manager.set_active_adapters({LoRARequest(*adapter) for adapter in adapters}, None)
     return list(manager._adapter_manager.lora_index_to_id)
 
 
 def test_adapters_in_use_keep_their_slots(engine, model):
-    """Reading a third adapter takes neither of two slots; a step that needs it takes the one that it does not need."""
+    """Loading a third adapter takes neither slot. A step that needs it takes the slot that the step does not need."""
     from vllm.lora.request import LoRARequest
 
     base, paths = model
@@ -145,22 +145,22 @@ def test_adapters_in_use_keep_their_slots(engine, model):
         (after,) = engine.collective_rpc(in_slots, args=(third, stays))
         assert after == [number if number == stays[1] else 3 for number in before]
     picks = [(question, pick) for question in QUESTIONS for pick in (0, 2)]
-    for (question, pick), output in zip(picks, said(engine, model, picks), strict=True):
+    for (question, pick), output in zip(picks, answers(engine, model, picks), strict=True):
         assert list(output.outputs[0].token_ids) == greedy_ids(base, paths[pick], asked(question), N_TOKENS)
 
 
 def spoil(worker):
-    """Write NaN over all key-value memory: the worst that can be left there by requests that ended. In the engine."""
+    """Fill all key-value memory with NaN, the worst that finished requests can leave. Runs in the engine."""
     for cache in worker.model_runner.kv_caches:
         cache.fill_(float("nan"))
 
 
 def test_what_is_left_in_memory_reaches_no_answer(engine, model):
-    """With NaN in every block that no request holds, each answer is still PEFT's, prompt rows too."""
+    """With NaN in every free block, each answer still equals PEFT's, prompt rows included."""
     picks = [(question, pick) for question in QUESTIONS for pick in (None, 0, 1)]
-    clean = said(engine, model, picks[:4], prompt_logprobs=3)
+    clean = answers(engine, model, picks[:4], prompt_logprobs=3)
     engine.collective_rpc(spoil)
-    for one, other in zip(clean, said(engine, model, picks[:4], prompt_logprobs=3), strict=True):
+    for one, other in zip(clean, answers(engine, model, picks[:4], prompt_logprobs=3), strict=True):
         assert_same(values(one.prompt_logprobs), values(other.prompt_logprobs))
     engine.collective_rpc(spoil)
     assert_answers_are_pefts(engine, model)
@@ -168,7 +168,7 @@ def test_what_is_left_in_memory_reaches_no_answer(engine, model):
 
 @pytest.fixture(scope="module")
 def huge(model, tmp_path_factory):
-    """An adapter whose weights are finite, and whose products are not."""
+    """An adapter with finite weights whose products overflow."""
     from safetensors.torch import load_file, save_file
 
     base, _ = model
@@ -183,10 +183,10 @@ def huge(model, tmp_path_factory):
 
 
 def test_a_request_that_overflows_ends_alone_with_an_error(engine, model, huge):
-    """Beside it, and after it in the memory that it leaves, the base and a good adapter answer as ever."""
+    """The base and a good adapter answer as before, next to it and later in its memory."""
     base, paths = model
     crowd = [(question, pick) for question in QUESTIONS for pick in (None, 0, 3)]
-    outputs = said(engine, (base, [*paths, huge]), crowd)
+    outputs = answers(engine, (base, [*paths, huge]), crowd)
     for (question, pick), output in zip(crowd, outputs, strict=True):
         if pick == 3:
             assert (output.outputs[0].finish_reason, list(output.outputs[0].token_ids)) == ("error", [])
@@ -197,14 +197,14 @@ def test_a_request_that_overflows_ends_alone_with_an_error(engine, model, huge):
 
 
 def frames(worker):
-    """How much torch has compiled or looked at for it so far. Runs in the engine."""
+    """How many frames torch has compiled or examined so far. Runs in the engine."""
     import torch
 
     return dict(torch._dynamo.utils.counters["frames"])
 
 
 def test_no_request_compiles_anything(engine, model):
-    """Every way to sample, asked for the first time: what is not compiled when the engine is ready never is."""
+    """The first request of each sampling option: nothing compiles after the engine is ready."""
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 

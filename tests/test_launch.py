@@ -1,4 +1,4 @@
-"""The launch plan is a pure function of config, base, machine and store."""
+"""The launch plan is a pure function of config, base, hardware and store."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ from counsel.catalog import Base
 from counsel.errors import UserError
 from counsel.processor import Processor, described
 from serve.config import ServeConfig
-from serve.cpu import plugin as platform
+from serve.cpu import plugin
 from serve.hardware import Hardware, detect
 from serve.launch import PLUGINS, gateway_flags, plan
 from train import hardware
@@ -38,7 +38,7 @@ def flag(made, name):
 
 
 def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
-    """Two cores both compute, OpenMP is preloaded, and glibc stands in for a missing tcmalloc, which is named."""
+    """Both cores compute, OpenMP is preloaded, and glibc replaces a missing tcmalloc, which the reason names."""
     made = plan(ServeConfig(), base, SMALL, environ={})
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
     assert made.env["LD_PRELOAD"] == "/venv/lib/libiomp5.so"
@@ -52,15 +52,15 @@ def test_a_small_cpu_uses_every_core_and_preloads_what_is_there(base):
     assert flag(made, "--max-model-len") == "4096"
 
 
-def test_memory_for_a_large_vocabulary_is_kept_from_step_to_step(base):
-    """Sorting 64 requests' scores of 262,144 words takes 64 x 262,144 x 8 bytes: no more than glibc is told to keep."""
+def test_memory_for_a_large_vocabulary_is_kept_between_steps(base):
+    """Sorting 64 requests' scores of 262,144 tokens takes 64 x 262,144 x 8 bytes, which glibc must keep."""
     config = base.path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 262_144}))
     assert plan(ServeConfig(), base, SMALL, environ={}).env["MALLOC_MMAP_THRESHOLD_"] == "134217728"
 
 
-def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
-    """Past four cores vLLM's own binding is right; tcmalloc is preloaded and glibc left alone."""
+def test_a_large_cpu_leaves_a_core_free_and_preloads_tcmalloc(base):
+    """With more than four cores vLLM binds the threads; tcmalloc is preloaded and glibc keeps its settings."""
     made = plan(ServeConfig(), base, LARGE, environ={})
     assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "auto"
     assert made.env["LD_PRELOAD"] == "/usr/lib/libtcmalloc_minimal.so.4"
@@ -68,15 +68,15 @@ def test_a_large_cpu_keeps_a_core_back_and_takes_tcmalloc(base):
 
 
 @pytest.mark.parametrize("environ", [{"LD_PRELOAD": "/lib/libgomp.so.1"}, {"VLLM_CPU_OMP_THREADS_BIND": "1"}])
-def test_no_engine_is_forked_where_that_hangs_or_binds_wrongly(base, environ):
-    """GCC's OpenMP does not outlive a fork, and Intel's forgets whose cores were asked for."""
+def test_no_engine_is_forked_if_it_would_hang_or_bind_wrongly(base, environ):
+    """GCC's OpenMP does not survive a fork, and Intel's then ignores the chosen cores."""
     made = plan(ServeConfig(), base, SMALL, environ=environ)
     assert not {"VLLM_WORKER_MULTIPROC_METHOD", "COUNSEL_CPU_EXECUTOR"} & made.env.keys()
     assert "VLLM_WORKER_MULTIPROC_METHOD" not in plan(ServeConfig(), base, replace(SMALL, openmp=None), environ={}).env
 
 
 def test_without_a_compiler_the_model_stays_eager(base):
-    """Compiling is vLLM's default here too; no g++ turns it off and says what to install, and so does --no-compile."""
+    """Models compile by default, but not with --no-compile, nor without g++, which the reason says how to install."""
     assert "--enforce-eager" not in plan(ServeConfig(), base, SMALL, environ={}).argv
     assert "--enforce-eager" in plan(ServeConfig(compile=False), base, SMALL, environ={}).argv
     without = plan(ServeConfig(), base, replace(SMALL, compiler=None), environ={})
@@ -85,7 +85,7 @@ def test_without_a_compiler_the_model_stays_eager(base):
 
 
 def test_a_gpu_gets_vllms_defaults(base):
-    """On CUDA only LoRA is asked for, with our scheduler: no CPU flag, no preload."""
+    """On CUDA the plan adds only LoRA and our scheduler: no CPU flag, no preload."""
     made = plan(ServeConfig(), base, GPU, environ={})
     assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--max-num-seqs") is None
     assert "--enable-lora" in made.argv
@@ -96,7 +96,7 @@ def test_a_gpu_gets_vllms_defaults(base):
     assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_COMPUTE_NANS_IN_LOGITS", *of_all}
 
 
-# The first core of each, cut to what tells them apart.
+# The first core of each, cut to what differs.
 HASWELL = "processor\t: 0\nmodel name\t: Intel(R) Core(TM) i7-4770\nflags\t\t: fpu sse2 avx f16c avx2 fma\n"
 SKYLAKE = "model name\t: Intel(R) Xeon(R) Gold 6148\nflags\t\t: fpu avx avx2 avx512f avx512bw avx512vl\n"
 ZEN4 = "model name\t: AMD EPYC 9R14\nflags\t\t: fpu avx avx2 avx512f avx512_vnni avx512_bf16\n"
@@ -106,7 +106,7 @@ NEOVERSE_V1 = "processor\t: 0\nFeatures\t: fp asimd sve asimdfhm svebf16 i8mm bf
 
 
 @pytest.mark.parametrize(
-    ("cpuinfo", "dtype", "said"),
+    ("cpuinfo", "dtype", "why"),
     [
         (HASWELL, "float32", "i7-4770 (AVX2) has no bfloat16"),
         (SKYLAKE, "float32", "6148 (AVX-512 without BF16) has no bfloat16"),
@@ -118,13 +118,13 @@ NEOVERSE_V1 = "processor\t: 0\nFeatures\t: fp asimd sve asimdfhm svebf16 i8mm bf
     ],
     ids=["avx2", "avx512", "avx512_bf16", "amx", "arm", "arm_bf16", "unknown"],
 )
-def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monkeypatch, cpuinfo, dtype, said):
-    """bfloat16 where hardware multiplies it, else float32, with the reason; training on that machine does alike."""
+def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monkeypatch, cpuinfo, dtype, why):
+    """bfloat16 if the hardware multiplies it, else float32, with the reason. Training there chooses the same."""
     here = described(cpuinfo)
     made = plan(ServeConfig(), base, replace(SMALL, processor=here), environ={})
     assert flag(made, "--dtype") == dtype
     (reason,) = (line for line in made.explain().splitlines() if "--dtype" in line)
-    assert said in reason
+    assert why in reason
     # 64 requests x 1024 tokens x 30 layers x 3 heads x 64 values x key and value
     assert flag(made, "--kv-cache-memory-bytes") == str(64 * 1024 * 30 * 3 * 64 * 2 * (4 if dtype == "float32" else 2))
 
@@ -136,8 +136,8 @@ def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monk
     assert str(here) in trains.name
 
 
-def test_what_is_asked_for_is_kept_and_a_quantized_base_keeps_its_own(base):
-    """--dtype wins over the processor, and kernels of a quantized base choose for themselves."""
+def test_dtype_wins_and_a_quantized_base_keeps_its_own(base):
+    """--dtype wins over the processor, and the kernels of a quantized base choose for themselves."""
     old = replace(SMALL, processor=described(HASWELL))
     assert flag(plan(ServeConfig(dtype="bfloat16"), base, old, environ={}), "--dtype") == "bfloat16"
     config = base.path / "config.json"
@@ -146,7 +146,7 @@ def test_what_is_asked_for_is_kept_and_a_quantized_base_keeps_its_own(base):
 
 
 def test_a_base_too_large_for_float32_stays_in_bfloat16(base):
-    """10 GiB of weights would be 20 GiB of a machine's 24: slow is better than not at all, and said."""
+    """10 GiB of weights would take 20 of 24 GiB in float32, so the base stays in bfloat16, with the reason."""
     with (base.path / "model.safetensors").open("wb") as file:
         file.truncate(10 * GIB)
     old = replace(SMALL, processor=described(HASWELL))
@@ -156,14 +156,14 @@ def test_a_base_too_large_for_float32_stays_in_bfloat16(base):
 
 
 def test_how_long_an_adapter_may_wait_reaches_the_scheduler(base):
-    """--adapter-wait-s stands where serve/scheduler.py reads it, on a CPU and a GPU."""
+    """--adapter-wait-s is where serve/scheduler.py reads it, on a CPU and a GPU."""
     for machine in (SMALL, GPU):
         made = plan(ServeConfig(adapter_wait_s=0.5), base, machine, environ={})
         assert json.loads(flag(made, "--additional-config")) == {"adapter_wait_s": 0.5}
 
 
 def test_every_choice_can_be_overridden(base):
-    """A config field, a vLLM flag in vllm_args and a variable already set each win, and the reason says so."""
+    """A config field, a vLLM flag in vllm_args and a variable that is already set each win, with the reason."""
     config = ServeConfig(max_num_seqs=7, kv_cache_memory_gb=0.5, max_model_len=512, vllm_args="--block-size 64")
     set_by_user = {"VLLM_CPU_OMP_THREADS_BIND": "1", "LD_PRELOAD": "/mine.so"}
     made = plan(config, base, SMALL, environ=set_by_user)
@@ -177,13 +177,13 @@ def test_every_choice_can_be_overridden(base):
     assert "LD_PRELOAD" not in plan(config, base, SMALL, environ={"LD_PRELOAD": "/lib/libgomp.so.1"}).env
 
 
-def test_an_adapter_above_the_largest_rank_is_foretold(base):
-    """A store with rank 128 under max_lora_rank 64 is said at the start, not at the first request."""
+def test_an_adapter_above_the_largest_rank_is_reported(base):
+    """The plan warns of rank 128 in the store with max_lora_rank 64, before any request fails."""
     assert "start with --max-lora-rank 128" in plan(ServeConfig(), base, SMALL, (16, 128), environ={}).explain()
 
 
 def test_the_plan_is_what_vllm_understands(base):
-    """vLLM's own parser takes the whole command line."""
+    """vLLM's own parser accepts the whole command line."""
     pytest.importorskip("vllm")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -204,8 +204,8 @@ def test_plugins_are_installed_under_the_names_the_plan_allows():
     assert {point.name for group in groups for point in entry_points(group=group)} >= set(PLUGINS)
 
 
-def test_this_machine_can_be_looked_at():
-    """Looking gives at least one core, some memory and a known device."""
+def test_this_machine_is_detected():
+    """At least one core, some memory and a known device."""
     machine = detect()
     assert machine.cpus
     assert machine.memory_bytes > GIB // 4
@@ -213,19 +213,19 @@ def test_this_machine_can_be_looked_at():
 
 
 def test_a_vllm_that_was_not_tested_keeps_its_own_path_with_a_warning(monkeypatch, caplog):
-    """Outside the tested versions the platform plugin stands aside and says what that means."""
+    """With an untested version, vLLM keeps its own platform, and a warning says what that means."""
     pytest.importorskip("vllm")
-    if not platform.vllm_is_cpu_build():
-        pytest.skip("a CUDA build: the plugin stands aside anyway")
-    assert platform.register() == "serve.cpu.platform.CounselCpuPlatform"
-    monkeypatch.setattr(platform, "TESTED", ("9.9.",))
+    if not plugin.vllm_is_cpu_build():
+        pytest.skip("a CUDA build keeps its own platform anyway")
+    assert plugin.register() == "serve.cpu.platform.CounselCpuPlatform"
+    monkeypatch.setattr(plugin, "TESTED", ("9.9.",))
     with caplog.at_level("WARNING", logger="vllm.counsel"):
-        assert platform.register() is None
+        assert plugin.register() is None
     assert "was not tested with vLLM" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
-def test_a_wait_of_nothing_is_refused(seconds):
-    """Turns of no length would change the adapters in the slots at every step."""
+def test_a_wait_that_is_not_positive_is_refused(seconds):
+    """Turns without a length would swap adapters at every step."""
     with pytest.raises(UserError, match="adapter_wait_s is"):
         ServeConfig(adapter_wait_s=seconds)

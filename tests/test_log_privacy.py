@@ -1,4 +1,4 @@
-"""Log records of modules that see requests carry no words of a request; all others stay as they are."""
+"""Log records of modules that see requests contain no words of a request. All others are unchanged."""
 
 import subprocess
 import sys
@@ -21,8 +21,8 @@ assert logging.makeLogRecord({"msg": "as it was"}).getMessage() == "as it was"
 """
 
 
-def test_what_a_module_that_sees_requests_fills_in_is_left_out():
-    """Its program text, the kind of error and the place stay; another module's words do too."""
+def test_what_a_module_that_sees_requests_fills_in_is_dropped():
+    """The format string, the kind of error and the place stay, and so do other modules' messages."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[:2] == [

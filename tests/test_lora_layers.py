@@ -1,4 +1,4 @@
-"""Every adapter that is served changes what it was trained to change, whatever its base calls its layers."""
+"""Every served adapter changes what it was trained to change, whatever the names of its base's layers."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ PROMPT = "i feel lonely since we moved"
 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A tiny random Phi-3: its layers are called qkv_proj and gate_up_proj."""
+    """A tiny random Phi-3, whose layers are called qkv_proj and gate_up_proj."""
     folder, tokenizer = tmp_path_factory.mktemp("fused") / "phi3", tiny_tokenizer()
     torch.manual_seed(0)
     config = Phi3Config(
@@ -39,7 +39,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def adapter_on(base: Base, path: Path, target: str) -> tuple[Path, list[int]]:
-    """An adapter on one kind of layer, and the eight tokens that PEFT answers with it."""
+    """An adapter on one kind of layer, and the eight tokens of PEFT's answer with it."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
     tuned = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=[target])).eval()
@@ -54,8 +54,8 @@ def adapter_on(base: Base, path: Path, target: str) -> tuple[Path, list[int]]:
     return path, ids[-8:]
 
 
-def test_fused_layers_are_served_as_peft_computes_them_and_what_the_server_leaves_out_is_refused(fused, tmp_path):
-    """qkv_proj and gate_up_proj: PEFT's answer. down_proj, which this server was told to leave out: not the base's."""
+def test_fused_layers_answer_as_peft_and_a_layer_left_out_is_refused(fused, tmp_path):
+    """qkv_proj and gate_up_proj give PEFT's answer. down_proj, left out by a flag, gives 404, not the base's answer."""
     expected = {}
     config = tiny_config(
         tmp_path, fused.path, max_loras=4, vllm_args="--lora-target-modules qkv_proj gate_up_proj o_proj"
@@ -67,11 +67,11 @@ def test_fused_layers_are_served_as_peft_computes_them_and_what_the_server_leave
         client = make_client(server.base_url)
 
         def answer(model: str) -> list[int]:
-            said = client.completions.create(
+            reply = client.completions.create(
                 model=model, prompt=PROMPT, max_tokens=8, temperature=0,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
             )  # fmt: skip
-            return said.choices[0].model_extra["token_ids"]
+            return reply.choices[0].model_extra["token_ids"]
 
         for target in ("qkv_proj", "gate_up_proj"):
             assert answer(target) == expected[target]
@@ -81,7 +81,7 @@ def test_fused_layers_are_served_as_peft_computes_them_and_what_the_server_leave
 
 
 def test_publish_refuses_a_layer_that_vllm_leaves_out(fused, tmp_path, monkeypatch):
-    """It names the layer, and what may be trained on instead."""
+    """The error names the layer, and the layers to train instead."""
     source, _ = adapter_on(fused, tmp_path / "a", "o_proj")
     layers = served_layers(fused.path)
     assert set(layers.targets) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
@@ -89,11 +89,11 @@ def test_publish_refuses_a_layer_that_vllm_leaves_out(fused, tmp_path, monkeypat
     monkeypatch.setattr("counsel.adapter_check.served_layers", lambda base: type(layers)(fewer, layers.targets))
     with pytest.raises(UserError, match=r"self_attn.o_proj, which vLLM would leave as in the base; .*qkv_proj"):
         adapter_store.publish(tmp_path / "store", "a", source, fused)
-    assert check(source, fused.path, served=False).target_modules == ("o_proj",)  # trained, and not to be published
+    assert check(source, fused.path, served=False).target_modules == ("o_proj",)  # may be trained, but not published
 
 
-def test_a_base_without_lora_in_vllm_takes_no_adapter(tmp_path):
-    """GPT-2: vLLM serves it, and no adapter on it."""
+def test_a_base_without_lora_in_vllm_gets_no_adapter(tmp_path):
+    """vLLM serves GPT-2, but no adapter on it."""
     folder = tiny_gpt2(tmp_path / "gpt2")
     assert "no LoRA on GPT2LMHeadModel" in served_layers(folder).refusal
     base = resolve(str(folder))
@@ -109,23 +109,23 @@ EXPECTED = Trial([1, 2, 3], [-1.0, -2.0], [-1.3, -1.6])
     [
         ([-1.0, -2.0], [-1.3, -1.6], True),
         ([-1.0, -2.0], [-1.0, -2.0], False),
-        # In bfloat16: rounded otherwise, and then some.
+        # In bfloat16, with some more rounding.
         ([-1.01, -1.98], [-1.29, -1.63], True),
         ([-1.01, -1.98], [-1.0, -1.99], False),
-        # Another change than the one that was trained.
+        # Not the change that was trained.
         ([-1.0, -2.0], [-0.7, -2.4], False),
-        # The engine's own rounding is larger than the change: any change must do, and none will not.
+        # The engine's rounding is larger than the change: any change is accepted, no change is not.
         ([-1.4, -2.6], [-1.39, -2.6], True),
         ([-1.4, -2.6], [-1.4, -2.6], False),
     ],
 )
-def test_an_adapter_is_applied_where_it_changes_what_it_changed_in_training(base, adapter, applied):
-    """The change shown, held against the one expected, in the presence of an engine's rounding."""
+def test_an_adapter_is_applied_if_it_changes_what_it_changed_in_training(base, adapter, applied):
+    """The observed change against the expected one, with an engine's rounding."""
     assert EXPECTED.applied(base, adapter) == applied
 
 
 def test_the_manifest_is_json(fused, tmp_path):
-    """What was tried is read back as it was."""
+    """The trial is read back unchanged."""
     source, _ = adapter_on(fused, tmp_path / "a", "qkv_proj")
     manifest = adapter_store.publish(tmp_path / "store", "a", source, fused)
     document = json.loads((adapter_store.version_dir(tmp_path / "store", manifest) / "manifest.json").read_text())

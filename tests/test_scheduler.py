@@ -1,4 +1,4 @@
-"""Whose turn it is in the adapters' slots: vLLM's real scheduler under ours, by a clock that the test sets."""
+"""Adapters take turns in the slots: our scheduler on vLLM's real one, with a clock that the test sets."""
 
 import os
 import random
@@ -34,8 +34,8 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def engine_of(base, monkeypatch):
-    """An engine without a model: what is asked goes through a real scheduler, and every step gives each a token."""
-    # vLLM prepares its CPU processes by way of this process's environment.
+    """An engine without a model: requests pass a real scheduler, and each step gives each of them a token."""
+    # vLLM sets up its CPU processes through this process's environment.
     monkeypatch.setenv("LD_PRELOAD", os.environ.get("LD_PRELOAD", ""))
 
     def make(cls, slots=2, running=16, blocks=400, **options):
@@ -54,13 +54,13 @@ def engine_of(base, monkeypatch):
 
 
 class Engine:
-    """Steps of `step_s` on a clock of its own; `first_s` holds when each request got its first token."""
+    """Steps of `step_s` on its own clock. `first_s` maps each request to the time of its first token."""
 
     step_s = STEP_S
 
     def __init__(self, cls, config, kv_cache_config):
-        self.now_s, self.numbers = 0.0, count()
-        self.first_s, self.told, self.asked_s, self.ended, self.stepped = {}, {}, {}, {}, {}
+        self.now_s, self.counter = 0.0, count()
+        self.first_s, self.n_tokens, self.asked_s, self.ended = {}, {}, {}, {}
         self.scheduler = cls(
             vllm_config=config, kv_cache_config=kv_cache_config, block_size=BLOCK, hash_block_size=BLOCK,
             log_stats=False, structured_output_manager=StructuredOutputManager(config),
@@ -70,8 +70,8 @@ class Engine:
         self.hasher = get_request_block_hasher(BLOCK, lambda value: repr(value).encode())
 
     def ask(self, adapter=None, tokens=20, prompt=8):
-        """Ask the base, or the adapter of that number, for so many tokens."""
-        name = f"{adapter}-{next(self.numbers)}"
+        """Ask the base, or the adapter with that id, for some tokens."""
+        name = f"{adapter}-{next(self.counter)}"
         lora = LoRARequest(f"a{adapter}", adapter, "/nowhere") if adapter else None
         request = Request(
             name, [*range(5, 5 + prompt)], SamplingParams(max_tokens=tokens, ignore_eos=True), None, lora_request=lora,
@@ -82,7 +82,7 @@ class Engine:
         return name
 
     def step(self, not_finite=()):
-        """One step; the names of the requests in it."""
+        """Run one step; returns the names of the requests in it."""
         planned = self.scheduler.schedule()
         names = list(planned.num_scheduled_tokens)
         self.now_s += self.step_s
@@ -90,18 +90,20 @@ class Engine:
             name for name in names
             if self.scheduler.requests[name].num_computed_tokens >= self.scheduler.requests[name].num_tokens
         ]  # fmt: skip
-        given = [[7] if name in done else [] for name in names]
+        sampled = [[7] if name in done else [] for name in names]
         output = ModelRunnerOutput(
-            names, {name: i for i, name in enumerate(names)}, given,
+            names, {name: i for i, name in enumerate(names)}, sampled,
             num_nans_in_logits={name: int(name in not_finite) for name in names},
         )  # fmt: skip
         for outputs in self.scheduler.update_from_output(planned, output).values():
-            for told in outputs.outputs:
-                if told.new_token_ids:
-                    self.first_s.setdefault(told.request_id, self.now_s)
-                    self.told[told.request_id] = self.told.get(told.request_id, 0) + len(told.new_token_ids)
-                if told.finish_reason is not None:
-                    self.ended[told.request_id] = str(told.finish_reason)
+            for answer in outputs.outputs:
+                if answer.new_token_ids:
+                    self.first_s.setdefault(answer.request_id, self.now_s)
+                    self.n_tokens[answer.request_id] = self.n_tokens.get(answer.request_id, 0) + len(
+                        answer.new_token_ids
+                    )
+                if answer.finish_reason is not None:
+                    self.ended[answer.request_id] = str(answer.finish_reason)
         return names
 
     def wait_s(self, name):
@@ -113,7 +115,7 @@ def adapters_in(names):
 
 
 def busy(engine, adapters, streams, tokens=20):
-    """A step of a closed loop: each adapter has so many requests at any time."""
+    """One step of a closed loop, in which each adapter always has `streams` requests."""
     for adapter in adapters:
         live = [name for name in engine.scheduler.requests if name.startswith(f"{adapter}-")]
         for _ in range(streams - len(live)):
@@ -122,8 +124,8 @@ def busy(engine, adapters, streams, tokens=20):
 
 
 @pytest.mark.parametrize("cls", [TurnsScheduler, CleanBlocksScheduler])
-def test_beside_busy_adapters_another_gets_its_turn(engine_of, cls):
-    """Two adapters whose answers never cease hold two slots; a third's request begins within the wait, every time."""
+def test_next_to_busy_adapters_another_gets_its_turn(engine_of, cls):
+    """Two adapters with endless answers hold both slots; each request of a third begins within the wait."""
     engine = engine_of(cls)
     for _ in range(30):
         busy(engine, (1, 2), streams=4)
@@ -133,14 +135,14 @@ def test_beside_busy_adapters_another_gets_its_turn(engine_of, cls):
             names = busy(engine, (1, 2), streams=4)
             assert len(adapters_in(names)) <= 2
         assert engine.wait_s(cold) <= WAIT_S
-    # What stood still went on: nobody lost an answer.
+    # Paused answers continued: none was lost.
     assert set(engine.ended.values()) == {"length"}
 
 
 @pytest.mark.parametrize("slots", [2, 8])
 def test_turns_cost_busy_adapters_little(engine_of, slots):
-    """24 streams on as many adapters as slots and one more asked every 2 s: within its wait, at .95 of the tokens."""
-    told, waits = [], []
+    """24 streams fill the slots and one more adapter is asked every 2 s: it keeps its wait, at .95 of the tokens."""
+    n_tokens, waits = [], []
     for due_s in (1e9, None):
         engine = engine_of(TurnsScheduler, slots=slots, running=32)
         engine.step_s = 0.02
@@ -151,15 +153,15 @@ def test_turns_cost_busy_adapters_little(engine_of, slots):
                 cold.append(engine.ask(slots + 1, tokens=4))
                 asks_s = engine.now_s + 2.0
             busy(engine, range(1, slots + 1), streams=24 // slots, tokens=64)
-        told.append(sum(engine.told.values()))
+        n_tokens.append(sum(engine.n_tokens.values()))
         waits.append([engine.wait_s(name) for name in cold if name in engine.first_s])
-    assert told[1] >= 0.95 * told[0]
+    assert n_tokens[1] >= 0.95 * n_tokens[0]
     assert len(waits[1]) >= 5
     assert max(waits[1]) <= WAIT_S
 
 
-def test_without_a_bound_it_would_wait_for_ever(engine_of):
-    """vLLM's own rule, which a bound beyond reach leaves in force: the same load, and no turn in 60 s."""
+def test_without_turns_it_would_wait_forever(engine_of):
+    """With an unreachable wait, vLLM's own rule applies: under the same load, no turn in 60 s."""
     engine = engine_of(TurnsScheduler)
     engine.scheduler.due_s = 1e9
     for _ in range(30):
@@ -170,8 +172,8 @@ def test_without_a_bound_it_would_wait_for_ever(engine_of):
     assert cold not in engine.first_s
 
 
-def test_long_answers_stand_still_and_end_whole(engine_of):
-    """Three adapters with one long answer each share two slots; each goes on within the wait, and none twice."""
+def test_long_answers_pause_and_end_complete(engine_of):
+    """Three adapters with one long answer each share two slots. Each resumes within the wait, and no token is lost."""
     engine = engine_of(TurnsScheduler)
     names = [engine.ask(adapter, tokens=200) for adapter in (1, 2, 3)]
     last_s = dict.fromkeys(names, 0.0)
@@ -181,20 +183,20 @@ def test_long_answers_stand_still_and_end_whole(engine_of):
         for name in stepped:
             assert engine.now_s - last_s[name] <= WAIT_S
             last_s[name] = engine.now_s
-    assert {engine.told[name] for name in names} == {200}
-    # 3 x 200 tokens, two at a time: no step was idle, but for the one in which the last is alone.
+    assert {engine.n_tokens[name] for name in names} == {200}
+    # 3 x 200 tokens, two at a time: no step was idle, except while the last answer runs alone.
     assert engine.now_s <= (3 * 200 / 2 + 2 * WAIT_S / STEP_S) * STEP_S
 
 
 def test_with_more_adapters_than_slots_all_take_turns(engine_of):
-    """Ten adapters, each with requests at all times, over two slots: all are answered alike, within their round."""
+    """Ten adapters that always have requests share two slots: all get similar numbers of tokens."""
     engine = engine_of(TurnsScheduler, running=32)
     for _ in range(600):
         busy(engine, range(1, 11), streams=2)
-    told = dict.fromkeys(map(str, range(1, 11)), 0)
-    for name, tokens in engine.told.items():
-        told[name.split("-")[0]] += tokens
-    assert min(told.values()) > 0.5 * max(told.values())
+    by_adapter = dict.fromkeys(map(str, range(1, 11)), 0)
+    for name, tokens in engine.n_tokens.items():
+        by_adapter[name.split("-")[0]] += tokens
+    assert min(by_adapter.values()) > 0.5 * max(by_adapter.values())
 
 
 def test_the_base_never_waits_for_a_slot(engine_of):
@@ -206,23 +208,23 @@ def test_the_base_never_waits_for_a_slot(engine_of):
     assert asked in busy(engine, (1, 2, 3), streams=4)
 
 
-def test_where_no_place_is_free_the_next_is_for_who_waited_longest(engine_of):
-    """All places taken by two adapters with more in line: a third begins once an answer has ended, before the line."""
+def test_the_adapter_that_waited_longest_gets_the_next_free_place(engine_of):
+    """Two adapters hold all places and have more waiting: a third begins before those, once an answer ends."""
     engine = engine_of(TurnsScheduler, running=4)
     for _ in range(10):
         busy(engine, (1, 2), streams=8, tokens=30)
     cold = engine.ask(3, tokens=2)
     while cold in engine.scheduler.requests:
         busy(engine, (1, 2), streams=8, tokens=30)
-    # At the latest when the answers that ran when it became due have ended.
+    # At the latest when the answers that were running when it became due have ended.
     assert engine.wait_s(cold) <= WAIT_S + 30 * STEP_S
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_who_waits_for_a_place_does_not_stop_the_turns(engine_of, slots):
-    """Long answers of twice as many adapters as slots fill all places, and two more adapters wait for one.
+def test_an_adapter_that_waits_for_a_place_does_not_stop_the_turns(engine_of, slots):
+    """Long answers of twice as many adapters as slots fill all places, and two more adapters wait for a place.
 
-    No answer stands still for longer than its round, and the first in line begins once an answer has ended.
+    No answer pauses longer than the wait, and the first waiting adapter begins once an answer ends.
     """
     engine = engine_of(TurnsScheduler, slots=slots, running=2 * slots)
     names = [engine.ask(adapter, tokens=100 + 20 * adapter) for adapter in range(1, 2 * slots + 1)]
@@ -242,8 +244,8 @@ def test_who_waits_for_a_place_does_not_stop_the_turns(engine_of, slots):
     assert set(engine.ended.values()) == {"length"}
 
 
-def test_where_memory_is_short_nothing_stops_for_good(engine_of):
-    """One slot, and memory for two answers: adapters with long prompts still all get through."""
+def test_with_little_memory_every_request_still_ends(engine_of):
+    """With one slot and memory for two answers, all adapters with long prompts still finish."""
     engine = engine_of(TurnsScheduler, slots=1, blocks=8)
     names = [engine.ask(adapter, tokens=40, prompt=64) for adapter in (1, 2, 3, 1, 2, 3)]
     for _ in range(3000):
@@ -254,8 +256,8 @@ def test_where_memory_is_short_nothing_stops_for_good(engine_of):
 
 
 @pytest.mark.parametrize("seed", [9, 11])
-def test_where_places_and_memory_are_short_the_engine_is_never_idle(engine_of, seed):
-    """Answers that stand still hold memory that the next in line needs: they go on meanwhile, and all end."""
+def test_with_few_places_and_little_memory_the_engine_is_never_idle(engine_of, seed):
+    """Paused answers hold memory that the next request needs: meanwhile they continue, and all end."""
     chance = random.Random(seed)
     engine = engine_of(TurnsScheduler, slots=2, running=7, blocks=14)
     idle_steps = 0
@@ -268,12 +270,12 @@ def test_where_places_and_memory_are_short_the_engine_is_never_idle(engine_of, s
         if step >= 400 and not engine.scheduler.requests:
             break
     assert not engine.scheduler.requests
-    # A step may pass between an entry that found no memory and the next.
+    # One step may pass after an adapter that entered found no memory.
     assert idle_steps <= 5
 
 
-def test_what_needs_a_slot_enters_one_a_step(engine_of):
-    """Of two adapters asked for together, the second begins a step later; the base waits for neither."""
+def test_one_adapter_enters_a_slot_per_step(engine_of):
+    """Of two adapters asked at once, the second begins one step later. The base does not wait."""
     engine = engine_of(TurnsScheduler)
     names = [engine.ask(1), engine.ask(2), engine.ask()]
     assert engine.step() == [names[0], names[2]]
@@ -282,42 +284,42 @@ def test_what_needs_a_slot_enters_one_a_step(engine_of):
 
 @pytest.mark.parametrize("cls", [TurnsScheduler, CleanBlocksScheduler])
 def test_a_request_without_finite_scores_ends_alone(engine_of, cls):
-    """It ends as an error with no further token; its neighbors are not touched, and its memory is free again."""
+    """It ends with an error and no further token; other requests continue, and its memory is free again."""
     engine = engine_of(cls)
     free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     good, bad = engine.ask(1), engine.ask(2)
     for _ in range(4):
         engine.step()
-    before = engine.told[bad]
+    before = engine.n_tokens[bad]
     engine.step(not_finite=[bad])
-    assert (engine.ended, engine.told[bad]) == ({bad: "error"}, before)
+    assert (engine.ended, engine.n_tokens[bad]) == ({bad: "error"}, before)
     while engine.scheduler.requests:
         engine.step()
     assert engine.ended == {bad: "error", good: "length"}
     assert engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
 
 
-def test_a_block_that_is_given_out_is_cleared_first(engine_of):
-    """Every block of every request is named to the runner in the step that first uses it."""
+def test_a_new_block_is_cleared_first(engine_of):
+    """The scheduler reports every block of every request in the step that first uses it."""
     engine = engine_of(CleanBlocksScheduler)
     name = engine.ask(1, tokens=100, prompt=40)
-    named = []
+    reported = []
     while name in engine.scheduler.requests:
         planned = engine.scheduler.schedule()
         held = {
             block.block_id
             for block in engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks[name]
         }
-        named += planned.new_block_ids_to_zero or []
-        assert held <= set(named)
+        reported += planned.new_block_ids_to_zero or []
+        assert held <= set(reported)
         engine.scheduler.update_from_output(planned, ModelRunnerOutput([name], {name: 0}, [[7]]))
-    assert len(named) == -(-139 // BLOCK)
+    assert len(reported) == -(-139 // BLOCK)
 
 
-def test_vllm_chooses_between_the_two(engine_of):
-    """With scheduling a step ahead, vLLM's default on a GPU, its own scheduler for that stands under ours."""
+def test_the_scheduler_is_asynchronous_where_vllms_would_be(engine_of):
+    """With asynchronous scheduling, vLLM's default on a GPU, ours extends vLLM's asynchronous scheduler."""
     assert type(engine_of(make_scheduler).scheduler) is TurnsScheduler
-    engine = engine_of(lambda **given: make_scheduler(**_asynchronous(given)))
+    engine = engine_of(lambda **options: make_scheduler(**_asynchronous(options)))
     assert type(engine.scheduler) is AsyncTurnsScheduler
     assert isinstance(engine.scheduler, AsyncTurnsScheduler.__mro__[2])
     for _ in range(30):
@@ -328,6 +330,6 @@ def test_vllm_chooses_between_the_two(engine_of):
     assert engine.wait_s(cold) <= WAIT_S
 
 
-def _asynchronous(given):
-    given["vllm_config"].scheduler_config.async_scheduling = True
-    return given
+def _asynchronous(options):
+    options["vllm_config"].scheduler_config.async_scheduling = True
+    return options

@@ -204,7 +204,7 @@ def test_a_child_that_dies_is_replaced(at_first_call):
 
 
 def test_a_caller_that_hangs_up_leaves_the_child_to_the_others(at_first_call):
-    """The compile continues, so that the child stays for those who wait, and its result is cached."""
+    """The compile continues, so that the waiting callers keep the child, and its result is cached."""
     done = at_first_call(STOP)
 
     async def ask(checker: GrammarChecker) -> None:

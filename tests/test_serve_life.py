@@ -1,4 +1,4 @@
-"""The life of a server as a user starts it: ready, killed, back with its adapters, told to stop while it answers."""
+"""A server as a user runs it: it starts, survives a killed worker, and stops while it answers."""
 
 import concurrent.futures
 import contextlib
@@ -34,7 +34,7 @@ LONG = {"ignore_eos": True}
 
 
 SERVE = ("-m", "serve")
-# The same command with less patience for a child that hangs: a single miss, of 60 s.
+# The same command, but one miss of 60 s counts as a hang.
 IMPATIENT = (
     "-c",
     "import sys, serve.supervise as s; s.HEALTH_EVERY_S, s.HEALTH_WAIT_S, s.HEALTH_MISSES = 1.0, 60.0, 1\n"
@@ -43,7 +43,7 @@ IMPATIENT = (
 
 
 class Small(Server):
-    """A server whose child is no vLLM, but a few lines that answer /health: it is ready in a moment."""
+    """A server whose child is not vLLM but a few lines that answer /health, so it is ready at once."""
 
     code = (
         "import http.server, os, sys\n"
@@ -65,27 +65,27 @@ class Doomed(Small):
 
 
 def start(base: Base, folder: Path, *flags: str, how: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
-    """`python -m serve` as a user runs it in a terminal (a process group of its own), with a store of one adapter."""
+    """`python -m serve` as in a terminal (its own process group), with a store of one adapter."""
     words = [sys.executable, *how, "--model", str(base.path), "--store", str(folder / "store")]
     words += ["--port", "0", "--logs", str(folder / "logs"), "--dtype", "float32", "--max-model-len", "512"]
     words += ["--kv-cache-memory-gb", "0.1", "--max-num-seqs", "8", "--no-compile", *flags]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Where the tests themselves run in the background, Ctrl-C is ignored, and would be here.
+        # If the tests run in the background, they ignore Ctrl-C, and this child would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
 def address_of(process: subprocess.Popen[str]) -> str:
-    """Where it will listen: it says so before it starts its child."""
+    """The server's address, which it prints before it starts its child."""
     for line in process.stderr:
-        if found := re.search(r"on (http://[^/]+)/v1", line):
-            return found[1]
-    pytest.fail("it ended without an address")
+        if match := re.search(r"on (http://[^/]+)/v1", line):
+            return match[1]
+    pytest.fail("the server ended without an address")
 
 
 def answers(client: openai.OpenAI, model: str, process: subprocess.Popen[str]) -> bool:
-    """Whether `model` answers; fails when the server's command has ended instead."""
+    """Whether `model` answers. Fails if the server's command has ended."""
     try:
         client.chat.completions.create(model=model, messages=ASK, max_completion_tokens=1)
     except (openai.APIConnectionError, openai.InternalServerError):
@@ -96,7 +96,7 @@ def answers(client: openai.OpenAI, model: str, process: subprocess.Popen[str]) -
 
 @pytest.mark.slow
 def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_model, tmp_path):
-    """The worker is killed: the server is back, adapter included. SIGTERM: what runs ends, what comes is refused."""
+    """A killed worker: the server returns with its adapter. SIGTERM: running answers end, new requests are refused."""
     adapter_store.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
     process = start(tiny_model, tmp_path, "--drain-s", "600")
     address = address_of(process)
@@ -107,20 +107,20 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
         try:
             client.with_options(timeout=1).chat.completions.create(model="calm", messages=ASK, max_completion_tokens=1)
         except openai.APITimeoutError:
-            return False  # let in, and stuck behind the worker
+            return False  # accepted, and waiting for the worker
         except openai.InternalServerError:
             return True
         return False
 
     try:
         until(lambda: answers(client, "calm", process))
-        # Nothing was said of CORS, so no page of another origin may read an answer.
+        # CORS is off by default, so no page of another origin may read an answer.
         origin = {"Origin": "https://elsewhere.example"}
         assert "access-control-allow-origin" not in httpx.get(f"{address}/v1/models", headers=origin).headers
         asked = {**origin, "Access-Control-Request-Method": "POST"}
         assert httpx.options(f"{address}/v1/chat/completions", headers=asked).status_code == 405
 
-        # Without keys, no name of another machine is good, wherever it may point: browsers can be led here by one.
+        # Without keys, only this machine's names are accepted: a page can lead a browser here by another name.
         for host, status in (
             ("evil.example", 403),
             (f"evil.example:{port}", 403),
@@ -131,7 +131,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
 
         keeper = psutil.Process(process.pid)
         children = keeper.children(recursive=True)
-        # Who would start it again stands still until the loss was seen.
+        # The supervisor is suspended until the request has failed.
         keeper.suspend()
         model_process(children).kill()
         with pytest.raises(openai.OpenAIError):
@@ -139,7 +139,7 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
         keeper.resume()
         until(lambda: answers(client, "calm", process))
 
-        # The worker stands still meanwhile, so that all 60 answers are under way when the signal comes.
+        # The worker is suspended, so that all 60 answers are running when the signal arrives.
         worker = model_process(psutil.Process(process.pid).children(recursive=True))
         worker.suspend()
         long = {"model": "calm", "messages": ASK, "max_completion_tokens": 450, "n": 12, "extra_body": LONG}
@@ -161,18 +161,18 @@ def test_it_comes_back_with_its_adapters_and_stops_without_cutting_answers(tiny_
 
 @pytest.mark.slow
 def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_path):
-    """The API process stops without ending: the server is back. Ctrl-C: one line, status 0, nothing left running."""
+    """A suspended API process: the server is replaced. Ctrl-C: one line, status 0, no process left."""
     adapter_store.publish(tmp_path / "store", "calm", tiny_adapter(tiny_model.path, tmp_path / "a", seed=2), tiny_model)
     process = start(tiny_model, tmp_path, how=IMPATIENT)
     client = make_client(f"{address_of(process)}/v1", timeout_s=HANG_S)
     try:
-        # Not at its first answer: until the command itself has seen it ready, it waits for it, however long it hangs.
+        # Not after its first answer: until the command has seen the server ready, it does not watch for hangs.
         assert any("ready after" in line for line in process.stderr)
-        seen = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
         psutil.Process(process.pid).children()[0].suspend()
         until(lambda: answers(client, "calm", process))
-        seen += psutil.Process(process.pid).children(recursive=True)
-        # As a terminal does: to the whole foreground group.
+        children += psutil.Process(process.pid).children(recursive=True)
+        # To the whole foreground group, as a terminal does.
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=HANG_S)
     finally:
@@ -182,12 +182,12 @@ def test_a_hung_server_is_replaced_and_ctrl_c_ends_it_cleanly(tiny_model, tmp_pa
     assert "it hangs: no answer from /health" in err
     assert err.splitlines()[-1] == "stopping: running requests may finish first"
     assert "Traceback" not in err
-    until(lambda: not any(map(is_alive, seen)))
+    until(lambda: not any(map(is_alive, children)))
 
 
 @pytest.mark.slow
 def test_a_child_that_cannot_start_says_why_at_once(tiny_model, tmp_path):
-    """Too little memory for one request of full length: exit 1 with vLLM's own reason, and nothing left running."""
+    """Too little memory for one request of full length: exit 1 with vLLM's own reason."""
     process = start(tiny_model, tmp_path, "--vllm-args=--max-model-len 100000000")
     out, err = process.communicate(timeout=HANG_S)
     assert process.returncode == 1
@@ -213,8 +213,8 @@ def test_a_server_ends_with_its_parent(tiny_model, tmp_path):
     until(lambda: not any(map(is_alive, left)))
 
 
-def test_a_child_that_answers_no_more_is_killed_and_replaced(tiny_model, tmp_path, monkeypatch):
-    """A stopped process neither ends nor answers; the parent notices by /health."""
+def test_a_child_that_stops_answering_is_killed_and_replaced(tiny_model, tmp_path, monkeypatch):
+    """A stopped process neither ends nor answers; the parent notices through /health."""
     for name, value in (("HEALTH_EVERY_S", 0.1), ("HEALTH_WAIT_S", 2.0), ("HEALTH_MISSES", 2), ("FIRST_PAUSE_S", 0.1)):
         monkeypatch.setattr(supervise, name, value)
     server, stop = Small(tiny_config(tmp_path, tiny_model.path), quiet=True), threading.Event()
@@ -233,13 +233,13 @@ def test_a_child_that_answers_no_more_is_killed_and_replaced(tiny_model, tmp_pat
 
 
 class Squatted(Small):
-    """A server whose port another program has: its child hears nothing, and the other one says that all is well."""
+    """A server whose child never listens, while another program on its port answers /health with 200."""
 
     code = "import time; time.sleep(600)"
 
 
 def test_a_stranger_on_the_port_is_not_taken_for_the_server(tiny_model, tmp_path):
-    """Whoever answers /health there was not started by us, so the server never counts as ready."""
+    """An answer from /health counts only if it comes from the child, so the server never counts as ready."""
     server = Squatted(tiny_config(tmp_path, tiny_model.path, start_s=3.0), quiet=True)
     with http.server.ThreadingHTTPServer(("127.0.0.1", server.config.port), Stranger) as stranger:
         threading.Thread(target=stranger.serve_forever, daemon=True).start()
@@ -250,7 +250,7 @@ def test_a_stranger_on_the_port_is_not_taken_for_the_server(tiny_model, tmp_path
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):
-    """Says that it is well."""
+    """Answers every GET with 200."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -260,8 +260,8 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_parent_without_file_handles_takes_no_healthy_server_for_dead(tiny_model, tmp_path):
-    """Where the question cannot be asked, nothing is known, and nothing is killed."""
+def test_a_parent_without_file_handles_does_not_restart_a_healthy_server(tiny_model, tmp_path):
+    """If the parent cannot ask, the health is unknown."""
     server = Small(tiny_config(tmp_path, tiny_model.path), quiet=True)
     with contextlib.ExitStack() as after:
         server.start()
@@ -276,8 +276,8 @@ def test_a_parent_without_file_handles_takes_no_healthy_server_for_dead(tiny_mod
         assert server.health(HANG_S) == "down"
 
 
-def test_process_1_collects_what_was_left_to_it_and_not_its_child():
-    """An orphan that ended is no zombie afterwards; the child that is watched still has its own exit status."""
+def test_process_1_reaps_orphans_but_not_its_child():
+    """No orphan stays a zombie, and the watched child keeps its exit status."""
     code = (
         "import ctypes, subprocess, sys, psutil\n"
         "from serve.supervise import reap_orphans\n"
@@ -293,8 +293,8 @@ def test_process_1_collects_what_was_left_to_it_and_not_its_child():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_full_disk_at_a_restart_is_tried_again(tiny_model, tmp_path, monkeypatch, capsys):
-    """What the operating system refuses is a failed start and not the end of the supervisor."""
+def test_a_restart_that_finds_a_full_disk_is_tried_again(tiny_model, tmp_path, monkeypatch, capsys):
+    """An error of the operating system is a failed start, and does not end the supervisor."""
     monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.01)
     server = Doomed(tiny_config(tmp_path, tiny_model.path, restarts=2), quiet=True)
     with pytest.raises(UserError, match="did not start"):
@@ -309,8 +309,8 @@ def test_a_full_disk_at_a_restart_is_tried_again(tiny_model, tmp_path, monkeypat
     assert capsys.readouterr().err.count("No space left on device") == 2
 
 
-def test_a_server_that_keeps_dying_is_given_up_with_its_reason(tiny_model, tmp_path, monkeypatch, capsys):
-    """Two restarts are allowed; the third death ends it, in the child's own words."""
+def test_a_server_that_keeps_dying_ends_with_its_reason(tiny_model, tmp_path, monkeypatch, capsys):
+    """Two restarts are allowed; the third failure ends the supervisor with the child's own error."""
     monkeypatch.setattr(supervise, "FIRST_PAUSE_S", 0.01)
     server = Doomed(tiny_config(tmp_path, tiny_model.path, restarts=2), quiet=True)
     with pytest.raises(UserError, match="did not start: ValueError: no weights"):
@@ -321,15 +321,15 @@ def test_a_server_that_keeps_dying_is_given_up_with_its_reason(tiny_model, tmp_p
 
 
 def test_a_broken_version_in_the_store_does_not_keep_the_server_from_starting(tiny_model, tmp_path):
-    """The plan looks at ranks for a hint only."""
+    """The plan reads ranks only for its reasons."""
     broken = tmp_path / "store" / "broken" / ("0" * 12)
     broken.mkdir(parents=True)
     (broken / "manifest.json").write_text("{")
     assert Server(tiny_config(tmp_path, tiny_model.path), quiet=True).plan().argv
 
 
-def test_stopping_what_never_started_is_no_error(tiny_model, tmp_path):
-    """A server that was refused or not yet started can be stopped."""
+def test_a_server_that_never_started_can_be_stopped(tiny_model, tmp_path):
+    """Stopping it does nothing, and a refused server has nothing to stop."""
     server = Server(tiny_config(tmp_path, tiny_model.path), quiet=True)
     server.stop()
     with pytest.raises(UserError, match="no base model or folder"):

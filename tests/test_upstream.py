@@ -1,4 +1,4 @@
-"""What we use of vLLM is there, and is listed in serve/cpu/UPSTREAM.md: after a version bump, this fails first."""
+"""What we use of vLLM exists and is listed in serve/cpu/UPSTREAM.md, so that a version bump fails here first."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ from tests.test_layout import PACKAGES, ROOT
 
 TABLES = ROOT / "serve" / "cpu" / "UPSTREAM.md"
 SOURCES = sorted(path for package in (*PACKAGES, "benchmarks") for path in (ROOT / package).rglob("*.py"))
-# Names of our own that look like vLLM's: its loggers pass on what ours say.
+# Names of ours that look like vLLM's: a logger under vLLM's, and the groups of entry points.
 OURS = ("vllm.counsel", "vllm.platform_plugins", "vllm.general_plugins", "vllm.endpoint_plugins")
 IMPORT = re.compile(r"from (vllm[\w.]*) import (\w+(?:, \w+)*)")
 DOTTED = re.compile(r"vllm(\.\w+)+")
@@ -24,7 +24,7 @@ VARIABLE = re.compile(r"VLLM_[A-Z_]+")
 
 
 class Name(NamedTuple):
-    """One name of the tables, and its whole row."""
+    """One name in the tables, and its whole row."""
 
     text: str
     row: str
@@ -47,7 +47,7 @@ LISTED = {name.text.partition("(")[0] for name in NAMES}
 
 
 def problem(text: str) -> str | None:
-    """Why a name of the tables is not what we rely on; None where it is."""
+    """What is wrong with a name in the tables; None if it is as we rely on it."""
     if VARIABLE.fullmatch(text):
         return None if text in importlib.import_module("vllm.envs").environment_variables else "no such variable"
     if '"' in text:
@@ -59,7 +59,7 @@ def problem(text: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return "no such module"
     if module == "torch":
-        # The operators of vLLM's C++ library, which torch knows once it is loaded.
+        # Loads vLLM's C++ library, which gives torch its operators.
         importlib.import_module("vllm.platforms").current_platform.import_kernels()
     found: Any = importlib.import_module(module) if qualified else None
     for part in filter(None, qualified.split(".")):
@@ -89,8 +89,8 @@ def has_field(cls: type, attribute: str) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name.text)
-def test_what_we_rely_on_is_there(name: Name) -> None:
-    """Each name of the tables exists, and takes the parameters that we pass."""
+def test_what_we_rely_on_exists(name: Name) -> None:
+    """Each name in the tables exists, and takes the parameters that we pass."""
     pytest.importorskip("vllm")
     assert problem(name.text) is None, f"{name.text}: {problem(name.text)}. Its row:\n{name.row}"
 
@@ -119,15 +119,15 @@ def is_listed(used: str) -> bool:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_whatever_we_use_is_listed(path: Path) -> None:
-    """A new import of vLLM, a class named in a string or a variable of vLLM's needs a row in the tables."""
+def test_what_we_use_is_listed(path: Path) -> None:
+    """An import of vLLM, a class named in a string and an environment variable each need a row in the tables."""
     used = used_in(path.read_text(encoding="utf-8"))
     unlisted = sorted(name for name in used if not is_listed(name))
     assert unlisted == [], f"list these in {TABLES.relative_to(ROOT)}, with the reason and when they can go"
 
 
-def test_an_import_that_is_not_listed_is_found() -> None:
-    """However it is written."""
+def test_an_unlisted_import_is_found() -> None:
+    """In each of the ways to write it."""
     code = 'import vllm.secret\nfrom vllm.config import Secret\nx = "vllm.secret.Thing"\ny = "VLLM_SECRET"\n'
     code += 'z = "import argparse; from vllm.benchmarks.serve import secret, main; main()"\n'
     unlisted = {name for name in used_in(code) if not is_listed(name)}
@@ -146,14 +146,14 @@ def test_an_import_that_is_not_listed_is_found() -> None:
         ("VLLM_SECRET", "no such variable"),
     ],
 )
-def test_a_name_that_is_gone_is_found(text: str, why: str) -> None:
-    """Each kind of name that the tables hold."""
+def test_a_missing_name_is_found(text: str, why: str) -> None:
+    """Each kind of name in the tables."""
     pytest.importorskip("vllm")
     assert why in (problem(text) or "")
 
 
-def test_every_row_says_why_and_until_when() -> None:
-    """Five columns, none of them empty, and two in the table of public names."""
+def test_every_row_is_complete() -> None:
+    """Five columns, or two in the table of public names, none of them empty; each file that is named exists."""
     private, _, public = TABLES.read_text(encoding="utf-8").partition("## Public")
     for text, columns in ((private, 5), (public, 2)):
         for line in text.splitlines():
@@ -161,11 +161,13 @@ def test_every_row_says_why_and_until_when() -> None:
                 cells = [cell.strip() for cell in line.strip("|").split(" | ")]
                 assert len(cells) == columns, line
                 assert all(cells), line
+                for file in re.findall(r"`(\w+/[\w/]+\.py)`", line):
+                    assert (ROOT / file).is_file(), f"no such file: {file}\n{line}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_serve_cpu_can_be_deleted(path: Path) -> None:
-    """Outside the folder nothing names its modules; vLLM finds it through entry points."""
+    """No module outside the folder names its modules; vLLM finds them through entry points."""
     if path.is_relative_to(ROOT / "serve" / "cpu") or path.is_relative_to(ROOT / "benchmarks"):
         return
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -175,7 +177,7 @@ def test_serve_cpu_can_be_deleted(path: Path) -> None:
     assert [name for name in (*strings, *imports) if name.startswith("serve.cpu")] == []
 
 
-def test_log_privacy_does_not_go_with_it() -> None:
-    """Its entry point is its own."""
+def test_log_privacy_stays_without_serve_cpu() -> None:
+    """It has its own entry point."""
     assert 'counsel_log_privacy = "serve.log_privacy:register"' in (ROOT / "pyproject.toml").read_text()
     assert "counsel_log_privacy" in launch.PLUGINS
