@@ -11,7 +11,7 @@ from counsel.cli import Command, Result, argument, option
 from counsel.run import open_run
 from counsel.store import Manifest
 from serve.keys import ROLES, USER, add_key
-from serve.server_registry import present
+from serve.server_registry import registered_servers
 
 STORE = "store"
 
@@ -185,7 +185,7 @@ def _source(options: Publish) -> tuple[Path, str, str, str | None]:
 
 def _say_unserved(store: Path, current: Sequence[Manifest]) -> None:
     """Say which of these the servers that follow the store will not serve; they go on with what they have."""
-    for server in present(store):
+    for server in registered_servers(store):
         for manifest in current:
             if reason := server.unservable_reason(manifest):
                 print(f"{server.url} does not serve {manifest.id}: {reason}")

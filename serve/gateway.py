@@ -28,6 +28,7 @@ from serve.limits import Limits
 from serve.metrics import ServerMetrics
 from serve.reply import Message, Reply, Send
 from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
+from serve.store_watcher import StoreWatcher
 from serve.token_counts import CURRENT, Tally
 
 log = logging.getLogger("vllm.counsel")
@@ -71,6 +72,7 @@ class Service:
 
     config: ServeConfig
     pool: AdapterPool
+    watcher: StoreWatcher
     keys: KeyRing
     limits: Limits
     metrics: ServerMetrics
@@ -173,11 +175,11 @@ class Gateway:
     async def _answer(
         self, service: Service, visit: RequestLog, body: Body, scope: Scope, receive: Receive, reply: Reply
     ) -> None:
-        pool = service.pool
+        pool, base_name = service.pool, service.pool.names.base_name
         model = body.get("model")
         manifest = None
-        if isinstance(model, str) and model not in ("", pool.base_name):
-            manifest = await pool.resolve(model)
+        if isinstance(model, str) and model not in ("", base_name):
+            manifest = await service.watcher.resolve(model)
         ready = prepare(
             visit.path,
             body,
@@ -191,7 +193,7 @@ class Gateway:
         except UnicodeEncodeError as error:
             raise ApiError(400, "a text holds half a surrogate pair, which is no character") from error
         resident = await pool.acquire(manifest) if manifest else None
-        visit.adapter = manifest.id if manifest else pool.base_name
+        visit.adapter = manifest.id if manifest else base_name
         CURRENT.set(visit.tally)
         try:
             scope, receive = _with_body(scope, receive, raw, visit.request_id)

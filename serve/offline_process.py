@@ -20,8 +20,10 @@ from serve.api_errors import ApiError
 from serve.chat_turns import Template, template_in
 from serve.config import from_environment
 from serve.engine import VllmEngine
+from serve.name_table import NameTable
 from serve.request_rewrite import CHAT, COMPLETIONS, Body, prepare
-from serve.server_registry import Presence
+from serve.server_registry import ServerRecord
+from serve.store_watcher import StoreWatcher
 
 LINGER_S = 10.0
 READY = {"number": 0}
@@ -83,11 +85,11 @@ async def _answer(
 class OfflineHandler:
     """Answers one request as a server does: vLLM's own handlers, behind the adapter pool and the request rewrite."""
 
-    def __init__(self, engine: Any, state: Any, pool: AdapterPool, template: Template) -> None:
+    def __init__(self, engine: Any, state: Any, watcher: StoreWatcher, template: Template) -> None:
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        self.engine, self.pool, self.template = engine, pool, template
+        self.engine, self.watcher, self.template = engine, watcher, template
         self.max_completion_tokens = from_environment().max_completion_tokens
         self.handlers: dict[str, tuple[Any, Any]] = {
             CHAT: (ChatCompletionRequest, state.openai_serving_chat.create_chat_completion),
@@ -102,16 +104,18 @@ class OfflineHandler:
 
         config, state = from_environment(), State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
+        base_name = state.openai_serving_models.base_model_paths[0].name
+        names = NameTable(base_name, ServerRecord("", fingerprint(Path(args.model)), config.max_lora_rank))
         pool = AdapterPool(
             engine=VllmEngine(engine, state.openai_serving_models),
             store=Path(config.store),
-            base_name=state.openai_serving_models.base_model_paths[0].name,
-            presence=Presence("", fingerprint(Path(args.model)), config.max_lora_rank),
+            names=names,
             capacity=config.max_cpu_loras,
             on_event=lambda event, manifest, seconds: None,
         )
-        await pool.refresh(swap=False)
-        return cls(engine, state, pool, template_in(Path(args.model), args.chat_template))
+        watcher = StoreWatcher(pool)
+        await watcher.refresh(swap=False)
+        return cls(engine, state, watcher, template_in(Path(args.model), args.chat_template))
 
     async def answer(self, path: str, body: Body) -> tuple[int, Body]:
         """The status and body of the reply. Refuses what a server refuses, and fields that vLLM would ignore."""
@@ -133,18 +137,18 @@ class OfflineHandler:
             raise ApiError(400, f"field {ignored[0]!r} is unknown here; leave it out", param=ignored[0])
         model = body.get("model")
         manifest = None
-        if isinstance(model, str) and model not in ("", self.pool.base_name):
-            manifest = await self.pool.resolve(model)
+        if isinstance(model, str) and model not in ("", self.watcher.names.base_name):
+            manifest = await self.watcher.resolve(model)
         limit = self.max_completion_tokens
         ready = prepare(path, body, manifest, max_completion_tokens=limit, template=self.template)
         request = schema.model_validate(ready)
         if manifest is None:
             return await create(request)
-        loaded = await self.pool.acquire(manifest)
+        loaded = await self.watcher.pool.acquire(manifest)
         try:
             return await create(request)
         finally:
-            self.pool.release(loaded)
+            self.watcher.pool.release(loaded)
 
 
 def own_stdout() -> IO[str]:

@@ -1,7 +1,7 @@
-"""Which servers follow a store, so that `publish` and `list` can say beforehand what those will not serve.
+"""Which servers follow a store, so that `publish` and `list` can say in advance what those servers cannot serve.
 
-A server keeps a small file in the store, and a lock on it for as long as it lives: a file that nobody locks is that of
-a server that is gone.
+A server keeps a small file in the store and holds a lock on it as long as it lives. A file without a lock belongs to a
+server that has ended.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ log = logging.getLogger("vllm.counsel")
 
 
 @dataclass(frozen=True)
-class Presence:
+class ServerRecord:
     """A server at `url`, and what decides which versions it can serve."""
 
     url: str
@@ -36,9 +36,9 @@ class Presence:
         return None
 
 
-def announce(store: Path, presence: Presence) -> IO[str] | None:
-    """Say that a server is there, until the file that is returned is closed; None where the store cannot be written."""
-    # Containers that share a store may have the same process ids.
+def register(store: Path, server: ServerRecord) -> IO[str] | None:
+    """Register a server until the returned file is closed; None if the store cannot be written."""
+    # A random name: containers that share a store may have the same process ids.
     hidden = store / SERVERS / f".{secrets.token_hex(8)}"
     try:
         hidden.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +46,9 @@ def announce(store: Path, presence: Presence) -> IO[str] | None:
             file = undo.enter_context(hidden.open("x", encoding="utf-8"))
             undo.callback(hidden.unlink, missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            json.dump(dataclasses.asdict(presence), file)
+            json.dump(dataclasses.asdict(server), file)
             file.flush()
-            # Seen only now, locked and whole: `present` removes what nobody locks.
+            # Other processes see the file only once it is locked and complete: they remove files without a lock.
             hidden.rename(hidden.with_name(f"{hidden.name[1:]}.json"))
             undo.pop_all()
     except OSError as error:
@@ -57,18 +57,18 @@ def announce(store: Path, presence: Presence) -> IO[str] | None:
     return file
 
 
-def present(store: Path) -> list[Presence]:
-    """The servers of this machine that follow the store now."""
-    found = []
+def registered_servers(store: Path) -> list[ServerRecord]:
+    """The servers on this machine that follow the store now."""
+    servers = []
     for path in sorted((store / SERVERS).glob("*.json")):
         try:
             with path.open(encoding="utf-8") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    found.append(Presence(**json.load(file)))
+                    servers.append(ServerRecord(**json.load(file)))
                 else:
                     path.unlink()
         except (OSError, ValueError, TypeError):
-            continue  # it went while we looked, or is not ours
-    return found
+            continue  # it disappeared meanwhile, or is not a server's file
+    return servers

@@ -1,91 +1,181 @@
-"""What changed in a store since the last look: one stat a name, and a reading where its folder's time is another.
+"""Follows the store while the server runs: loads what is published, and swaps what a name means.
 
-What cannot be read, or is away, is told once in the log and left as it was: no reason to stop serving it.
+A swap only changes what a name means. Running requests end on the version where they began, new ones go to the new
+version, and then the old one is unloaded. A published version is loaded before it is asked for where there is room, or
+where its name is in the engine already. These loads run one at a time, so that loads for requests get in between.
 """
 
-import dataclasses
+import asyncio
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Coroutine
+from typing import Any
 
-from counsel import store as adapter_store
-from counsel.errors import UserError
-from counsel.store import AdapterVersions
+from counsel.cli import nearest
+from counsel.store import AdapterVersions, Manifest
+from serve.adapter_pool import AdapterPool
+from serve.api_errors import ApiError
+from serve.store_reader import StoreReader
 
 log = logging.getLogger("vllm.counsel")
 
+POLL_S = 0.25
+RETRY_S = 1.0
+# The longest name and version, and as much again for typing errors.
+MAX_SEARCHED = 160
 
-class StoreReader:
-    """Looks at one store again and again; for one caller at a time."""
 
-    def __init__(self, store: Path) -> None:
-        self.store = store
-        # Each name's folder: when it changed last, and whether it was read whole once more since.
-        self._stamps: dict[str, tuple[int, bool]] = {}
-        self._place = (0, 0)
-        self._complaints: dict[str, str] = {}
+class StoreWatcher:
+    """Keeps the names and the pool in step with the store. Lives on the pool's event loop."""
 
-    def is_new(self, name: str) -> bool:
-        """Whether the store holds something under `name` that was not read yet; one stat, however large the store."""
-        try:
-            adapter_store.check_name(name)
-            return (self.store / name).stat().st_mtime_ns != self._stamps.get(name, (0, False))[0]
-        except (UserError, OSError):
-            return False
+    def __init__(self, pool: AdapterPool) -> None:
+        self.pool, self.names = pool, pool.names
+        self._reader = StoreReader(pool.store)
+        # Name -> the last warning that its current version cannot be served.
+        self._warned: dict[str, str] = {}
+        # A dict for its order.
+        self._pending_swaps: dict[str, None] = {}
+        self._swapping: asyncio.Task[None] | None = None
+        self._refreshing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def changes(self, known: Mapping[str, AdapterVersions]) -> dict[str, AdapterVersions]:
-        """The adapters that changed since the last time; one without versions is gone. `known`: all that was read."""
-        try:
-            about = self.store.stat()
-            seen = adapter_store.names(self.store)
-        except OSError as error:
-            if self._stamps:
-                self._warn_once(str(self.store), str(error))
-            return {}
-        place = (about.st_dev, about.st_ino)
-        if not seen and self._stamps and place != self._place:
-            self._warn_once(str(self.store), "it is another folder now, and empty")
-            return {}
-        self._place = place
-        self._complaints.pop(str(self.store), None)
-        changed: dict[str, AdapterVersions] = {}
-        for name in seen:
+    async def start(self) -> None:
+        """Read the store and load what names mean now: pinned ones first, then the newest, as many as fit."""
+        await self.refresh(swap=False)
+        current = [manifest for name in self.names.published if (manifest := self.names.current_version(name))]
+        servable = [manifest for manifest in current if self.names.unservable_reason(manifest) is None]
+        servable.sort(key=lambda manifest: (self.names.pinned(manifest), manifest.created_utc), reverse=True)
+        for manifest in servable[: self.pool.capacity]:
+            await self._try_serving(manifest)
+
+    async def watch(self) -> None:
+        """Follow the store forever: load what is published, unload what is replaced or removed."""
+        while True:
+            await asyncio.sleep(POLL_S)
             try:
-                stamp = (self.store / name).stat().st_mtime_ns
-                before, settled = self._stamps.get(name, (0, False))
-                if stamp == before and settled:
-                    continue
-                self._stamps[name] = (stamp, False)
-                adapter = self._read(name, known.get(name))
-                # A folder may change again within one tick of the clock: it is read once more at the next look. What
-                # could not be read may be mended inside a version's folder, which the name's does not show.
-                self._stamps[name] = (stamp, stamp == before and not adapter.broken)
-            except (UserError, OSError) as error:
-                self._warn_once(name, str(error))
-                continue
-            if stamp != before or adapter != known.get(name):
-                changed[name] = adapter
-        for name in set(self._stamps) - set(seen):
-            del self._stamps[name]
-            changed[name] = AdapterVersions(name, None, {}, pinned=False)
-        return changed
+                await self.refresh()
+            except Exception:
+                # The next look may succeed, and nothing else would look.
+                log.exception("could not follow the store")
 
-    def _read(self, name: str, known: AdapterVersions | None) -> AdapterVersions:
-        adapter = adapter_store.read_versions(self.store, name)
-        if not adapter.broken:
-            self._complaints.pop(name, None)
-            return adapter
-        self._warn_once(name, "; ".join(adapter.broken.values()))
-        if known is None:
-            return adapter
-        # A version that cannot be read for the moment is not one that was removed.
-        kept = {version: known.versions[version] for version in adapter.broken if version in known.versions}
-        versions = {**kept, **adapter.versions}
-        current = adapter.current or (known.current if known.current in versions else None)
-        return dataclasses.replace(adapter, versions=versions, current=current)
+    async def refresh(self, swap: bool = True) -> None:
+        """Read what changed in the store since the last time, and act on it if `swap`."""
+        async with self._refreshing:
+            changed = await asyncio.to_thread(self._reader.changes, dict(self.names.published))
+            for adapter in changed.values():
+                before = self.names.published.get(adapter.name)
+                self.names.update(adapter)
+                if swap:
+                    self._apply_changes(before, adapter)
+                self._warn_unserved(adapter.name)
+            if swap and self._pending_swaps and (self._swapping is None or self._swapping.done()):
+                self._swapping = self._spawn(self._make_swaps())
 
-    def _warn_once(self, name: str, what: str) -> None:
-        """Log what is wrong once, not four times a second until it is mended."""
-        if self._complaints.get(name) != what:
-            self._complaints[name] = what
-            log.warning("left %s in the store as it was: %s", name, what)
+    async def resolve(self, model: str) -> Manifest:
+        """The version that `model` (`name` or `name@version`) means. Raises ApiError: 404 with the nearest names."""
+        manifest = self.names.find(model)
+        if manifest is None and await asyncio.to_thread(self._reader.is_new, model.partition("@")[0]):
+            await self.refresh()
+            manifest = self.names.find(model)
+        if manifest is None:
+            known = [self.names.base_name, *{m.name for m in self.names.servable()}]
+            if "@" in model:
+                known += [m.id for m in self.names.servable()]
+            # A name longer than any possible one is neither repeated in full nor searched for.
+            shown = model[:MAX_SEARCHED]
+            if shown == model:
+                hint = await asyncio.to_thread(nearest, model, known)
+            else:
+                hint = f"it is longer than {MAX_SEARCHED} characters and is cut here"
+            raise ApiError(404, f"the model {shown!r} does not exist; {hint}", param="model", code="model_not_found")
+        reason = self.names.unservable_reason(manifest)
+        if reason is not None:
+            raise ApiError(404, f"the model {model!r} is not served: {reason}", param="model", code="model_not_found")
+        return manifest
+
+    def switch_to(self, manifest: Manifest) -> None:
+        """Let a name mean its current version, which is in the engine, and unload its other versions once idle."""
+        if not self.names.is_store_current(manifest):
+            return
+        self.names.serving[manifest.name] = manifest.version
+        for served_id, loaded in self.pool.loaded_adapters.items():
+            if loaded.manifest.name == manifest.name and served_id != manifest.id and not loaded.draining:
+                self._spawn(self.pool.unload_when_idle(served_id))
+
+    def _warn_unserved(self, name: str) -> None:
+        """Log that the version which the store calls current cannot be served; once per reason."""
+        current = self.names.store_current(name)
+        reason = self.names.unservable_reason(current) if current else None
+        if current is None or reason is None:
+            self._warned.pop(name, None)
+            return
+        meant = self.names.current_version(name)
+        instead = f"{meant.id} is still served" if meant and meant.id != current.id else "its name is not served"
+        message = f"{current.id} cannot be served: {reason}; {instead}"
+        if self._warned.get(name) != message:
+            self._warned[name] = message
+            log.warning("%s", message)
+
+    def _apply_changes(self, before: AdapterVersions | None, after: AdapterVersions) -> None:
+        for version, manifest in (before.versions if before else {}).items():
+            if version not in after.versions:
+                self._spawn(self._forget(manifest))
+        if after.current is None:
+            return
+        if before is not None and before.current != after.current:
+            # A new publish or rollback ends an admin's unload.
+            self.names.unloaded_by_admin.discard(after.versions[after.current].id)
+        self._pending_swaps[after.name] = None
+
+    async def _make_swaps(self) -> None:
+        """Load what changed, one name at a time, and retry what there was no room for."""
+        while self._pending_swaps:
+            for name in list(self._pending_swaps):
+                current = self.names.store_current(name)
+                if current is None or self.names.unservable_reason(current) is not None:
+                    self._pending_swaps.pop(name, None)
+                elif not self._loads_beforehand(current):
+                    # A request will load it. The engine holds no earlier version that could answer until then.
+                    self._pending_swaps.pop(name, None)
+                    self.names.serving.pop(name, None)
+                else:
+                    await self._try_serving(current, room_wait_s=0.0)
+                    if self.names.serving.get(name) == current.version:
+                        self._pending_swaps.pop(name, None)
+                        self.switch_to(current)
+            if self._pending_swaps:
+                await asyncio.sleep(RETRY_S)
+
+    def _loads_beforehand(self, current: Manifest) -> bool:
+        """Whether a version is loaded before a request names it: not where it would evict another name."""
+        loaded_adapters = self.pool.loaded_adapters
+        loaded = any(other.manifest.name == current.name for other in loaded_adapters.values())
+        return loaded or self.names.pinned(current) or len(loaded_adapters) < self.pool.capacity
+
+    async def _forget(self, manifest: Manifest) -> None:
+        await self.pool.unload_when_idle(manifest.id)
+        adapter = self.names.published.get(manifest.name)
+        if adapter is not None and manifest.version in adapter.versions:
+            return  # it was published again meanwhile
+        self.names.unloaded_by_admin.discard(manifest.id)
+        self.names.failed.pop(manifest.id, None)
+        self.pool.on_event("gone", manifest, 0.0)
+
+    async def _try_serving(self, manifest: Manifest, room_wait_s: float | None = None) -> None:
+        """Load a version and let its name mean it; on failure keep the reason, and what the name meant."""
+        try:
+            loaded = await self.pool.acquire(manifest, room_wait_s)
+        except ApiError as error:
+            if error.status != 503:
+                self.names.failed[manifest.id] = error.message
+                self._warn_unserved(manifest.name)
+            return
+        self.pool.release(loaded)
+        if self.names.is_store_current(manifest):
+            self.names.serving[manifest.name] = manifest.version
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        # Kept here: the event loop itself holds tasks only weakly. asyncio logs a failure when the task is dropped.
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

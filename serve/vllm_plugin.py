@@ -1,8 +1,8 @@
-"""vLLM endpoint plugin: gives the adapter pool its engine, and answers the routes about models and adapters.
+"""vLLM endpoint plugin: connects the adapter pool to the engine, and answers the routes about models and adapters.
 
-vLLM's runtime LoRA updating stays off, and with it `/adapters`, the resolvers and any path a caller might name. Its
-`/v1/load_lora_adapter` and `/v1/unload_lora_adapter` are answered here in its own request and response shapes, but
-reach only what the store holds. The gateway lets admins alone through to them.
+vLLM's runtime LoRA updating stays off, and with it `/adapters`, the resolvers and any path that a caller might name.
+Its `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` are answered here in vLLM's own request and response shapes,
+but they reach only what the store holds. The gateway lets only admins use them.
 """
 
 import asyncio
@@ -28,25 +28,27 @@ from serve.gateway import TARGET, Service
 from serve.keys import KeyRing
 from serve.limits import Limits
 from serve.metrics import ServerMetrics
-from serve.server_registry import Presence, announce
+from serve.name_table import NameTable
+from serve.server_registry import ServerRecord, register
+from serve.store_watcher import StoreWatcher
 
 log = logging.getLogger("vllm.counsel")
 
 
 class AdaptersPlugin:
-    """What `vllm.endpoint_plugins` names as `counsel_adapters`."""
+    """The entry `counsel_adapters` of `vllm.endpoint_plugins`."""
 
     name = "counsel_adapters"
     required_tasks = ("generate",)
 
     def attach_router(self, app: Any) -> None:
-        """Put our routes over vLLM's of the same path."""
+        """Add our routes; they replace vLLM's routes of the same path."""
         from fastapi import Request
         from fastapi.responses import JSONResponse, PlainTextResponse
-        from vllm.entrypoints.serve.exception_handling import register
+        from vllm.entrypoints.serve.exception_handling import register as handlers
 
-        # vLLM gives its handlers to the app after this, and it has no setting for them.
-        register.validation_exception_handler = validation.refuse
+        # vLLM gives its handlers to the app after this, and has no setting for them.
+        handlers.validation_exception_handler = validation.refuse
 
         @app.get("/v1/models")
         async def list_models(request: Request) -> JSONResponse:
@@ -55,7 +57,7 @@ class AdaptersPlugin:
         @app.get("/v1/models/{model:path}")
         async def show_model(model: str, request: Request) -> JSONResponse:
             service: Service = request.app.state.counsel
-            wanted = model if model == service.pool.base_name else (await service.pool.resolve(model)).id
+            wanted = model if model == service.pool.names.base_name else (await service.watcher.resolve(model)).id
             cards = {card["id"]: card for card in _cards(request.app.state)}
             return JSONResponse(cards.get(model) or cards[wanted])
 
@@ -66,40 +68,40 @@ class AdaptersPlugin:
         @app.post("/v1/load_lora_adapter")
         async def load(request: Request) -> PlainTextResponse:
             body = await _object(request)
-            name, path = _text(body, "lora_name"), _text(body, "lora_path")
+            name, path = _string(body, "lora_name"), _string(body, "lora_path")
             request.scope[TARGET] = f"{name} from {path}"
-            pool: AdapterPool = request.app.state.counsel.pool
-            await _load(pool, name, path, bool(body.get("load_inplace")))
+            await _load(request.app.state.counsel.watcher, name, path, bool(body.get("load_inplace")))
             return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
         @app.post("/v1/unload_lora_adapter")
         async def unload(request: Request) -> PlainTextResponse:
-            name = request.scope[TARGET] = _text(await _object(request), "lora_name")
-            pool: AdapterPool = request.app.state.counsel.pool
-            await _unload(pool, name)
+            name = request.scope[TARGET] = _string(await _object(request), "lora_name")
+            await _unload(request.app.state.counsel.watcher, name)
             return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Load the store's adapters, then follow the store; the server opens its port only after this."""
+        """Load the store's adapters and start to follow the store; the server opens its port only after this."""
         config = configs.from_environment()
         grammars.guard(engine_client, grammars.for_model(engine_client))
         token_counts.watch(engine_client)
         _drop_lora_series(engine_client)
         metrics = ServerMetrics()
-        # The model's weight files do not change while it is served: one reading, off the event loop.
+        # Read once, off the event loop: the model's weight files do not change while it is served.
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
+        server = ServerRecord(f"http://{config.host}:{config.port}", base_fingerprint, config.max_lora_rank)
         pool = AdapterPool(
             engine=VllmEngine(engine_client, state.openai_serving_models),
             store=Path(config.store),
-            base_name=state.openai_serving_models.base_model_paths[0].name,
-            presence=Presence(f"http://{config.host}:{config.port}", base_fingerprint, config.max_lora_rank),
+            names=NameTable(state.openai_serving_models.base_model_paths[0].name, server),
             capacity=config.max_cpu_loras,
             on_event=metrics.adapter_event,
         )
+        watcher = StoreWatcher(pool)
         keys = KeyRing(Path(config.keys) if config.keys else None)
         state.counsel = Service(
             config=config,
             pool=pool,
+            watcher=watcher,
             keys=keys,
             limits=Limits(config.key_running, config.key_queued, config.queued),
             metrics=metrics,
@@ -107,19 +109,19 @@ class AdaptersPlugin:
             template=await asyncio.to_thread(chat_turns.template_in, Path(args.model), args.chat_template),
             max_model_len=state.openai_serving_models.model_config.max_model_len,
         )
-        # Kept on the state: who looks finds it until this process ends.
-        state.counsel_presence = announce(pool.store, pool.presence)
-        await pool.start()
+        # Kept on the state: the server is registered as long as this file is open.
+        state.counsel_registration = register(pool.store, server)
+        await watcher.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
-        state.counsel_watch = asyncio.create_task(pool.watch())
+        state.counsel_watch = asyncio.create_task(watcher.watch())
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, _start_stopping, state, config.leave_s)
         loop.add_signal_handler(signal.SIGUSR2, _start_stopping, state, 0.0)
-        log.info("serving %s and %d adapters", pool.base_name, len(pool.loaded_adapters))
+        log.info("serving %s and %d adapters", pool.names.base_name, len(pool.loaded_adapters))
 
 
 def _drop_lora_series(engine_client: Any) -> None:
-    """Leave out `vllm:lora_requests_info`: it gets a series for each set and order of adapters that ran together."""
+    """Drop `vllm:lora_requests_info`: it grows by one series per set and order of adapters that ran together."""
     manager = engine_client.logger_manager
     for logger in manager.stat_loggers if manager else ():
         if getattr(logger, "gauge_lora_info", None) is not None:
@@ -132,7 +134,7 @@ def _start_stopping(state: Any, leave_s: float) -> None:
 
 
 async def _stop(service: Service, leave_s: float) -> None:
-    """Leave, so that balancers look elsewhere; then wait for what runs, within the bound; then let vLLM stop."""
+    """Report not ready, so that load balancers turn away; drain for at most `drain_s`; then let vLLM stop."""
     service.leaving = True
     await asyncio.sleep(leave_s)
     service.draining = True
@@ -145,17 +147,18 @@ async def _stop(service: Service, leave_s: float) -> None:
 def _cards(state: Any) -> list[dict[str, Any]]:
     """The base, then each servable adapter under its name, then each version under its exact name."""
     pool: AdapterPool = state.counsel.pool
+    names = pool.names
     base = {
-        "id": pool.base_name,
+        "id": names.base_name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "counsel-stack",
-        "root": pool.base_name,
+        "root": names.base_name,
         "parent": None,
         "max_model_len": state.openai_serving_models.model_config.max_model_len,
     }
-    versions = pool.servable()
-    current = [m for m in versions if pool.means(m)]
+    versions = names.servable()
+    current = [m for m in versions if names.means(m)]
     cards = [_card(base, manifest, manifest.name, pool) for manifest in current]
     return [base, *cards, *(_card(base, manifest, manifest.id, pool) for manifest in versions)]
 
@@ -167,68 +170,73 @@ def _card(base: dict[str, Any], manifest: Manifest, served_name: str, pool: Adap
         "root": manifest.id,
         "parent": base["id"],
         "version": manifest.version,
-        # Another than the version where the current one cannot be served here.
-        "current": pool.published[manifest.name].current,
+        # Differs from `version` where the store's current version cannot be served here.
+        "current": pool.names.published[manifest.name].current,
         "state": pool.state(manifest),
     }
 
 
 def _states(pool: AdapterPool) -> list[dict[str, Any]]:
-    """Every version in the store as an admin sees it, those that cannot be served included, with the reason."""
+    """Every version in the store as an admin sees it, including those that cannot be served, with the reason."""
     return [
         {
             "id": manifest.id,
             "current": adapter.current == manifest.version,
-            "meant_by_name": pool.means(manifest),
+            "serves_name": pool.names.means(manifest),
             "pinned": adapter.pinned,
             "state": pool.state(manifest),
             "in_flight": pool.in_flight(manifest),
-            "reason": pool.unservable_reason(manifest),
+            "reason": pool.names.unservable_reason(manifest),
             "rank": manifest.rank,
             "bytes": manifest.n_bytes,
             "created_utc": manifest.created_utc,
             "run": manifest.run,
         }
-        for adapter in pool.published.values()
+        for adapter in pool.names.published.values()
         for manifest in adapter.versions.values()
     ]
 
 
-async def _load(pool: AdapterPool, name: str, path: str, load_inplace: bool) -> None:
+async def _load(watcher: StoreWatcher, name: str, path: str, load_inplace: bool) -> None:
     """vLLM's load, from the store only: `path` is a version's folder there, or its exact name."""
-    manifest = await _published(pool, path)
+    pool, names = watcher.pool, watcher.names
+    manifest = await _published(watcher, path)
     if name not in (manifest.name, manifest.id):
         raise ApiError(400, f"lora_name is {name!r}, but {path!r} holds {manifest.id}", param="lora_name")
-    current = pool.published[manifest.name].current
+    current = names.published[manifest.name].current
     if name == manifest.name and current != manifest.version:
-        message = f"{name!r} means {name}@{current} in the store: roll back to {manifest.id} there, or load it as such"
+        message = (
+            f"{name!r} means {name}@{current} in the store; to load {manifest.id}, give that as lora_name, or roll "
+            "back to it in the store"
+        )
         raise ApiError(400, message, param="lora_name")
-    pool.unloaded_by_admin.discard(manifest.id)
-    pool.failed.pop(manifest.id, None)
+    names.unloaded_by_admin.discard(manifest.id)
+    names.failed.pop(manifest.id, None)
     if manifest.id in pool.loaded_adapters and not load_inplace:
         raise ApiError(400, f"the lora adapter {name!r} has already been loaded", param="lora_name")
-    reason = pool.unservable_reason(manifest)
+    reason = names.unservable_reason(manifest)
     if reason is not None:
         raise ApiError(400, f"{manifest.id} cannot be served: {reason}", param="lora_path")
     pool.release(await pool.acquire(manifest))
     if name == manifest.name:
-        pool.turn(manifest)
+        watcher.switch_to(manifest)
 
 
-async def _published(pool: AdapterPool, path: str) -> Manifest:
-    await pool.refresh()
-    for adapter in pool.published.values():
+async def _published(watcher: StoreWatcher, path: str) -> Manifest:
+    await watcher.refresh()
+    for adapter in watcher.names.published.values():
         for manifest in adapter.versions.values():
-            if path == manifest.id or Path(path).resolve() == adapter_store.version_dir(pool.store, manifest).resolve():
+            folder = adapter_store.version_dir(watcher.pool.store, manifest)
+            if path == manifest.id or Path(path).resolve() == folder.resolve():
                 return manifest
     raise ApiError(404, f"{path!r} is not in the store; publish the adapter first", param="lora_path")
 
 
-async def _unload(pool: AdapterPool, name: str) -> None:
-    """vLLM's unload, and truly: running requests end, then the engine frees it. It stays published."""
-    manifest = await pool.resolve(name)
-    pool.unloaded_by_admin.add(manifest.id)
-    await pool.retire(manifest.id)
+async def _unload(watcher: StoreWatcher, name: str) -> None:
+    """vLLM's unload, except that the engine really frees it, once its running requests end. It stays published."""
+    manifest = await watcher.resolve(name)
+    watcher.names.unloaded_by_admin.add(manifest.id)
+    await watcher.pool.unload_when_idle(manifest.id)
 
 
 async def _object(request: Any) -> dict[str, Any]:
@@ -241,8 +249,8 @@ async def _object(request: Any) -> dict[str, Any]:
     return body
 
 
-def _text(body: dict[str, Any], name: str) -> str:
+def _string(body: dict[str, Any], name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str) or not value:
-        raise ApiError(400, f"{name} is {value!r}; it must be a text that is not empty", param=name)
+        raise ApiError(400, f"{name} is {value!r}; it must be a non-empty string", param=name)
     return value

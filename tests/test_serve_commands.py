@@ -12,7 +12,7 @@ from counsel.catalog import Base
 from counsel.cli import main
 from counsel.fingerprint import fingerprint
 from serve.__main__ import COMMANDS
-from serve.server_registry import Presence, announce, present
+from serve.server_registry import ServerRecord, register, registered_servers
 from tests.tiny import tiny_adapter
 
 
@@ -58,7 +58,7 @@ def test_what_a_server_will_not_serve_is_said_at_publish_and_in_the_list(serve, 
     """While a server for rank 4 follows the store; and nothing of one that is gone."""
     store = tmp_path / "store"
     source = str(tiny_adapter(tiny_model.path, tmp_path / "gentle", seed=1))
-    server = announce(store, Presence("http://127.0.0.1:8000", fingerprint(tiny_model.path), 4))
+    server = register(store, ServerRecord("http://127.0.0.1:8000", fingerprint(tiny_model.path), 4))
     words = ("publish", source, "--model", str(tiny_model.path), "--store", str(store))
     reason = "its rank 8 is above this server's --max-lora-rank 4"
     assert "http://127.0.0.1:8000 does not serve gentle@" in (said := serve(*words)[2])
@@ -70,13 +70,13 @@ def test_what_a_server_will_not_serve_is_said_at_publish_and_in_the_list(serve, 
 
 def test_servers_of_one_store_are_each_known_whatever_their_process_ids(tmp_path):
     """Containers number their processes alike: two servers of one number are both known, until each one ends."""
-    presences = [Presence(f"http://host{n}:8000", "f00d", 16) for n in (1, 2)]
-    files = [announce(tmp_path, presence) for presence in presences]
-    assert sorted(present(tmp_path), key=lambda server: server.url) == presences
+    records = [ServerRecord(f"http://host{n}:8000", "f00d", 16) for n in (1, 2)]
+    files = [register(tmp_path, record) for record in records]
+    assert sorted(registered_servers(tmp_path), key=lambda server: server.url) == records
     files[0].close()
-    assert present(tmp_path) == presences[1:]
+    assert registered_servers(tmp_path) == records[1:]
     files[1].close()
-    assert present(tmp_path) == []
+    assert registered_servers(tmp_path) == []
     assert list((tmp_path / ".servers").iterdir()) == []
 
 
@@ -93,7 +93,7 @@ def test_a_store_that_takes_no_lock_or_has_no_space_keeps_no_server_from_startin
     else:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
     try:
-        assert announce(tmp_path, Presence("http://host:8000", "f00d", 16)) is None
+        assert register(tmp_path, ServerRecord("http://host:8000", "f00d", 16)) is None
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list((tmp_path / ".servers").iterdir()) == []

@@ -34,7 +34,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
         monkeypatch.setattr(metrics, kind, lambda *given, made=made, **more: made(*given, registry=registry, **more))
     return Service(
         config=ServeConfig(),
-        pool=types.SimpleNamespace(base_name="base"),  # type: ignore[arg-type]
+        pool=types.SimpleNamespace(names=types.SimpleNamespace(base_name="base")),  # type: ignore[arg-type]
+        watcher=types.SimpleNamespace(),  # type: ignore[arg-type]
         keys=KeyRing(None, {}),
         limits=Limits(4, 4, 8),
         metrics=ServerMetrics(),
