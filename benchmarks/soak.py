@@ -51,7 +51,9 @@ from counsel import store as adapter_store
 from counsel.cli import Command, Result, main, option
 from counsel.client import make_async_client
 from serve.config import ServeConfig
-from serve.gateway import App, Gateway, Message, Receive, Scope, Send
+from serve.gateway import App, Gateway
+from serve.reply import Message, Send
+from serve.request_body import Receive, Scope
 from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config

@@ -1,10 +1,10 @@
-"""What the server writes down: one JSON object a line, never what anybody said.
+"""What the server logs: one JSON object per line, never what anyone wrote.
 
 requests.jsonl: time_utc request_id key method path adapter status code streamed prompt_tokens completion_tokens ttft_s
 duration_s. audit.jsonl, for admin actions: time_utc request_id key method path status target.
 
-requests.jsonl holds strangers' attempts too, so it is bounded: at 64 MiB it becomes requests.jsonl.1, and the one
-before that is gone. Only who has a key gets into audit.jsonl, which is kept whole.
+requests.jsonl also holds requests without a valid key, so it is bounded: at 64 MiB it is renamed to requests.jsonl.1,
+which replaces the one before. audit.jsonl holds only requests with a key, and is kept whole.
 """
 
 import datetime
@@ -18,7 +18,7 @@ MAX_BYTES = 64 << 20
 
 
 class AccessLog:
-    """Two files in one folder; a line is whole in its file as soon as it is written."""
+    """Two files in one folder; each line is in its file as soon as it is written."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,20 +26,20 @@ class AccessLog:
         self._audit = logging.FileHandler(folder / "audit.jsonl")
 
     def request(self, **row: Any) -> None:
-        """Write down a finished or refused request."""
+        """Log a finished or refused request."""
         _write(self._requests, row)
 
     def audit(self, **row: Any) -> None:
-        """Write down what an admin did, or somebody tried to do as one."""
+        """Log an admin action, or an attempt at one."""
         _write(self._audit, row)
 
 
-def _write(file: logging.FileHandler, row: dict[str, Any]) -> None:
-    place = Path(file.baseFilename)
-    if not place.exists():
-        # Somebody cleared the folder: the open file is nowhere now, and what is written to it is lost.
-        place.parent.mkdir(parents=True, exist_ok=True)
-        file.close()
+def _write(handler: logging.FileHandler, row: dict[str, Any]) -> None:
+    path = Path(handler.baseFilename)
+    if not path.exists():
+        # The folder was cleared: what is written to the deleted file would be lost.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler.close()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-    # In ASCII: half a surrogate pair, which a caller may send, has no UTF-8, and its line would be missing.
-    file.emit(logging.makeLogRecord({"msg": json.dumps({"time_utc": now, **row})}))
+    # In ASCII: UTF-8 cannot encode an unpaired surrogate, which a caller may send, and its line would be missing.
+    handler.emit(logging.makeLogRecord({"msg": json.dumps({"time_utc": now, **row})}))

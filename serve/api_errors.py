@@ -1,4 +1,4 @@
-"""Refusals in the shape and with the status that the official SDK maps to its exception classes."""
+"""Errors in the shape, and with the status, that the official SDK maps to its exception classes."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _KINDS = {
 
 
 class ApiError(Exception):
-    """A request that is turned away: HTTP status, one line for the caller, and where it applies `param` and `code`."""
+    """Why a request is refused: an HTTP status, one line for the caller, and OpenAI's `param` and `code`."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str = "", retry_after_s: int | None = None
@@ -36,6 +36,6 @@ class ApiError(Exception):
         return json.dumps({"error": error}).encode()
 
     def headers(self) -> Mapping[str, str]:
-        extra = {"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {}
+        retry = {"retry-after": str(self.retry_after_s)} if self.retry_after_s is not None else {}
         challenge = {"www-authenticate": "Bearer"} if self.status == 401 else {}
-        return {"content-type": "application/json", **extra, **challenge}
+        return {"content-type": "application/json", **retry, **challenge}

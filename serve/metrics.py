@@ -1,4 +1,4 @@
-"""Figures per adapter in Prometheus form, on the registry that vLLM's own `/metrics` shows."""
+"""Prometheus metrics per adapter, on the registry that vLLM's own `/metrics` shows."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -10,27 +10,27 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
 class ServerMetrics:
-    """All of ours; `adapter` is the exact served name, or the base's."""
+    """This project's own metrics; the label `adapter` is the exact served name, or the base's."""
 
     def __init__(self) -> None:
         self.requests = Counter("counsel_requests", "requests answered", ["adapter", "status"])
-        self.refusals = Counter("counsel_refusals", "requests turned away at the gate", ["status", "code"])
+        self.refusals = Counter("counsel_refusals", "requests refused at the gateway", ["status", "code"])
         self.prompt_tokens = Counter("counsel_prompt_tokens", "tokens read", ["adapter"])
-        self.completion_tokens = Counter("counsel_completion_tokens", "tokens written", ["adapter"])
+        self.completion_tokens = Counter("counsel_completion_tokens", "tokens generated", ["adapter"])
         self.ttft_s = Histogram(
-            "counsel_ttft_seconds", "time to the first token, of streams", ["adapter"], buckets=_FIRST_S
+            "counsel_ttft_seconds", "time to first token, of streams", ["adapter"], buckets=_FIRST_S
         )
         self.token_s = Histogram(
             "counsel_time_per_output_token_seconds",
-            "after the first, of each answer of a stream",
+            "time per output token after the first, of each answer of a stream",
             ["adapter"],
             buckets=_TOKEN_S,
         )
         self.in_flight = Gauge("counsel_sequences_in_flight", "sequences admitted and not finished")
-        self.resident = Gauge("counsel_adapter_resident", "1 while an adapter is in the engine", ["adapter"])
+        self.loaded = Gauge("counsel_adapter_resident", "1 while an adapter is in the engine", ["adapter"])
         self.events = Counter("counsel_adapter_events", "load, unload, evict, fail", ["adapter", "event"])
-        self.load_s = Histogram("counsel_adapter_load_seconds", "from asked for to servable", buckets=_FIRST_S)
-        self._gone: set[str] = set()
+        self.load_s = Histogram("counsel_adapter_load_seconds", "from requested to servable", buckets=_FIRST_S)
+        self._removed: set[str] = set()
 
     def adapter_event(self, event: str, manifest: Manifest, seconds: float) -> None:
         """Count what the pool did with an adapter; drop every series of one that is gone from the store."""
@@ -43,23 +43,23 @@ class ServerMetrics:
                 self.token_s,
                 self.events,
             )
-            for meter in by_adapter:
-                meter.remove_by_labels({"adapter": manifest.id})
-            self._gone.add(manifest.id)
+            for metric in by_adapter:
+                metric.remove_by_labels({"adapter": manifest.id})
+            self._removed.add(manifest.id)
             return
         if event == "load":
-            self._gone.discard(manifest.id)
-        if manifest.id not in self._gone:  # what ends after its removal brings no series back
+            self._removed.discard(manifest.id)
+        if manifest.id not in self._removed:  # what ends after the removal must not create the series again
             self.events.labels(manifest.id, event).inc()
         if event == "load":
             self.load_s.observe(seconds)
-            self.resident.labels(manifest.id).set(1)
+            self.loaded.labels(manifest.id).set(1)
         elif event in ("unload", "evict"):
-            self.resident.remove(manifest.id)
+            self.loaded.remove(manifest.id)
 
     def answered(self, adapter: str, status: int, tally: Tally, ttft_s: float | None, streamed: bool) -> None:
-        """Count one answered request and what the engine did for it, to the end or to where it was cut."""
-        if adapter in self._gone:
+        """Count one answered request and what the engine did for it, to the end or until the client disconnected."""
+        if adapter in self._removed:
             return
         self.requests.labels(adapter, str(status)).inc()
         self.prompt_tokens.labels(adapter).inc(tally.prompt_tokens)

@@ -21,7 +21,7 @@ from serve.chat_turns import Template, template_in
 from serve.config import from_environment
 from serve.engine import VllmEngine
 from serve.name_table import NameTable
-from serve.request_rewrite import CHAT, COMPLETIONS, Body, prepare
+from serve.request_rewrite import CHAT, COMPLETIONS, Body, rewrite
 from serve.server_registry import ServerRecord
 from serve.store_watcher import StoreWatcher
 
@@ -140,7 +140,7 @@ class OfflineHandler:
         if isinstance(model, str) and model not in ("", self.watcher.names.base_name):
             manifest = await self.watcher.resolve(model)
         limit = self.max_completion_tokens
-        ready = prepare(path, body, manifest, max_completion_tokens=limit, template=self.template)
+        ready = rewrite(path, body, manifest, max_completion_tokens=limit, template=self.template)
         request = schema.model_validate(ready)
         if manifest is None:
             return await create(request)

@@ -25,7 +25,7 @@ _BAD_WORDS, _BAD_WORD_CHARS = 128, 4096
 Body = dict[str, Any]
 
 
-def prepare(
+def rewrite(
     path: str,
     body: Body,
     manifest: Manifest | None,

@@ -10,8 +10,8 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from counsel.client import make_client
-from serve.gateway import ROUTES
 from serve.keys import USER, add_key
+from serve.routes import ROUTES
 from tests.conftest import ORIGIN, Served
 from tests.waiting import until
 

@@ -5,30 +5,30 @@ import pytest
 from counsel.store import Manifest
 from serve.api_errors import ApiError
 from serve.chat_turns import Template, template_in
-from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES, Body, prepare, weight
+from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES, Body, rewrite, weight
 from tests.tiny import tiny_manifest, tiny_tokenizer
 
 NO_SYSTEM = Template(system_first=False, system_later=False)
 USER_TURN = {"role": "user", "content": "hello"}
 
 
-def ready(path: str, body: Body, manifest: Manifest | None, **conventions: object) -> Body:
-    return prepare(path, body, manifest, max_completion_tokens=100, **conventions)  # type: ignore[arg-type]
+def rewritten(path: str, body: Body, manifest: Manifest | None, **conventions: object) -> Body:
+    return rewrite(path, body, manifest, max_completion_tokens=100, **conventions)  # type: ignore[arg-type]
 
 
 def test_the_manifests_system_text_is_put_first_only_where_there_is_none():
     """Chat gets a system turn, responses get instructions, completions stay raw; a text of the request's own stays."""
     kind = tiny_manifest("kind", system="Be kind.")
-    chat = ready(CHAT, {"model": "kind", "messages": [USER_TURN]}, kind)
+    chat = rewritten(CHAT, {"model": "kind", "messages": [USER_TURN]}, kind)
     assert chat["messages"] == [{"role": "system", "content": "Be kind."}, USER_TURN]
     assert chat["model"] == "kind@000000000000"
     for role in ("system", "developer"):
         own = {"messages": [{"role": role, "content": "Mine."}, USER_TURN]}
-        assert ready(CHAT, own, kind)["messages"] == own["messages"]
-    assert ready(RESPONSES, {"input": "hello"}, kind)["instructions"] == "Be kind."
-    assert ready(RESPONSES, {"input": "hello", "instructions": "Mine."}, kind)["instructions"] == "Mine."
-    assert "messages" not in ready(COMPLETIONS, {"prompt": "hello"}, kind)
-    assert ready(CHAT, {"messages": [USER_TURN]}, None)["messages"] == [USER_TURN]
+        assert rewritten(CHAT, own, kind)["messages"] == own["messages"]
+    assert rewritten(RESPONSES, {"input": "hello"}, kind)["instructions"] == "Be kind."
+    assert rewritten(RESPONSES, {"input": "hello", "instructions": "Mine."}, kind)["instructions"] == "Mine."
+    assert "messages" not in rewritten(COMPLETIONS, {"prompt": "hello"}, kind)
+    assert rewritten(CHAT, {"messages": [USER_TURN]}, None)["messages"] == [USER_TURN]
 
 
 def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn():
@@ -36,7 +36,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_user_turn():
     kind = tiny_manifest("kind", system="Be kind.")
 
     def asked(messages: list[dict[str, object]]) -> object:
-        body = ready(CHAT, {"messages": messages}, kind, template=NO_SYSTEM)
+        body = rewritten(CHAT, {"messages": messages}, kind, template=NO_SYSTEM)
         return body["messages"]
 
     assert asked([USER_TURN]) == [{"role": "user", "content": "Be kind.\n\nhello"}]
@@ -70,26 +70,26 @@ def test_responses_are_folded_too_where_the_template_has_no_system_role():
     """Instructions, given or from the manifest, open the first user turn."""
     kind = tiny_manifest("kind", system="Be kind.")
     for given in ("hello", [USER_TURN], [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]):
-        body = ready(RESPONSES, {"input": given}, kind, template=NO_SYSTEM)
+        body = rewritten(RESPONSES, {"input": given}, kind, template=NO_SYSTEM)
         assert body["input"] == [{"role": "user", "content": "Be kind.\n\nhello"}]
         assert "instructions" not in body
-    assert ready(RESPONSES, {"input": "hello"}, None, template=NO_SYSTEM)["input"] == "hello"
+    assert rewritten(RESPONSES, {"input": "hello"}, None, template=NO_SYSTEM)["input"] == "hello"
 
 
 def test_callers_with_different_keys_never_share_cache_blocks():
     """The salt depends on the key and on the caller's own salt, and is never the caller's to choose."""
-    salts = {ready(CHAT, {"cache_salt": own}, None, salt=key)["cache_salt"] for key in "ab" for own in ("", "x")}
+    salts = {rewritten(CHAT, {"cache_salt": own}, None, salt=key)["cache_salt"] for key in "ab" for own in ("", "x")}
     assert len(salts) == 4
-    assert "cache_salt" not in ready(CHAT, {}, None)
+    assert "cache_salt" not in rewritten(CHAT, {}, None)
 
 
 def test_tokens_are_bounded_under_each_of_their_names():
     """More than the server allows is refused and says which field."""
     for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         with pytest.raises(ApiError, match=f"{name} is 101; at most 100") as refusal:
-            ready(CHAT, {name: 101}, None)
+            rewritten(CHAT, {name: 101}, None)
         assert (refusal.value.status, refusal.value.param) == (400, name)
-        assert ready(CHAT, {name: 100}, None)[name] == 100
+        assert rewritten(CHAT, {name: 100}, None)[name] == 100
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_tokens_are_bounded_under_each_of_their_names():
 def test_what_would_outlive_hold_up_or_send_out_the_server_is_refused(path, fields, says):
     """Answers nobody waits for, words that take a minute to tokenize, addresses to fetch: a clear 400."""
     with pytest.raises(ApiError, match=says) as refused:
-        ready(path, fields, None)
+        rewritten(path, fields, None)
     assert refused.value.status == 400
 
 
 def test_nothing_of_a_response_is_kept_for_later():
     """Whatever a caller says of storing; texts in parts pass."""
     turn = {"role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-    assert ready(RESPONSES, {"input": [turn], "store": True}, None) == {
+    assert rewritten(RESPONSES, {"input": [turn], "store": True}, None) == {
         "input": [{"role": "user", "content": [{"type": "input_text", "text": "hi"}]}],
         "store": False,
     }
@@ -138,7 +138,7 @@ def test_a_bound_cannot_be_passed_by_spelling_a_number_otherwise(value):
     with pytest.raises(ApiError, match=r"n is .* whole number"):
         weight(CHAT, {"n": value}, 100, 1000)
     with pytest.raises(ApiError, match=r"max_tokens is .* whole number"):
-        ready(CHAT, {"max_tokens": value}, None)
+        rewritten(CHAT, {"max_tokens": value}, None)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_null_and_empty_lists_are_taken_as_not_given():
     """As other stacks send them as a matter of course; -1 is no bound, and a whole number may have a point."""
     sent = {"model": "x", "tools": [], "tool_choice": "auto", "stop": None, "bad_words": None, "stream": None}
     sent |= {"stream_options": {"include_usage": True}, "max_tokens": -1, "max_completion_tokens": 5.0}
-    assert ready(COMPLETIONS, sent, None) == {"model": "x", "max_completion_tokens": 5}
+    assert rewritten(COMPLETIONS, sent, None) == {"model": "x", "max_completion_tokens": 5}
     kept = {"tools": [{}], "tool_choice": "auto", "stream": True, "stream_options": {"include_usage": True}}
-    assert ready(COMPLETIONS, kept, None) == kept
+    assert rewritten(COMPLETIONS, kept, None) == kept
     # Without tools this cannot be done: vLLM says so.
-    assert ready(COMPLETIONS, {"tools": [], "tool_choice": "required"}, None) == {"tool_choice": "required"}
+    assert rewritten(COMPLETIONS, {"tools": [], "tool_choice": "required"}, None) == {"tool_choice": "required"}

@@ -12,7 +12,7 @@ import uvicorn
 
 from serve import connections
 from serve.connections import BoundedConnection, per_address
-from serve.gateway import _show_life
+from serve.gateway import _send_comments
 from serve.launch import HEAD_BYTES
 from serve.reply import Reply
 from tests.waiting import HANG_S, until
@@ -282,7 +282,7 @@ def test_comments_to_a_peer_that_takes_nothing_end_the_request():
     heard, failures = threading.Event(), []
 
     async def wait_for_the_engine(scope, receive, send):
-        signs = asyncio.create_task(_show_life(Reply(send, [], False), 1e-6))
+        signs = asyncio.create_task(_send_comments(Reply(send, [], False), 1e-6))
         while (await receive())["type"] != "http.disconnect":
             pass
         if signs.done():

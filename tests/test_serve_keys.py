@@ -13,8 +13,8 @@ from counsel.errors import UserError
 from serve import access_log
 from serve.access_log import AccessLog
 from serve.api_errors import ApiError
-from serve.gateway import _refuse_foreign_name
 from serve.keys import ADMIN, USER, KeyRing, add_key
+from serve.routes import refuse_foreign_host
 
 
 def test_a_key_is_shown_once_and_kept_as_a_hash(tmp_path):
@@ -149,4 +149,4 @@ def test_strangers_cannot_fill_the_disk(tmp_path, monkeypatch):
 def test_a_server_without_keys_answers_to_loopback_names_only(host, is_ours):
     """A page whose name was made to mean 127.0.0.1 sends that name."""
     with contextlib.nullcontext() if is_ours else pytest.raises(ApiError, match="answers to localhost only"):
-        _refuse_foreign_name({b"host": host})
+        refuse_foreign_host({b"host": host})

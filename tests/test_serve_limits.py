@@ -29,7 +29,7 @@ def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
         assert limits.in_flight == 2
         limits.leave("a", 1, second)
         limits.leave("b", 1, third)
-        assert (limits.in_flight, limits.lines) == (0, {})
+        assert (limits.in_flight, limits.queues) == (0, {})
 
     asyncio.run(scene())
 
@@ -51,7 +51,7 @@ def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
         limits.leave("a", 1, small)
         limits.leave("a", 1, last)
         limits.leave("a", 2, gone)
-        assert (limits.in_flight, limits.lines) == (0, {})
+        assert (limits.in_flight, limits.queues) == (0, {})
 
     asyncio.run(scene())
 

@@ -47,7 +47,7 @@ def run(*steps: Any, is_responses: bool = False) -> tuple[Wire, Reply]:
             if isinstance(step, dict):
                 await reply.send(step)
             elif isinstance(step, ApiError):
-                await reply.refuse(step, [])
+                await reply.send_error(step, [])
             elif step == "comment":
                 await reply.comment()
             else:
