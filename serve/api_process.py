@@ -30,7 +30,7 @@ def main() -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args()
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    BoundedConnection.most_of_one_address = per_address(from_environment().queued)
+    BoundedConnection.max_per_address = per_address(from_environment().queued)
     uvloop.run(run_server(args, http=BoundedConnection))
 
 

@@ -20,8 +20,8 @@ STORE = "store"
 class Publish:
     source: str = argument("a finished run (its name or folder), or a folder with a PEFT adapter")
     name: str = option("", "name to serve it under (default: the run's name)")
-    model: str = option("", "base it was trained on (default: the run's)")
-    system: str = option(SYSTEM_PROMPT, "system text for requests that bring none; empty for none")
+    model: str = option("", "base model it was trained on (default: the run's)")
+    system: str = option(SYSTEM_PROMPT, "system prompt for requests that have none; empty for none")
     store: str = option(STORE, "adapter store")
 
 
@@ -39,7 +39,7 @@ class Show:
 @dataclass(frozen=True)
 class Rollback:
     name: str = argument("adapter name")
-    version: str = option("", "version to go back to (default: the one before the current)")
+    version: str = option("", "version to return to (default: the one before the current)")
     store: str = option(STORE, "adapter store")
 
 
@@ -52,29 +52,29 @@ class Remove:
 @dataclass(frozen=True)
 class Pin:
     name: str = argument("adapter name")
-    off: bool = option(False, "let it be unloaded again")
+    off: bool = option(False, "unpin it: servers may unload it again")
     store: str = option(STORE, "adapter store")
 
 
 @dataclass(frozen=True)
 class Collect:
-    keep: int = option(2, "versions to keep of each name beside the current one")
+    keep: int = option(2, "versions to keep per name, besides the current one")
     store: str = option(STORE, "adapter store")
 
 
 @dataclass(frozen=True)
 class NewKey:
-    name: str = argument("whose key it is, one word")
+    name: str = argument("the caller's name, one word")
     role: str = option(USER, f"one of {', '.join(ROLES)}")
-    keys: str = option("keys.txt", "key file; only hashes are kept in it")
+    keys: str = option("keys.txt", "key file; it holds only hashes")
 
 
 def publish(options: Publish) -> Result:
-    """Check an adapter and put it into the store; a running server loads it within 2 s."""
+    """Check an adapter and copy it into the store; a running server loads it within 2 s."""
     folder, name, model, run = _source(options)
     manifest = adapter_store.publish(Path(options.store), name, folder, resolve(model), system=options.system, run=run)
     print(f"published {manifest.id}: rank {manifest.rank}, {_size(manifest)}, for {manifest.base['name']}")
-    _say_unserved(Path(options.store), [manifest])
+    _print_unserved(Path(options.store), [manifest])
     return Result(
         {"adapter": manifest.id, "path": str(adapter_store.version_dir(Path(options.store), manifest))},
         next=f"a server on this store serves it within 2 s; ask it with python -m serve chat {name}",
@@ -84,7 +84,7 @@ def publish(options: Publish) -> Result:
 def list_all(options: List) -> Result:
     """Show every version of every adapter."""
     store = Path(options.store)
-    found = [adapter_store.read_versions(store, name) for name in adapter_store.names(store)]
+    adapters = [adapter_store.read_versions(store, name) for name in adapter_store.names(store)]
     rows = [
         (
             adapter.name,
@@ -96,19 +96,19 @@ def list_all(options: List) -> Result:
             manifest.created_utc[:16].replace("T", " "),
             manifest.run or "-",
         )
-        for adapter in found
+        for adapter in adapters
         for manifest in adapter.versions.values()
     ]
     _table(("name", "version", "", "base", "rank", "size", "published (UTC)", "run"), rows)
-    for adapter in found:
+    for adapter in adapters:
         for reason in adapter.broken.values():
             print(f"{adapter.name}: damaged: {reason}")
-    _say_unserved(store, [adapter.versions[adapter.current] for adapter in found if adapter.current])
-    return Result({"adapters": len(found), "versions": len(rows)})
+    _print_unserved(store, [adapter.versions[adapter.current] for adapter in adapters if adapter.current])
+    return Result({"adapters": len(adapters), "versions": len(rows)})
 
 
 def show(options: Show) -> Result:
-    """Show all that is known of one version."""
+    """Show everything about one version."""
     manifest = adapter_store.find(Path(options.store), options.adapter)
     facts = {
         "id": manifest.id,
@@ -119,7 +119,7 @@ def show(options: Show) -> Result:
         "changes": ", ".join(manifest.target_modules),
         "size": _size(manifest),
         "run": manifest.run or "-",
-        "system text": manifest.prompt["system"] or "-",
+        "system prompt": manifest.prompt["system"] or "-",
         "folder": str(adapter_store.version_dir(Path(options.store), manifest)),
     }
     for label, value in facts.items():
@@ -128,28 +128,28 @@ def show(options: Show) -> Result:
 
 
 def rollback(options: Rollback) -> Result:
-    """Let a name mean an older version again."""
+    """Make an older version the current one again."""
     manifest = adapter_store.rollback(Path(options.store), options.name, options.version)
     print(f"{options.name} is {manifest.id} again, published {manifest.created_utc[:16].replace('T', ' ')} UTC")
     return Result({"adapter": manifest.id})
 
 
 def remove(options: Remove) -> Result:
-    """Take an adapter, or one version of it, out of the store."""
+    """Remove an adapter, or one version of it, from the store."""
     removed = adapter_store.remove(Path(options.store), options.adapter)
     print(f"removed {', '.join(removed)}")
     return Result({"removed": removed})
 
 
 def pin(options: Pin) -> Result:
-    """Keep an adapter's current version in a server's memory whatever else is asked for."""
+    """Keep an adapter's current version loaded in every server of this store."""
     manifest = adapter_store.pin(Path(options.store), options.name, pinned=not options.off)
     print(f"{manifest.name} is {'no longer pinned' if options.off else 'pinned'}")
     return Result({"adapter": manifest.id, "pinned": not options.off})
 
 
 def collect(options: Collect) -> Result:
-    """Remove versions that nobody needs any more, and what killed commands left behind."""
+    """Remove old versions, and what killed commands left behind."""
     removed = adapter_store.collect_garbage(Path(options.store), options.keep)
     print(f"removed {', '.join(removed) or 'nothing'}")
     return Result({"removed": removed})
@@ -163,19 +163,19 @@ def new_key(options: NewKey) -> Result:
 
 
 COMMANDS = {
-    "publish": Command(Publish, publish, "check an adapter and put it into the store"),
-    "list": Command(List, list_all, "all adapters and versions in the store"),
-    "show": Command(Show, show, "one version in full"),
-    "rollback": Command(Rollback, rollback, "let a name mean an older version"),
-    "remove": Command(Remove, remove, "take an adapter or a version out of the store"),
-    "pin": Command(Pin, pin, "keep an adapter in a server's memory"),
+    "publish": Command(Publish, publish, "check an adapter and copy it into the store"),
+    "list": Command(List, list_all, "list all adapters and versions in the store"),
+    "show": Command(Show, show, "show one version in full"),
+    "rollback": Command(Rollback, rollback, "make an older version current again"),
+    "remove": Command(Remove, remove, "remove an adapter or a version from the store"),
+    "pin": Command(Pin, pin, "keep an adapter loaded in every server"),
     "gc": Command(Collect, collect, "remove old versions and leftovers"),
     "key": Command(NewKey, new_key, "make an API key"),
 }
 
 
 def _source(options: Publish) -> tuple[Path, str, str, str | None]:
-    """Folder, name, base and run of what is to be published."""
+    """Folder, name, base and run of the adapter to publish."""
     folder = Path(options.source)
     if (folder / "adapter_config.json").is_file():
         return folder, options.name or folder.name, options.model or "smollm2-135m", None
@@ -183,8 +183,8 @@ def _source(options: Publish) -> tuple[Path, str, str, str | None]:
     return run.adapter, options.name or run.name, options.model or str(run.config()["base"]), run.name
 
 
-def _say_unserved(store: Path, current: Sequence[Manifest]) -> None:
-    """Say which of these the servers that follow the store will not serve; they go on with what they have."""
+def _print_unserved(store: Path, current: Sequence[Manifest]) -> None:
+    """Print which of these versions the servers that follow the store cannot serve."""
     for server in registered_servers(store):
         for manifest in current:
             if reason := server.unservable_reason(manifest):

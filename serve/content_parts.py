@@ -1,8 +1,8 @@
-"""What the turns of a request may hold: text, calls of tools and their results. Everything else is refused.
+"""What the turns of a request may hold: text, tool calls and their results. Everything else is refused.
 
-A multimodal base fetches whatever address a caller names, and vLLM knows a picture by a dozen signs. So nothing is
-looked for here: each turn is built anew from the fields known below, and a part of one that is not exactly text is an
-error. What clients add to a turn for themselves (ids, times, cache marks) is left out.
+A multimodal base fetches any address that a caller names, and vLLM recognizes an image by a dozen different fields. So
+this module does not search for them: each turn is built again from the fields known below, and a part of one that is
+not exactly text is an error. What clients add to a turn for themselves (ids, times, cache marks) is left out.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ Turn = dict[str, Any]
 # Type of a part -> the field that holds its text.
 _TEXT_OF = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 _TEXT_OF |= {"summary_text": "text", "reasoning_text": "text"}
-_MARKS = ("type", "cache_control", "annotations", "logprobs", "id")
-_OF_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "tools")
+_IGNORED = ("type", "cache_control", "annotations", "logprobs", "id")
+_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "tools")
 _MEDIA = ("images", "audio", "video", "files")
-_OF_ITEM = {
+_ITEM_FIELDS = {
     "function_call": ("type", "id", "call_id", "name", "namespace", "arguments", "status"),
     "function_call_output": ("type", "id", "call_id", "output", "status"),
     "custom_tool_call": ("type", "id", "call_id", "name", "input", "status"),
@@ -26,31 +26,31 @@ _OF_ITEM = {
 
 
 def messages_of(given: Any) -> list[Turn]:
-    """The messages of a chat request. Raises ApiError 400, with the place, for what is no text."""
+    """The messages of a chat request. Raises ApiError 400, with the place, for what is not text."""
     if not isinstance(given, list):
         raise ApiError(400, "messages must be a list of turns", param="messages")
     return [_message(turn, f"messages.{n}") for n, turn in enumerate(given)]
 
 
 def items_of(given: Any) -> str | list[Turn]:
-    """The input of a responses request. Raises ApiError 400, with the place, for what is no text."""
+    """The input of a responses request. Raises ApiError 400, with the place, for what is not text."""
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
-        raise ApiError(400, "input must be a text or a list of turns", param="input")
+        raise ApiError(400, "input must be a string or a list of turns", param="input")
     return [_item(item, f"input.{n}") for n, item in enumerate(given)]
 
 
 def _message(turn: Any, place: str) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise ApiError(400, f"{place} is no message: an object with a role is needed", param=place)
+        raise ApiError(400, f"{place} is not a message; it must be an object with a role", param=place)
     for name in _MEDIA:
         if turn.get(name):
             raise ApiError(400, f"{place}.{name} is given; only text is read here", param=place)
-    kept = {name: turn[name] for name in _OF_MESSAGE if turn.get(name) is not None and turn[name] != []}
+    kept = {name: turn[name] for name in _MESSAGE_FIELDS if turn.get(name) is not None and turn[name] != []}
     content = turn.get("content")
     if content is None and isinstance(turn.get("refusal"), str):
-        # An answer that was a refusal comes back as OpenAI gives it.
+        # A model's refusal comes back in the form in which OpenAI returned it.
         content = turn["refusal"]
     kept["content"] = _content(content, "text", f"{place}.content")
     return kept
@@ -64,25 +64,25 @@ def _item(item: Any, place: str) -> Turn:
             message["content"] = _content(message["content"], "input_text", f"{place}.content")
             return message
         return _answer(message, item, place)
-    if not isinstance(kind, str) or kind not in _OF_ITEM:
+    if not isinstance(kind, str) or kind not in _ITEM_FIELDS:
         raise ApiError(
             400,
-            f"{place} is of type {kind!r:.40}; only messages, reasoning, and calls of functions and their outputs are "
+            f"{place} is of type {kind!r:.40}; only messages, reasoning, and function calls and their outputs are "
             "read here",
             param=place,
         )
-    kept = {name: item[name] for name in _OF_ITEM[kind] if item.get(name) is not None}
+    kept = {name: item[name] for name in _ITEM_FIELDS[kind] if item.get(name) is not None}
     if "output" in kept:
         kept["output"] = _content(kept["output"], "input_text", f"{place}.output")
     if kind == "reasoning":
-        # vLLM reads the first part alone.
+        # vLLM reads only the first part.
         kept["summary"] = _one_part(kept.get("summary"), "summary_text", f"{place}.summary")
         kept["content"] = _one_part(kept.get("content"), "reasoning_text", f"{place}.content")
     return kept
 
 
 def _answer(message: Turn, item: Turn, place: str) -> Turn:
-    """An assistant's turn as vLLM wants it back: with an id, a status, and all of its text in one part."""
+    """An assistant's turn in the form vLLM requires: with an id, a status, and all of its text in one part."""
     content = message["content"]
     if isinstance(content, str) or content is None:
         return message
@@ -105,11 +105,11 @@ def _one_part(given: Any, kind: str, place: str) -> list[Turn]:
 
 
 def _content(given: Any, kind: str, place: str) -> Any:
-    """A content as it is handed on: a text, or parts that are all of `kind`."""
+    """The content as it is passed on: a string, or parts that are all of `kind`."""
     if given is None or isinstance(given, str):
         return given
     if not isinstance(given, list):
-        raise ApiError(400, f"{place} must be a text or a list of parts", param=place)
+        raise ApiError(400, f"{place} must be a string or a list of parts", param=place)
     return [{"type": kind, "text": _text(part, f"{place}.{n}")} for n, part in enumerate(given)]
 
 
@@ -121,8 +121,8 @@ def _text(part: Any, place: str) -> str:
     if field is None:
         raise ApiError(400, f"{place} is of type {kind!r:.40}; only text is read here", param=place)
     if not isinstance(part.get(field), str):
-        raise ApiError(400, f"{place} holds no text in {field!r}; only text is read here", param=place)
-    other = next((name for name in part if name not in (*_MARKS, field) and part[name] is not None), None)
+        raise ApiError(400, f"{place} has no text in {field!r}; only text is read here", param=place)
+    other = next((name for name in part if name not in (*_IGNORED, field) and part[name] is not None), None)
     if other is not None:
-        raise ApiError(400, f"{place} holds {other!r:.40}; only text is read here", param=place)
+        raise ApiError(400, f"{place} contains {other!r:.40}; only text is read here", param=place)
     return str(part[field])

@@ -1,4 +1,4 @@
-"""How adapters get into vLLM's engine and out of it, and the proof that a loaded one changes what the base says."""
+"""Loads adapters into vLLM's engine and unloads them, and proves that a loaded one changes the base's output."""
 
 import asyncio
 import contextlib
@@ -8,19 +8,19 @@ import uuid
 from pathlib import Path
 from typing import Any, Protocol
 
-from counsel import store as adapter_store
+from counsel.files import sha256_of
 from counsel.store import Manifest
 from counsel.trial import Trial
 from serve.api_errors import ApiError
 
 log = logging.getLogger("vllm.counsel")
 
-# Half precision differs by a hundredth of it; a base that is computed otherwise by more.
-APART_NATS = 0.5
+# Half precision causes a hundredth of this; a base that is computed differently causes more.
+MAX_DISTANCE_NATS = 0.5
 
 
 class Engine(Protocol):
-    """What the pool asks of vLLM. Both return when the engine has done it; `load` raises ApiError when it cannot."""
+    """What the pool needs of vLLM. Both return when the engine is done; `load` raises ApiError when it fails."""
 
     async def load(self, manifest: Manifest, path: Path) -> None: ...
 
@@ -28,7 +28,7 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """The pool's Engine, on vLLM's engine client and its table of served adapters."""
+    """The pool's engine, on vLLM's engine client and its table of served adapters."""
 
     def __init__(self, client: Any, serving_models: Any) -> None:
         self.client = client
@@ -37,12 +37,12 @@ class VllmEngine:
         self.max_model_len = serving_models.model_config.max_model_len
         self._last_number = 0
         self._proven: set[str] = set()
-        self._base_shows: dict[tuple[float, ...], list[float]] = {}
+        self._base_logprobs: dict[tuple[float, ...], list[float]] = {}
 
     async def load(self, manifest: Manifest, path: Path) -> None:
-        """Load it, and let nobody ask it before it was seen to change what the base says.
+        """Load a version, and serve it only once it is proven to change the base's output.
 
-        Where it fails, nothing of it stays in the engine. A trial text beyond the context is not tried.
+        When that fails, nothing of it stays in the engine. A trial text that exceeds the context is skipped.
         """
         from vllm.lora.request import LoRARequest
 
@@ -51,7 +51,7 @@ class VllmEngine:
         request = LoRARequest(manifest.id, self._last_number, str(path.resolve()), base_model_name=self.base_name)
         try:
             async with contextlib.AsyncExitStack() as undo:
-                # However it fails: what stays in the engine is not counted, and nobody would remove it.
+                # However it fails: what stayed in the engine would not be counted, and never removed.
                 undo.push_async_callback(self.client.remove_lora, request.lora_int_id)
                 await self.client.add_lora(request)
                 if manifest.trial and manifest.id not in self._proven:
@@ -59,7 +59,7 @@ class VllmEngine:
                 undo.pop_all()
         except ApiError:
             raise
-        except Exception as error:  # vLLM reports whatever went wrong in the engine as a bare Exception
+        except Exception as error:  # vLLM reports every failure in the engine as a bare Exception
             _refuse_if_gone(manifest, path)
             raise ApiError(500, f"the engine refused {manifest.id}: {error}") from error
         self.requests[manifest.id] = request
@@ -70,26 +70,26 @@ class VllmEngine:
 
     async def _prove(self, manifest: Manifest, trial: Trial, request: Any) -> None:
         tokens = tuple(trial.tokens)
-        # The engine gives a token after them.
+        # The engine needs room for one token after them.
         if len(tokens) >= self.max_model_len:
-            log.warning("%s is served untried: its trial text has %d tokens, which leaves no room for an answer "
-                        "in --max-model-len %d", manifest.id, len(tokens), self.max_model_len)  # fmt: skip
+            log.warning("%s is served without a trial: its trial text has %d tokens, which leave no room for an "
+                        "answer in --max-model-len %d", manifest.id, len(tokens), self.max_model_len)  # fmt: skip
             return
-        if tokens not in self._base_shows:
-            self._base_shows[tokens] = await self._log_probabilities(trial.tokens, None)
-            apart = math.dist(self._base_shows[tokens], trial.base) / math.sqrt(len(trial.base))
-            if apart > APART_NATS:
-                log.warning("the base reads the trial text %.2f nats a token apart from transformers' own: "
-                            "nothing can be said of adapters on it", apart)  # fmt: skip
-        shown = await self._log_probabilities(trial.tokens, request)
-        if not trial.applied(self._base_shows[tokens], shown):
+        if tokens not in self._base_logprobs:
+            self._base_logprobs[tokens] = await self._log_probabilities(trial.tokens, None)
+            distance = math.dist(self._base_logprobs[tokens], trial.base) / math.sqrt(len(trial.base))
+            if distance > MAX_DISTANCE_NATS:
+                log.warning("this server's base differs from transformers' by %.2f nats per token of the trial text: "
+                            "the trial proves nothing about adapters on it", distance)  # fmt: skip
+        adapted = await self._log_probabilities(trial.tokens, request)
+        if not trial.applied(self._base_logprobs[tokens], adapted):
             raise ApiError(
-                500, f"{manifest.id} does not answer as it was trained to: this server leaves out its layers"
+                500, f"{manifest.id} does not answer as it was trained to: this server does not apply its layers"
             )
         self._proven.add(manifest.id)
 
     async def _log_probabilities(self, tokens: list[int], request: Any) -> list[float]:
-        """The log-probability of each token but the first, as the engine gives it with an adapter or without."""
+        """The log-probability of each token but the first, from the engine, with an adapter or without."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -98,25 +98,25 @@ class VllmEngine:
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         prompt = TokensPrompt(prompt_token_ids=tokens)
-        number = f"trial-{uuid.uuid4().hex}"
-        async for output in self.client.generate(prompt, params, number, lora_request=request):
-            found = output.prompt_logprobs
-        return [entry[token].logprob for entry, token in zip(found[1:], tokens[1:], strict=True)]
+        request_id = f"trial-{uuid.uuid4().hex}"
+        async for output in self.client.generate(prompt, params, request_id, lora_request=request):
+            logprobs = output.prompt_logprobs
+        return [entry[token].logprob for entry, token in zip(logprobs[1:], tokens[1:], strict=True)]
 
 
 def _verify(manifest: Manifest, path: Path) -> None:
-    """Refuse files that are not those that were checked when the version was published."""
+    """Refuse files that differ from those that were checked when the version was published."""
     for name, file in manifest.files.items():
         try:
-            found = adapter_store.sha256_of(path / name)
+            digest = sha256_of(path / name)
         except OSError as error:
             _refuse_if_gone(manifest, path)
-            raise ApiError(500, f"{manifest.id} is not whole: {name}: {error.strerror}; publish it again") from error
-        if found != file["sha256"]:
+            raise ApiError(500, f"{manifest.id} is incomplete: {name}: {error.strerror}; publish it again") from error
+        if digest != file["sha256"]:
             raise ApiError(500, f"{manifest.id}: {name} changed after it was published; publish it again")
 
 
 def _refuse_if_gone(manifest: Manifest, path: Path) -> None:
     if not path.is_dir():
-        message = f"the model {manifest.id!r} does not exist any more: it was removed a moment ago"
+        message = f"the model {manifest.id!r} no longer exists: it was removed a moment ago"
         raise ApiError(404, message, param="model", code="model_not_found")

@@ -1,8 +1,8 @@
-"""Who is asking: API keys with a role, hashed at rest, compared in constant time, reread when their file changes.
+"""API keys with a role: hashed at rest, compared in constant time, read again while the server runs.
 
-The key file has one key a line, `role name sha256`; `python -m serve key` writes it and shows the key once. Keys in
-clear may come from the environment instead: COUNSEL_USER_KEYS and COUNSEL_ADMIN_KEYS, comma-separated. A key is 256
-random bits, so one plain SHA-256 cannot be searched, and needs no salt.
+The key file has one key per line, `role name sha256`; `python -m serve key` writes it and shows the key once. Plain
+keys may come from the environment instead: COUNSEL_USER_KEYS and COUNSEL_ADMIN_KEYS, comma-separated. A key is 256
+random bits, so one plain SHA-256 cannot be brute-forced, and needs no salt.
 """
 
 import hashlib
@@ -42,48 +42,48 @@ class Key:
 
 
 class KeyRing:
-    """All keys a server knows. One that started without any is open: everybody is a user and nobody an admin."""
+    """All keys of a server. A server that started without keys is open: every caller is a user, none is an admin."""
 
     def __init__(self, path: Path | None, environ: Mapping[str, str] = os.environ) -> None:
         self.path = path
-        self._given = _from_environment(environ)
+        self._from_environment = _from_environment(environ)
         self._checked_s = time.monotonic()
-        self._complaint = ""
-        self._keys = [*self._given, *(read_keys(path) if path else [])]
+        self._warned = ""
+        self._keys = [*self._from_environment, *(read_keys(path) if path else [])]
         self._started_open = not self._keys
 
     @property
     def open(self) -> bool:
-        """Whether no key is needed. Keys that are added later close the ring; keys that vanish never open it."""
+        """Whether no key is needed. Keys that are added later close the server; removing keys never opens it."""
         if self._started_open:
             self._reread()
         return self._started_open and not self._keys
 
     def find(self, token: str) -> Key | None:
-        """The key whose secret is `token`; an empty one is nobody's."""
+        """The key whose secret is `token`; an empty token has none."""
         self._reread()
         if not token:
             return None
         digest = digest_of(token)
-        found = None
+        match = None
         for key in self._keys:
-            # No early exit: the time taken says nothing of which key matched, or how nearly.
+            # No early exit: the time must not tell which key matched.
             if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+                match = key
+        return match
 
     def _reread(self) -> None:
         if self.path is None or time.monotonic() - self._checked_s < RECHECK_S:
             return
         self._checked_s = time.monotonic()
-        # Read whole, whatever its time and size: a key that was revoked within one tick of the clock is revoked.
+        # Always read: a key may be revoked within one tick of the clock, without a change of time or size.
         try:
-            self._keys = [*self._given, *read_keys(self.path)]
-            self._complaint = ""
+            self._keys = [*self._from_environment, *read_keys(self.path)]
+            self._warned = ""
         except UserError as error:
-            if str(error) != self._complaint:
+            if str(error) != self._warned:
                 log.warning("kept the keys as they were: %s", error)
-            self._complaint = str(error)
+            self._warned = str(error)
 
 
 def digest_of(token: str) -> str:
@@ -92,13 +92,13 @@ def digest_of(token: str) -> str:
 
 
 def read_keys(path: Path) -> list[Key]:
-    """The keys in a file. Raises UserError when it cannot be read or a line is not `role name sha256`."""
+    """The keys in a file. Raises UserError if it cannot be read or a line is not `role name sha256`."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the key file {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{str(path)!r} is no key file: {error}") from error
+        raise UserError(f"{str(path)!r} is not a key file: {error}") from error
     keys = []
     for number, line in enumerate(lines, start=1):
         words = line.split()
@@ -111,11 +111,11 @@ def read_keys(path: Path) -> list[Key]:
 
 
 def add_key(path: Path, role: str, name: str) -> str:
-    """Make a key, write its hash to the file, and return the key itself, which is nowhere else."""
+    """Make a key, write its hash to the file, and return the key, which is kept nowhere."""
     if role not in ROLES:
         raise UserError(f"role is {role!r}; it must be user or admin")
     if not name or len(name.split()) != 1:
-        raise UserError(f"key name is {name!r}; it must be one word, such as the caller's")
+        raise UserError(f"key name is {name!r}; it must be one word, such as the caller's name")
     with locked(path.parent):
         keys = read_keys(path) if path.exists() else []
         if any(key.name == name for key in keys):
@@ -128,7 +128,7 @@ def add_key(path: Path, role: str, name: str) -> str:
 def _from_environment(environ: Mapping[str, str]) -> list[Key]:
     keys = []
     for role, variable in ENVIRONMENT.items():
-        # Stripped first: what is left of "secret, " after its comma is no key.
+        # Stripped first: the blank after the comma in "secret, " is not a key.
         tokens = filter(None, map(str.strip, environ.get(variable, "").split(",")))
         keys += [Key(role, f"{role}{n}", digest_of(token)) for n, token in enumerate(tokens, start=1)]
     return keys

@@ -1,6 +1,6 @@
-"""What changed in a store since the last look: one stat a name, and a reading where its folder's time is another.
+"""What changed in a store since the last look: one stat per name, and a read where its folder's time has changed.
 
-What cannot be read, or is away, is told once in the log and left as it was: no reason to stop serving it.
+What cannot be read, or is away, is logged once and keeps its last known content: a read error must not stop serving.
 """
 
 import dataclasses
@@ -20,72 +20,72 @@ class StoreReader:
 
     def __init__(self, store: Path) -> None:
         self.store = store
-        # Each name's folder: when it changed last, and whether it was read whole once more since.
-        self._stamps: dict[str, tuple[int, bool]] = {}
-        self._place = (0, 0)
-        self._complaints: dict[str, str] = {}
+        # Name -> its folder's modification time, and whether it was read completely once more since.
+        self._mtimes: dict[str, tuple[int, bool]] = {}
+        self._folder_id = (0, 0)
+        self._warned: dict[str, str] = {}
 
     def is_new(self, name: str) -> bool:
         """Whether the store holds something under `name` that was not read yet; one stat, however large the store."""
         try:
             adapter_store.check_name(name)
-            return (self.store / name).stat().st_mtime_ns != self._stamps.get(name, (0, False))[0]
+            return (self.store / name).stat().st_mtime_ns != self._mtimes.get(name, (0, False))[0]
         except (UserError, OSError):
             return False
 
     def changes(self, known: Mapping[str, AdapterVersions]) -> dict[str, AdapterVersions]:
-        """The adapters that changed since the last time; one without versions is gone. `known`: all that was read."""
+        """The adapters that changed since the last time; one without versions was removed. `known`: all read so far."""
         try:
-            about = self.store.stat()
-            seen = adapter_store.names(self.store)
+            stat = self.store.stat()
+            names = adapter_store.names(self.store)
         except OSError as error:
-            if self._stamps:
+            if self._mtimes:
                 self._warn_once(str(self.store), str(error))
             return {}
-        place = (about.st_dev, about.st_ino)
-        if not seen and self._stamps and place != self._place:
+        folder_id = (stat.st_dev, stat.st_ino)
+        if not names and self._mtimes and folder_id != self._folder_id:
             self._warn_once(str(self.store), "it is another folder now, and empty")
             return {}
-        self._place = place
-        self._complaints.pop(str(self.store), None)
+        self._folder_id = folder_id
+        self._warned.pop(str(self.store), None)
         changed: dict[str, AdapterVersions] = {}
-        for name in seen:
+        for name in names:
             try:
-                stamp = (self.store / name).stat().st_mtime_ns
-                before, settled = self._stamps.get(name, (0, False))
-                if stamp == before and settled:
+                mtime = (self.store / name).stat().st_mtime_ns
+                before, settled = self._mtimes.get(name, (0, False))
+                if mtime == before and settled:
                     continue
-                self._stamps[name] = (stamp, False)
+                self._mtimes[name] = (mtime, False)
                 adapter = self._read(name, known.get(name))
-                # A folder may change again within one tick of the clock: it is read once more at the next look. What
-                # could not be read may be mended inside a version's folder, which the name's does not show.
-                self._stamps[name] = (stamp, stamp == before and not adapter.broken)
+                # A folder may change again within one tick of the clock, so it is read once more at the next look. A
+                # broken version is read at every look: a repair inside its folder does not show in the name's time.
+                self._mtimes[name] = (mtime, mtime == before and not adapter.broken)
             except (UserError, OSError) as error:
                 self._warn_once(name, str(error))
                 continue
-            if stamp != before or adapter != known.get(name):
+            if mtime != before or adapter != known.get(name):
                 changed[name] = adapter
-        for name in set(self._stamps) - set(seen):
-            del self._stamps[name]
+        for name in set(self._mtimes) - set(names):
+            del self._mtimes[name]
             changed[name] = AdapterVersions(name, None, {}, pinned=False)
         return changed
 
     def _read(self, name: str, known: AdapterVersions | None) -> AdapterVersions:
         adapter = adapter_store.read_versions(self.store, name)
         if not adapter.broken:
-            self._complaints.pop(name, None)
+            self._warned.pop(name, None)
             return adapter
         self._warn_once(name, "; ".join(adapter.broken.values()))
         if known is None:
             return adapter
-        # A version that cannot be read for the moment is not one that was removed.
+        # A version that cannot be read at the moment was not removed.
         kept = {version: known.versions[version] for version in adapter.broken if version in known.versions}
         versions = {**kept, **adapter.versions}
         current = adapter.current or (known.current if known.current in versions else None)
         return dataclasses.replace(adapter, versions=versions, current=current)
 
-    def _warn_once(self, name: str, what: str) -> None:
-        """Log what is wrong once, not four times a second until it is mended."""
-        if self._complaints.get(name) != what:
-            self._complaints[name] = what
-            log.warning("left %s in the store as it was: %s", name, what)
+    def _warn_once(self, name: str, reason: str) -> None:
+        """Log a problem once, not four times a second until it is repaired."""
+        if self._warned.get(name) != reason:
+            self._warned[name] = reason
+            log.warning("left %s in the store as it was: %s", name, reason)

@@ -1,8 +1,8 @@
-"""What the engine did for one request, counted where it comes out of the engine: tokens, and when they came.
+"""What the engine did for one request, counted at the engine's output: tokens, and when they came.
 
-Nothing is read from the reply's text, where a caller's own words stand too. So a stream that its caller cut counts to
-where it was cut, several answers of one request have each their own times, and a response's first event is not taken
-for its first token.
+Nothing is read from the reply, which may contain a caller's own text. So a stream whose client disconnected counts up
+to that moment, each answer of a request has its own times, and the first event of /v1/responses does not count as its
+first token.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-# One beam of one step of vLLM's beam search; what stands before it is the request.
+# The end of a request id that names one beam of one step of vLLM's beam search.
 _BEAM = re.compile(r"-[0-9a-f-]+-beam-\d+$")
 
 
 @dataclass
 class Answer:
-    """One sequence of tokens: how many there are, and when the first and the last came, in `time.monotonic()`."""
+    """One sequence of tokens: how many, and when the first and the last came, by `time.monotonic()`."""
 
     n_tokens: int = 0
     first_s: float = 0.0
@@ -28,50 +28,50 @@ class Answer:
 
 @dataclass
 class Tally:
-    """All that one request made the engine do."""
+    """Everything that one request made the engine do."""
 
     _prompts: dict[str, int] = field(default_factory=dict)
     answers: dict[tuple[str, int], Answer] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens read, each prompt once."""
+        """Tokens read; each prompt counts once."""
         return sum(self._prompts.values())
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens written, of all answers together."""
+        """Tokens generated, in all answers."""
         return sum(answer.n_tokens for answer in self.answers.values())
 
     @property
     def first_s(self) -> float | None:
-        """When the first token of any answer came; None as long as there is none."""
+        """When the first token of any answer came; None until then."""
         return min((answer.first_s for answer in self.answers.values()), default=None)
 
-    def note(self, output: Any, parts: bool) -> None:
-        """Count one vLLM RequestOutput; `parts`: it holds the new tokens of each answer, not all of them."""
+    def add(self, output: Any, is_delta: bool) -> None:
+        """Count one vLLM RequestOutput; `is_delta`: it holds only the new tokens of each answer."""
         prompt = _BEAM.sub("", output.request_id)
         n_prompt = len(output.prompt_token_ids or ())
-        # A beam's prompt holds what was written so far; the first, shortest one is the caller's.
+        # A beam's prompt includes what was generated so far; the first and shortest is the caller's.
         self._prompts[prompt] = min(n_prompt, self._prompts.get(prompt, n_prompt))
         now_s = time.monotonic()
         for piece in output.outputs:
             if not piece.token_ids:
                 continue
             answer = self.answers.setdefault((output.request_id, piece.index), Answer(first_s=now_s))
-            answer.n_tokens = len(piece.token_ids) + (answer.n_tokens if parts else 0)
+            answer.n_tokens = len(piece.token_ids) + (answer.n_tokens if is_delta else 0)
             answer.last_s = now_s
 
 
-# Of the request that is being answered; set by the gate.
+# Of the request that is being answered; set by the gateway.
 CURRENT: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 
 def watch(engine_client: Any) -> None:
-    """Count what comes out of vLLM's engine client for the request that asked.
+    """Wrap vLLM's engine client so that its output is counted for the current request.
 
-    Raises, from the client's `generate`, vLLM's own VLLMValidationError where an answer could not go on within its
-    grammar, which vLLM takes for a fault of its own (500).
+    The client's `generate` then also raises VLLMValidationError (400) when an answer cannot continue within its
+    grammar, which vLLM would report as its own fault (500).
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind
@@ -80,15 +80,15 @@ def watch(engine_client: Any) -> None:
 
     async def counted(prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> AsyncGenerator[Any, None]:
         tally = CURRENT.get()
-        parts = sampling_params.output_kind == RequestOutputKind.DELTA
+        is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
         async with contextlib.aclosing(generate(prompt, sampling_params, request_id, **named)) as outputs:
             async for output in outputs:
                 if tally is not None:
-                    tally.note(output, parts)
+                    tally.add(output, is_delta)
                 failed = any(piece.finish_reason == "error" for piece in output.outputs)
                 if failed and sampling_params.structured_outputs is not None:
                     raise VLLMValidationError(
-                        "the answer could not go on: its grammar became too complex, or no token fits both the grammar "
+                        "the answer could not continue: its grammar became too complex, or no token fits both it "
                         "and the request's other rules (such as allowed_token_ids, bad_words, logit_bias, min_tokens)",
                         parameter="structured_outputs",
                     )

@@ -7,7 +7,7 @@ import pytest
 
 from counsel.chat import template_text
 from serve.api_errors import ApiError
-from serve.chat_turns import Template, settle, template_in, template_of
+from serve.chat_turns import Template, fit_turns, template_in, template_of
 from tests.tiny import tiny_tokenizer
 
 ROLES = ("system", "developer", "user", "assistant")
@@ -71,7 +71,7 @@ def test_every_order_of_four_turns_is_rendered_whole_or_refused_in_one_line(name
     for roles in ORDERS:
         turns = [{"role": role, "content": f"words{n}"} for n, role in enumerate(roles)]
         try:
-            settled = settle(turns, template)
+            settled = fit_turns(turns, template)
         except ApiError as refusal:
             refusals.append((refusal, next(role for role in roles if role not in ("system", "developer"))))
             continue
@@ -135,10 +135,10 @@ TOOL_TURNS = [
 
 def test_turns_of_tools_pass_where_the_template_has_them_and_are_a_400_elsewhere():
     """A call or a result that a template would lose is refused; one that keeps them gets them untouched."""
-    assert settle(TOOL_TURNS, template_of(tokenizer_with(QWEN))) == TOOL_TURNS
+    assert fit_turns(TOOL_TURNS, template_of(tokenizer_with(QWEN))) == TOOL_TURNS
     for text in (template_text("gemma"), CHATML, NO_SYSTEM):
         with pytest.raises(ApiError, match="no turns for tools") as refusal:
-            settle(TOOL_TURNS, template_of(tokenizer_with(text)))
+            fit_turns(TOOL_TURNS, template_of(tokenizer_with(text)))
         assert refusal.value.status == 400
 
 
@@ -158,5 +158,5 @@ def test_what_templates_take_is_found_out_by_rendering(tmp_path: Path):
 def test_system_texts_are_joined_where_a_template_takes_one():
     """Two system turns at the start are one; a later one is the user's."""
     turns = [{"role": role, "content": str(n)} for n, role in enumerate(("system", "developer", "user", "system"))]
-    settled = settle(turns, template_of(tokenizer_with(FIRST_SYSTEM_ONLY)))
+    settled = fit_turns(turns, template_of(tokenizer_with(FIRST_SYSTEM_ONLY)))
     assert settled == [{"role": "system", "content": "0\n\n1"}, {"role": "user", "content": "2\n\n3"}]

@@ -61,7 +61,7 @@ def test_turns_that_are_no_list_are_refused(given):
     """A single object in a list's place included."""
     with pytest.raises(ApiError, match="messages must be a list"):
         messages_of(given)
-    with pytest.raises(ApiError, match="input must be a text or a list"):
+    with pytest.raises(ApiError, match="input must be a string or a list"):
         items_of(given)
 
 

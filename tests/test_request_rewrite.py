@@ -95,13 +95,13 @@ def test_tokens_are_bounded_under_each_of_their_names():
 @pytest.mark.parametrize(
     ("path", "fields", "says"),
     [
-        (RESPONSES, {"background": True}, "somebody waits for"),
+        (RESPONSES, {"background": True}, "wait for their answer"),
         # Text that vLLM asks while it is text, and reads as false later.
         (RESPONSES, {"background": True, "store": "false"}, "store is 'false'; it must be true or false"),
         (CHAT, {"stream": "false"}, "stream is 'false'"),
         (COMPLETIONS, {"bad_words": ["a" * 5000]}, "4096 characters"),
-        (COMPLETIONS, {"bad_words": ["a"] * 129}, "may be 128"),
-        (COMPLETIONS, {"bad_words": "a"}, "a list of texts"),
+        (COMPLETIONS, {"bad_words": ["a"] * 129}, "at most 128"),
+        (COMPLETIONS, {"bad_words": "a"}, "a list of strings"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read"),
         (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text is read"),
     ],

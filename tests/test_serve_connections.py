@@ -141,7 +141,7 @@ def test_who_has_nothing_to_ask_is_kept():
 
 def test_one_address_has_a_bounded_number_of_connections(monkeypatch):
     """The one too many is closed at once; when one ends, another may come."""
-    monkeypatch.setattr(BoundedConnection, "most_of_one_address", 2)
+    monkeypatch.setattr(BoundedConnection, "max_per_address", 2)
     with serving() as address, contextlib.ExitStack() as after:
         first, second = (after.enter_context(socket.create_connection(address)) for _ in range(2))
         until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 2)

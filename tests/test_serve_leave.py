@@ -10,7 +10,7 @@ import pytest
 
 from serve import metrics, vllm_plugin
 from serve.access_log import AccessLog
-from serve.chat_turns import TAKES_ALL
+from serve.chat_turns import ACCEPTS_ALL
 from serve.config import ServeConfig
 from serve.gateway import Gateway, Service
 from serve.keys import KeyRing
@@ -40,7 +40,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
         limits=Limits(4, 4, 8),
         metrics=ServerMetrics(),
         access_log=AccessLog(tmp_path),
-        template=TAKES_ALL,
+        template=ACCEPTS_ALL,
         max_model_len=512,
     )
 
