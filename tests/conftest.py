@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -26,10 +27,10 @@ from serve.server import Server
 from tests.tiny import tiny_adapter, tiny_base
 from tests.waiting import until
 
-# TRL sets ERROR when it is imported: what servers and loggers warn of would then depend on which tests ran before.
+# TRL sets ERROR when it is imported. Without this, a server's warnings would depend on the tests that ran before.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
-# How often each test was run in this session.
+# How often each test ran in this session.
 RUNS: Counter[str] = Counter()
 
 
@@ -37,32 +38,32 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     RUNS[report.nodeid] += report.when == "setup"
 
 
-def run_again() -> list[str]:
+def repeated_tests() -> list[str]:
     return [test for test, times in RUNS.items() if times > 1]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A test that passes at its second try has failed once: no plugin may run one again in silence."""
-    if run_again():
+    """A test that passes when repeated has failed once: no plugin may repeat one silently."""
+    if repeated_tests():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for test in run_again():
-        terminalreporter.write_line(f"FAILED {test} - run {RUNS[test]} times; a test is run once")
+    for test in repeated_tests():
+        terminalreporter.write_line(f"FAILED {test} - ran {RUNS[test]} times; it must run once")
 
 
 SYSTEM = "you are supportive"
 ORIGIN = "https://app.example"
-# So short that a prompt of a few sentences is read in several steps.
+# So short that a prompt of a few sentences takes several steps.
 SHORT_STEPS = "--max-num-batched-tokens 128"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A running server and what a test needs to know of it. `adapters`: served name -> the adapter's source folder.
+    """A running server and what a test needs to know about it. `adapters`: name -> the adapter's source folder.
 
-    `gentle` carries SYSTEM as its system prompt, `calm` none.
+    `gentle` has SYSTEM as its system prompt, `calm` has none.
     """
 
     server: Server
@@ -83,31 +84,36 @@ class Served:
     def client(self) -> openai.OpenAI:
         return make_client(self.base_url, self.user_key)
 
-    def lines(self, name: str, wanted: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
-        """The rows of a log once they are as `wanted`: a row is written when its answer has gone out, or just after."""
+    def log_rows(self, name: str, complete: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
+        """The rows of a log once they are `complete`: a row may be written just after its answer is sent."""
 
         def read() -> list[dict[str, Any]]:
-            # What stands behind the last end of line is still being written.
+            # Text after the last newline is still being written.
             return [json.loads(line) for line in (self.logs / name).read_text().split("\n")[:-1]]
 
-        until(lambda: wanted(read()))
+        until(lambda: complete(read()))
         return read()
 
     def metric(self, name: str) -> float:
-        """The value of a series without regard to its labels."""
-        asked = urllib.request.Request(
+        """The value of a metric, summed over its labels."""
+        request = urllib.request.Request(
             self.base_url.removesuffix("/v1") + "/metrics", headers={"Authorization": f"Bearer {self.admin_key}"}
         )
-        with urllib.request.urlopen(asked) as response:
+        with urllib.request.urlopen(request) as response:
             lines = response.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[{ ]", line, maxsplit=1)[0] == name)
 
+    def call(self, method: str, path: str, key: str = "", **options: Any) -> httpx.Response:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        url = self.base_url.removesuffix("/v1") + path
+        return httpx.request(method, url, headers=headers, timeout=60, **options)
+
     def send(self, key: str, **fields: object) -> http.client.HTTPConnection:
-        """Send a chat request and return at once, without waiting for its answer; closing the connection hangs up."""
+        """Send a chat request without waiting for its answer; closing the connection cancels it."""
         return self.send_to("/v1/chat/completions", key, {}, **fields)
 
     def send_to(self, path: str, key: str, headers: dict[str, str], **fields: object) -> http.client.HTTPConnection:
-        """The same for another route, with further headers."""
+        """The same for another route, with more headers."""
         address = urllib.parse.urlsplit(self.base_url)
         connection = http.client.HTTPConnection(address.hostname, address.port)
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
@@ -115,8 +121,8 @@ class Served:
         return connection
 
     @contextlib.contextmanager
-    def standing_still(self) -> Iterator[None]:
-        """The engine's processes are stopped and the API process goes on: no answer comes until this ends."""
+    def engine_suspended(self) -> Iterator[None]:
+        """Suspend the engine's processes but not the API process: no answer comes until this ends."""
         engine = psutil.Process(self.server.pid).children(recursive=True)
         for process in engine:
             process.suspend()
@@ -131,7 +137,7 @@ class Served:
 
 
 def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
-    """A server small enough to start beside others: float32, so that its greedy text is PEFT's."""
+    """A server small enough to run beside others; float32, so that its greedy text equals PEFT's."""
     small: dict[str, object] = {
         "model": str(base),
         "store": str(folder / "store"),
@@ -146,7 +152,7 @@ def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
         "max_lora_rank": 16,
         "drain_s": 5.0,
         "leave_s": 0.0,
-        "compile": False,  # two tiny layers: compiling them takes longer than any test that asks them
+        "compile": False,  # compiling two tiny layers takes longer than any test
     }
     return ServeConfig(**{**small, **changes})  # type: ignore[arg-type]
 
@@ -167,8 +173,8 @@ def server(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         name: tiny_adapter(tiny_model.path, folder / name, seed=seed) for name, seed in (("gentle", 1), ("calm", 2))
     }
     bounds = {"max_body_kb": 64, "max_completion_tokens": 256, "key_running": 64, "key_queued": 16, "queued": 128}
-    asked = {"allowed_origins": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
-    config = tiny_config(folder, tiny_model.path, keys=str(keys), **asked, **bounds)
+    options = {"allowed_origins": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
+    config = tiny_config(folder, tiny_model.path, keys=str(keys), **options, **bounds)
     for name, source in adapters.items():
         adapter_store.publish(Path(config.store), name, source, tiny_model, system=SYSTEM if name == "gentle" else "")
     with Server(config, quiet=True) as running:

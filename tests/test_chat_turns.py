@@ -1,4 +1,4 @@
-"""Conversations in every order of roles, through chat templates of every make: nothing lost, nothing added."""
+"""Conversations in every order of roles, through chat templates of many families: nothing lost, nothing added."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.tiny import tiny_tokenizer
 ROLES = ("system", "developer", "user", "assistant")
 ORDERS = [roles for n in (1, 2, 3, 4) for roles in itertools.product(ROLES, repeat=n)]
 
-# How well-known families write theirs, in short.
+# Short forms of the templates of well-known families.
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 QWEN = (
     "{% if messages[0].role == 'system' %}<|im_start|>system\n{{ messages[0].content }}<|im_end|>\n{% endif %}"
@@ -63,28 +63,28 @@ def tokenizer_with(template: str):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_order_of_four_turns_is_rendered_whole_or_refused_in_one_line(name):
-    """340 orders: each text once and in its place, no other text, only roles that the template knows; or a 400."""
+def test_every_order_of_four_turns_is_rendered_completely_or_refused(name):
+    """340 orders: each text once and in its place, no other text, only roles that the template has; or a 400."""
     tokenizer = tokenizer_with(TEMPLATES[name])
     template = template_of(tokenizer)
-    refusals = []
+    refused = []
     for roles in ORDERS:
         turns = [{"role": role, "content": f"words{n}"} for n, role in enumerate(roles)]
         try:
-            settled = fit_turns(turns, template)
-        except ApiError as refusal:
-            refusals.append((refusal, next(role for role in roles if role not in ("system", "developer"))))
+            fitted = fit_turns(turns, template)
+        except ApiError as error:
+            refused.append((error, next(role for role in roles if role not in ("system", "developer"))))
             continue
-        text = tokenizer.apply_chat_template(settled, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(fitted, tokenize=False, add_generation_prompt=True)
         assert [text.count(turn["content"]) for turn in turns] == [1] * len(turns), (roles, text)
         spoken = [text.index(turn["content"]) for turn in turns if turn["role"] in ("user", "assistant")]
         assert spoken == sorted(spoken), (roles, text)
         assert "developer" not in text, (roles, text)
-    # Only templates that insist on a user turn first refuse, and those only what begins with an assistant's.
-    for refusal, first in refusals:
-        assert (refusal.status, first) == (400, "assistant")
-        assert "no assistant turn before the first user turn" in refusal.message
-    assert (len(refusals) > 0) == (name in ("Gemma 2", "Llama 2"))
+    # Only templates that require a user turn first refuse, and only a conversation that an assistant begins.
+    for error, first in refused:
+        assert (error.status, first) == (400, "assistant")
+        assert "no assistant turn before the first user turn" in error.message
+    assert (len(refused) > 0) == (name in ("Gemma 2", "Llama 2"))
 
 
 @pytest.mark.parametrize(
@@ -103,23 +103,23 @@ def test_every_order_of_four_turns_is_rendered_whole_or_refused_in_one_line(name
         ("au", "[model]0[user]1"),
     ],
 )
-def test_our_gemma_template_knows_two_sides(roles, text):
-    """Written out by hand: system and developer texts are the user's, neighbours are one turn, and no other side."""
+def test_our_gemma_template_has_two_roles(roles, text):
+    """Written by hand: system and developer texts become the user's, and neighbors become one turn."""
     names = {"s": "system", "d": "developer", "u": "user", "a": "assistant"}
     turns = [{"role": names[role], "content": str(n)} for n, role in enumerate(roles)]
-    wanted = "<bos>"
+    expected = "<bos>"
     for part in text.split("[")[1:]:
-        side, words = part.split("]")
-        said = words.replace("+", "\n\n")
-        wanted += f"<start_of_turn>{side}\n{said}<end_of_turn>\n"
+        role, words = part.split("]")
+        turn_text = words.replace("+", "\n\n")
+        expected += f"<start_of_turn>{role}\n{turn_text}<end_of_turn>\n"
     tokenizer = tokenizer_with(template_text("gemma"))
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == wanted
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == expected
     with_start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert with_start == wanted + "<start_of_turn>model\n"
+    assert with_start == expected + "<start_of_turn>model\n"
 
 
 def test_parts_and_empty_texts_in_our_gemma_template():
-    """All parts of a system text are kept; a turn without text takes no blank line."""
+    """All parts of a system text are kept; a turn without text adds no blank line."""
     parts = [{"type": "text", "text": "be "}, {"type": "text", "text": "kind"}]
     turns = [{"role": "system", "content": parts}, {"role": "user", "content": ""}, {"role": "user", "content": "hi"}]
     text = tokenizer_with(template_text("gemma")).apply_chat_template(turns, tokenize=False)
@@ -133,17 +133,17 @@ TOOL_TURNS = [
 ]
 
 
-def test_turns_of_tools_pass_where_the_template_has_them_and_are_a_400_elsewhere():
-    """A call or a result that a template would lose is refused; one that keeps them gets them untouched."""
+def test_tool_turns_need_a_template_with_tools():
+    """A call or a result that the template would drop is a 400; a template with tools gets them unchanged."""
     assert fit_turns(TOOL_TURNS, template_of(tokenizer_with(QWEN))) == TOOL_TURNS
     for text in (template_text("gemma"), CHATML, NO_SYSTEM):
-        with pytest.raises(ApiError, match="no turns for tools") as refusal:
+        with pytest.raises(ApiError, match="no turns for tools") as refused:
             fit_turns(TOOL_TURNS, template_of(tokenizer_with(text)))
-        assert refusal.value.status == 400
+        assert refused.value.status == 400
 
 
-def test_what_templates_take_is_found_out_by_rendering(tmp_path: Path):
-    """The families' known limits, from their texts; a model without a template takes all."""
+def test_rendering_shows_what_a_template_accepts(tmp_path: Path):
+    """The families' known limits; a model without a template accepts everything."""
     assert template_of(tokenizer_with(template_text("gemma"))) == Template(tools=False)
     assert template_of(tokenizer_with(QWEN)) == Template(developer=False)
     strict = Template(False, False, False, developer=False, repeats=False, assistant_first=False, tools=False)
@@ -155,8 +155,8 @@ def test_what_templates_take_is_found_out_by_rendering(tmp_path: Path):
     assert template_of(tokenizer) == Template()
 
 
-def test_system_texts_are_joined_where_a_template_takes_one():
-    """Two system turns at the start are one; a later one is the user's."""
+def test_system_texts_are_joined_for_a_template_with_one_system_turn():
+    """Two system turns at the start become one; a later one becomes the user's."""
     turns = [{"role": role, "content": str(n)} for n, role in enumerate(("system", "developer", "user", "system"))]
-    settled = fit_turns(turns, template_of(tokenizer_with(FIRST_SYSTEM_ONLY)))
-    assert settled == [{"role": "system", "content": "0\n\n1"}, {"role": "user", "content": "2\n\n3"}]
+    fitted = fit_turns(turns, template_of(tokenizer_with(FIRST_SYSTEM_ONLY)))
+    assert fitted == [{"role": "system", "content": "0\n\n1"}, {"role": "user", "content": "2\n\n3"}]

@@ -1,4 +1,4 @@
-"""One real server, many adapters: who answers, what is loaded when, and what a client sees of it."""
+"""One real server, many adapters: which model answers, what is loaded when, and what a client sees of it."""
 
 import concurrent.futures
 from pathlib import Path
@@ -32,7 +32,7 @@ def model_ids(served: Served) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(server: Served) -> dict[str, list[int]]:
-    """What PEFT says to ASK: the base, `calm`, and `gentle`, which is asked with its manifest's system text."""
+    """PEFT's greedy answers to ASK: the base, `calm`, and `gentle` with its manifest's system prompt."""
     return {
         server.base.name: greedy_ids(server.base.path, None, ASK, N_TOKENS),
         "calm": greedy_ids(server.base.path, server.adapters["calm"], ASK, N_TOKENS),
@@ -40,28 +40,30 @@ def expected(server: Served) -> dict[str, list[int]]:
     }
 
 
-def test_each_adapter_answers_differently_and_as_peft_says(server, expected):
+def test_each_model_gives_pefts_greedy_answer(server, expected):
     """Base and adapters give PEFT's greedy answer, token for token, and no two are alike."""
     assert {model: ask(server, model) for model in expected} == expected
     assert len({tuple(ids) for ids in expected.values()}) == 3
 
 
-def test_rows_of_one_batch_keep_their_own_adapter(server, expected):
-    """Base and adapter requests that run together are answered each by its own model."""
+def test_requests_of_one_batch_keep_their_own_adapter(server, expected):
+    """Base and adapter requests that run together are each answered by their own model."""
     models = list(expected) * 4
     with concurrent.futures.ThreadPoolExecutor(len(models)) as pool:
         texts = list(pool.map(lambda model: ask(server, model), models))
     assert texts == [expected[model] for model in models]
 
 
-def test_a_system_text_of_the_request_wins_over_the_manifests(server):
-    """The manifest's system text is for requests that bring none."""
-    asked = [{"role": "system", "content": "work is hard"}, *ASK]
-    assert ask(server, "gentle", asked) == greedy_ids(server.base.path, server.adapters["gentle"], asked, N_TOKENS)
+def test_a_requests_system_prompt_replaces_the_manifests(server):
+    """The manifest's system prompt is for requests that have none."""
+    messages = [{"role": "system", "content": "work is hard"}, *ASK]
+    assert ask(server, "gentle", messages) == greedy_ids(
+        server.base.path, server.adapters["gentle"], messages, N_TOKENS
+    )
 
 
-def test_what_is_published_while_it_runs_is_served_replaced_rolled_back_and_removed(server, tmp_path):
-    """An adapter lives its whole life in a running server, each step seen without a restart, each answer PEFT's."""
+def test_publish_replace_rollback_and_remove_need_no_restart(server, tmp_path):
+    """The whole life of an adapter in a running server; every answer is PEFT's."""
     sources = [tiny_adapter(server.base.path, tmp_path / str(seed), seed=seed) for seed in (11, 12)]
     texts = [greedy_ids(server.base.path, source, ASK, N_TOKENS) for source in sources]
 
@@ -83,8 +85,8 @@ def test_what_is_published_while_it_runs_is_served_replaced_rolled_back_and_remo
         ask(server, "fresh")
 
 
-def test_more_adapters_than_the_engine_holds_take_turns(server, tmp_path):
-    """Six adapters through two slots and a host cache of four: each is loaded when asked for, and answers as itself."""
+def test_more_adapters_than_the_engine_holds_are_loaded_in_turn(server, tmp_path):
+    """Six adapters, two slots and a host cache of four: each is loaded when requested, and gives its own answer."""
     names = [f"turn{seed}" for seed in range(6)]
     sources = [tiny_adapter(server.base.path, tmp_path / name, seed=20 + n) for n, name in enumerate(names)]
     for name, source in zip(names, sources, strict=True):
@@ -96,47 +98,47 @@ def test_more_adapters_than_the_engine_holds_take_turns(server, tmp_path):
         adapter_store.remove(server.store, name)
 
 
-def test_a_pinned_adapter_stays_while_others_take_turns_and_the_pin_follows_its_name(server, tmp_path):
-    """Seven adapters for four places: the pinned one is never unloaded to make room, nor is the version after it."""
+def test_a_pinned_adapter_stays_loaded_and_the_pin_follows_its_name(server, tmp_path):
+    """Seven adapters for four places: neither the pinned one nor its next version is evicted."""
     names = [f"passing{n}" for n in range(5)]
     for n, name in enumerate(names):
         server.publish(name, tiny_adapter(server.base.path, tmp_path / name, seed=40 + n))
 
-    def others_pass(kept: adapter_store.Manifest) -> set[str]:
+    def states_while_others_load(kept: adapter_store.Manifest) -> set[str]:
         states = set()
         for name in names:
             ask(server, name)
-            states |= {row["state"] for row in rows_of_admin(server) if row["id"] == kept.id}
+            states |= {row["state"] for row in adapter_rows(server) if row["id"] == kept.id}
         return states
 
     first = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept1", seed=50))
     adapter_store.pin(server.store, "kept", pinned=True)
     ask(server, "kept")
-    until(lambda: all(row["pinned"] for row in rows_of_admin(server) if row["id"] == first.id))
-    assert others_pass(first) == {"loaded"}
+    until(lambda: all(row["pinned"] for row in adapter_rows(server) if row["id"] == first.id))
+    assert states_while_others_load(first) == {"loaded"}
 
     second = server.publish("kept", tiny_adapter(server.base.path, tmp_path / "kept2", seed=51))
     until(lambda: states_of(server).get(second.id) == "loaded")
     until(lambda: states_of(server).get(first.id) == "published")
-    assert others_pass(second) == {"loaded"}
+    assert states_while_others_load(second) == {"loaded"}
     adapter_store.pin(server.store, "kept", pinned=False)
-    until(lambda: not any(row["pinned"] for row in rows_of_admin(server)))
-    others_pass(second)
+    until(lambda: not any(row["pinned"] for row in adapter_rows(server)))
+    states_while_others_load(second)
     assert states_of(server)[second.id] == "published"
     for name in (*names, "kept"):
         adapter_store.remove(server.store, name)
 
 
-def rows_of_admin(served: Served) -> list[dict[str, object]]:
+def adapter_rows(served: Served) -> list[dict[str, object]]:
     return make_client(served.base_url, served.admin_key).get("/adapters", cast_to=dict)["data"]
 
 
 def states_of(served: Served) -> dict[str, str]:
-    return {row["id"]: row["state"] for row in rows_of_admin(served)}
+    return {row["id"]: row["state"] for row in adapter_rows(served)}
 
 
-def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_never_served(server, tmp_path):
-    """A manifest of another base is refused by name, not answered as this base."""
+def test_an_adapter_for_another_base_is_listed_for_admins_and_never_served(server, tmp_path):
+    """Its name is refused with the reason, and not answered by this base."""
     from counsel.catalog import resolve
     from tests.tiny import tiny_base
 
@@ -149,14 +151,14 @@ def test_an_adapter_for_another_base_is_listed_for_admins_with_the_reason_and_ne
     adapter_store.remove(server.store, "stranger")
 
 
-def test_an_unknown_model_is_answered_with_the_nearest_names(server):
-    """A typo gives the SDK's NotFoundError, which says what was meant."""
+def test_the_error_for_an_unknown_model_names_the_nearest(server):
+    """A typing error raises the SDK's NotFoundError with a suggestion."""
     with pytest.raises(openai.NotFoundError, match="did you mean 'gentle'") as error:
         ask(server, "gentel")
     assert error.value.code == "model_not_found"
 
 
-def test_the_models_route_says_parent_version_and_state(server):
+def test_the_models_route_has_parent_version_and_state(server):
     """/v1/models lists the base, each name and each exact version."""
     cards = {card.id: card.model_dump() for card in server.client().models.list()}
     version = adapter_store.find(server.store, "calm").version
@@ -179,24 +181,24 @@ def test_the_shared_reader_of_models_knows_what_is_listed(server):
     assert models.max_model_len == server.client().models.retrieve("calm").model_dump()["max_model_len"]
 
 
-def test_admins_load_and_unload_in_vllms_own_words(server):
-    """/v1/unload_lora_adapter withdraws and frees; /v1/load_lora_adapter brings back, from the store alone."""
+def test_admins_load_and_unload_as_in_vllm(server):
+    """/v1/unload_lora_adapter frees an adapter; /v1/load_lora_adapter loads it again, from the store only."""
     admin = make_client(server.base_url, server.admin_key)
     manifest = adapter_store.find(server.store, "calm")
     folder = str(adapter_store.version_dir(server.store, manifest))
-    before = len(posts(server.lines("audit.jsonl", lambda rows: True)))
+    before = len(posts(server.log_rows("audit.jsonl", lambda rows: True)))
 
-    said = admin.post("/unload_lora_adapter", body={"lora_name": "calm"}, cast_to=str)
-    assert said == "Success: LoRA adapter 'calm' removed successfully."
+    text = admin.post("/unload_lora_adapter", body={"lora_name": "calm"}, cast_to=str)
+    assert text == "Success: LoRA adapter 'calm' removed successfully."
     with pytest.raises(openai.NotFoundError, match="unloaded by an admin"):
         ask(server, "calm")
-    said = admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": folder}, cast_to=str)
-    assert said == "Success: LoRA adapter 'calm' added successfully."
+    text = admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": folder}, cast_to=str)
+    assert text == "Success: LoRA adapter 'calm' added successfully."
     ask(server, "calm")
     for path in ("/etc", str(Path(folder) / ".." / ".." / ".."), "someone/some-repo"):
         with pytest.raises(openai.NotFoundError, match="not in the store"):
             admin.post("/load_lora_adapter", body={"lora_name": "calm", "lora_path": path}, cast_to=str)
-    done = posts(server.lines("audit.jsonl", lambda rows: len(posts(rows)) >= before + 5))[before:]
+    done = posts(server.log_rows("audit.jsonl", lambda rows: len(posts(rows)) >= before + 5))[before:]
     assert [(row["target"], row["status"]) for row in done[:2]] == [("calm", 200), (f"calm from {folder}", 200)]
     assert [row["status"] for row in done[2:]] == [404] * 3
 

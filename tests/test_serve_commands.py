@@ -1,4 +1,4 @@
-"""The store's commands as a user types them: what they print, and the JSON line that programs read."""
+"""The store's commands as a user types them: what they print, and the JSON line for programs."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from tests.tiny import tiny_adapter
 
 @pytest.fixture
 def serve(capsys: pytest.CaptureFixture[str]):
-    """Run `python -m serve WORDS`; return exit status, the last line as JSON (or the error), and the text above it."""
+    """Run `python -m serve WORDS`; return the exit status, the last line as JSON (or the error), and the rest."""
 
     def run(*words: str) -> tuple[int, object, str]:
         status = main("serve", COMMANDS, list(words))
@@ -30,13 +30,13 @@ def serve(capsys: pytest.CaptureFixture[str]):
 
 
 def test_an_adapter_is_published_shown_rolled_back_pinned_and_removed(serve, tiny_model: Base, tmp_path):
-    """The whole life of an adapter by command, each step's effect seen in `list` or `show`."""
+    """The whole life of an adapter; each step shows in `list` or `show`."""
     store = ("--store", str(tmp_path / "store"))
     sources = [str(tiny_adapter(tiny_model.path, tmp_path / f"gentle{seed}", seed=seed)) for seed in (1, 2)]
     base = ("--model", str(tiny_model.path), "--name", "gentle")
 
-    _, first, said = serve("publish", sources[0], *base, "--system", "Be kind.", *store)
-    assert "rank 8" in said
+    _, first, printed = serve("publish", sources[0], *base, "--system", "Be kind.", *store)
+    assert "rank 8" in printed
     _, second, _ = serve("publish", sources[1], *base, *store)
     assert serve("list", *store)[1] == {"adapters": 1, "versions": 2}
 
@@ -54,22 +54,22 @@ def test_an_adapter_is_published_shown_rolled_back_pinned_and_removed(serve, tin
     assert "the store is empty" in serve("list", *store)[2]
 
 
-def test_what_a_server_will_not_serve_is_said_at_publish_and_in_the_list(serve, tiny_model: Base, tmp_path):
-    """While a server for rank 4 follows the store; and nothing of one that is gone."""
+def test_publish_and_list_print_what_a_running_server_cannot_serve(serve, tiny_model: Base, tmp_path):
+    """A server for rank 4 follows the store; after it has ended, nothing is printed."""
     store = tmp_path / "store"
     source = str(tiny_adapter(tiny_model.path, tmp_path / "gentle", seed=1))
     server = register(store, ServerRecord("http://127.0.0.1:8000", fingerprint(tiny_model.path), 4))
     words = ("publish", source, "--model", str(tiny_model.path), "--store", str(store))
     reason = "its rank 8 is above this server's --max-lora-rank 4"
-    assert "http://127.0.0.1:8000 does not serve gentle@" in (said := serve(*words)[2])
-    assert reason in said
+    assert "http://127.0.0.1:8000 does not serve gentle@" in (printed := serve(*words)[2])
+    assert reason in printed
     assert reason in serve("list", "--store", str(store))[2]
     server.close()
     assert "does not serve" not in serve("list", "--store", str(store))[2] + serve(*words)[2]
 
 
-def test_servers_of_one_store_are_each_known_whatever_their_process_ids(tmp_path):
-    """Containers number their processes alike: two servers of one number are both known, until each one ends."""
+def test_every_server_of_a_store_is_registered(tmp_path):
+    """Two servers with one process id, as in containers, are both registered until each one ends."""
     records = [ServerRecord(f"http://host{n}:8000", "f00d", 16) for n in (1, 2)]
     files = [register(tmp_path, record) for record in records]
     assert sorted(registered_servers(tmp_path), key=lambda server: server.url) == records
@@ -81,8 +81,8 @@ def test_servers_of_one_store_are_each_known_whatever_their_process_ids(tmp_path
 
 
 @pytest.mark.parametrize("refused", ["lock", "space"])
-def test_a_store_that_takes_no_lock_or_has_no_space_keeps_no_server_from_starting(tmp_path, monkeypatch, refused):
-    """Publish will not know of it; nothing is left behind."""
+def test_a_server_starts_on_a_store_without_locks_or_space(tmp_path, monkeypatch, refused):
+    """It is not registered, and leaves no file."""
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -99,20 +99,20 @@ def test_a_store_that_takes_no_lock_or_has_no_space_keeps_no_server_from_startin
     assert list((tmp_path / ".servers").iterdir()) == []
 
 
-def test_a_damaged_version_is_said_in_the_list(serve, tiny_model: Base, tmp_path):
-    """And the others are listed."""
+def test_list_prints_a_damaged_version(serve, tiny_model: Base, tmp_path):
+    """And lists the others."""
     store = tmp_path / "store"
     source = str(tiny_adapter(tiny_model.path, tmp_path / "gentle", seed=1))
     for name in ("gentle", "calm"):
         serve("publish", source, "--model", str(tiny_model.path), "--name", name, "--store", str(store))
     next((store / "calm").glob("*/manifest.json")).write_text("{")
-    status, found, said = serve("list", "--store", str(store))
-    assert (status, found) == (0, {"adapters": 2, "versions": 1})
-    assert "calm: damaged: " in said
+    status, document, printed = serve("list", "--store", str(store))
+    assert (status, document) == (0, {"adapters": 2, "versions": 1})
+    assert "calm: damaged: " in printed
 
 
 def test_a_mistake_is_one_line_and_status_1(serve, tmp_path):
-    """An adapter, a run or a folder that is not there."""
+    """An adapter, a run or a folder that does not exist."""
     store = ("--store", str(tmp_path / "store"))
     for words in (["show", "nobody"], ["publish", "no-such-run"], ["rollback", "nobody"], ["remove", "nobody"]):
         status, error, out = serve(*words, *store)
@@ -124,8 +124,8 @@ def test_a_mistake_is_one_line_and_status_1(serve, tmp_path):
 def test_a_new_key_is_shown_once(serve, tmp_path):
     """The key is printed, its hash is in the file, and the JSON line does not repeat it."""
     path = tmp_path / "keys.txt"
-    status, document, said = serve("key", "ann", "--role", "admin", "--keys", str(path))
-    key = said.rsplit(" ", 1)[1]
+    status, document, printed = serve("key", "ann", "--role", "admin", "--keys", str(path))
+    key = printed.rsplit(" ", 1)[1]
     assert status == 0
     assert key.startswith("cs-admin-")
     assert key not in path.read_text() + json.dumps(document)

@@ -1,4 +1,4 @@
-"""What a stranger without a key may hold on a connection, over real sockets to a real uvicorn."""
+"""What a client without a key may hold on a connection, over real sockets to a real uvicorn."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 
 
 async def echo(scope, receive, send):
-    """Answers with the length of what it was sent, once it has all of it."""
+    """Answers with the length of the body, once it has all of it."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -39,7 +39,7 @@ def serving(app: Any = echo, **limits: float) -> Iterator[tuple[str, int]]:
             after.callback(setattr, connections, name, getattr(connections, name))
             setattr(connections, name, value)
         listener = after.enter_context(socket.create_server(("127.0.0.1", 0)))
-        # What is accepted has it too: what a peer does not take waits in the server and not in the kernel.
+        # Accepted sockets inherit it: what a client does not read waits in the server and not in the kernel.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         config = uvicorn.Config(
             app, http=BoundedConnection, h11_max_incomplete_event_size=HEAD_BYTES, lifespan="off", log_level="error"
@@ -53,8 +53,8 @@ def serving(app: Any = echo, **limits: float) -> Iterator[tuple[str, int]]:
         yield listener.getsockname()
 
 
-def said(wire: socket.socket) -> bytes:
-    """All that comes until the server closes."""
+def received(wire: socket.socket) -> bytes:
+    """Everything that arrives until the server closes."""
     parts = []
     with contextlib.suppress(ConnectionError):
         while part := wire.recv(65536):
@@ -63,7 +63,7 @@ def said(wire: socket.socket) -> bytes:
 
 
 def answer(wire: socket.socket) -> bytes:
-    """One answer on a connection that is kept: head, and a body of five bytes."""
+    """One answer on a connection that stays open: head, and a body of five bytes."""
     got = b""
     while len(got.partition(b"\r\n\r\n")[2]) < 5:
         part = wire.recv(65536)
@@ -72,8 +72,8 @@ def answer(wire: socket.socket) -> bytes:
     return got
 
 
-def test_a_header_without_end_is_cut_off():
-    """The server closes after some 64 KiB, whatever else comes: 100 MB are never taken."""
+def test_an_endless_header_is_refused():
+    """The server closes after about 64 KiB and never reads 100 MB."""
     with serving() as address, socket.create_connection(address) as wire:
         wire.sendall(HEAD + b"X: ")
         sent = 0
@@ -81,103 +81,103 @@ def test_a_header_without_end_is_cut_off():
             while sent < 100 << 20:
                 wire.sendall(b"a" * 65536)
                 sent += 65536
-        # What the kernel's buffers hold has been sent too.
+        # More than 64 KiB: the kernel buffers some.
         assert sent < 50 << 20
-        assert said(wire)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
+        assert received(wire)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
 
 
-def test_a_head_of_ordinary_size_passes():
-    """Long cookies and tokens of some 30 KB are no attack."""
+def test_a_head_of_ordinary_size_is_accepted():
+    """Cookies and tokens may have about 30 KB."""
     with serving() as address, socket.create_connection(address) as wire:
         wire.sendall(HEAD + b"Cookie: " + b"a" * 30_000 + b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
-        assert said(wire).endswith(b"    2")
+        assert received(wire).endswith(b"    2")
 
 
 @pytest.mark.parametrize(
-    "begun",
+    "sent",
     [b"", HEAD, HEAD + b"Content-Length: 10\r\n\r\nabc", HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
     ids=["nothing", "half a head", "half a body", "half a chunk"],
 )
-def test_who_does_not_go_on_is_hung_up_on(begun):
-    """A connection that sends nothing, or stops half way, is closed by the server and not by us."""
+def test_a_client_that_stops_sending_is_disconnected(sent):
+    """The server closes a connection that sends nothing, or stops halfway."""
     with serving(HEAD_S=0.2, BODY_S=0.2) as address, socket.create_connection(address) as wire:
-        wire.sendall(begun)
-        assert said(wire) == b""
+        wire.sendall(sent)
+        assert received(wire) == b""
 
 
-async def hurry(scope, receive, send):
-    """Answers as `echo`; from now on all times are short."""
+async def echo_then_shorten(scope, receive, send):
+    """Answers as `echo`; from then on all time limits are short."""
     connections.HEAD_S = connections.BODY_S = 0.2
     await echo(scope, receive, send)
 
 
 @contextlib.contextmanager
-def hurrying() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
-    """A connection to such a server."""
-    patience_s = 10 * HANG_S
+def shortening() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
+    """A connection to a server whose time limits are short after the first request."""
+    long_s = 10 * HANG_S
     with (
-        serving(hurry, HEAD_S=patience_s, BODY_S=patience_s) as address,
+        serving(echo_then_shorten, HEAD_S=long_s, BODY_S=long_s) as address,
         socket.create_connection(address, timeout=HANG_S) as wire,
     ):
         yield wire, address
 
 
-@pytest.mark.parametrize("begun", [HEAD, HEAD + b"Content-Length: 10\r\n\r\nabc"], ids=["half a head", "half a body"])
-def test_who_does_not_go_on_after_a_whole_request_is_hung_up_on(begun):
-    """Both requests come at once: the first is answered, and the second has its time from then on."""
-    with hurrying() as (wire, _):
-        wire.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi" + begun)
-        assert said(wire).endswith(b"    2")
+@pytest.mark.parametrize("sent", [HEAD, HEAD + b"Content-Length: 10\r\n\r\nabc"], ids=["half a head", "half a body"])
+def test_a_client_that_stops_within_its_second_request_is_disconnected(sent):
+    """Both requests arrive at once: the first is answered, and the second has its own time from then on."""
+    with shortening() as (wire, _):
+        wire.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi" + sent)
+        assert received(wire).endswith(b"    2")
 
 
-def test_who_has_nothing_to_ask_is_kept():
-    """Between two requests uvicorn's keep-alive counts, and not the time of a head that nobody began."""
-    with hurrying() as (wire, address):
+def test_an_idle_connection_is_kept():
+    """Between two requests uvicorn's keep-alive applies, and not the time limit of a head."""
+    with shortening() as (wire, address):
         for _ in range(2):
             wire.sendall(HEAD + b"Content-Length: 2\r\n\r\nhi")
             assert answer(wire).endswith(b"    2")
-            outlive_a_silent_one(address)
+            outlive_a_silent_connection(address)
 
 
 def test_one_address_has_a_bounded_number_of_connections(monkeypatch):
-    """The one too many is closed at once; when one ends, another may come."""
+    """One more is closed at once; when one ends, another is accepted."""
     monkeypatch.setattr(BoundedConnection, "max_per_address", 2)
     with serving() as address, contextlib.ExitStack() as after:
         first, second = (after.enter_context(socket.create_connection(address)) for _ in range(2))
         until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 2)
         with socket.create_connection(address) as third:
-            assert said(third) == b""
+            assert received(third) == b""
         first.close()
         until(lambda: BoundedConnection.open_by_address["127.0.0.1"] == 1)
         with socket.create_connection(address) as fourth:
             fourth.sendall(HEAD + b"Content-Length: 2\r\nConnection: close\r\n\r\nhi")
-            assert said(fourth).endswith(b"    2")
+            assert received(fourth).endswith(b"    2")
         second.close()
     until(lambda: not BoundedConnection.open_by_address)
 
 
-def test_a_proxy_may_bring_all_that_the_server_takes():
-    """Behind one, all callers have one address; a server that takes more answers takes more connections of it."""
+def test_a_proxy_may_open_as_many_connections_as_the_server_needs():
+    """Behind a proxy all callers have one address, so a larger queue allows more connections from it."""
     assert [per_address(queued) for queued in (1, 256, 2000)] == [1024, 1024, 8000]
 
 
-def outlive_a_silent_one(address: tuple[str, int]) -> None:
-    """Return when a connection that sends nothing has lived for HEAD_S and was hung up on."""
+def outlive_a_silent_connection(address: tuple[str, int]) -> None:
+    """Return when a connection that sends nothing was closed after HEAD_S."""
     with socket.create_connection(address) as silent:
-        assert said(silent) == b""
+        assert received(silent) == b""
 
 
 @contextlib.contextmanager
 def half_sent(app: Any) -> Iterator[tuple[socket.socket, tuple[str, int]]]:
-    """A request whose body has 1,001 bytes, of which the first came; from now on all times are short."""
+    """A request with the first of 1,001 bytes of its body; from then on all time limits are short."""
     begun = threading.Event()
 
-    async def told(scope, receive, send):
+    async def app_with_event(scope, receive, send):
         begun.set()
         await app(scope, receive, send)
 
     with (
-        serving(told, HEAD_S=10 * HANG_S, BODY_S=10 * HANG_S, BODY_BYTES=500) as address,
+        serving(app_with_event, HEAD_S=10 * HANG_S, BODY_S=10 * HANG_S, BODY_BYTES=500) as address,
         socket.create_connection(address, timeout=HANG_S) as wire,
     ):
         wire.sendall(HEAD + b"Content-Length: 1001\r\n\r\na")
@@ -186,24 +186,24 @@ def half_sent(app: Any) -> Iterator[tuple[socket.socket, tuple[str, int]]]:
         yield wire, address
 
 
-def test_a_body_that_keeps_coming_has_its_time_anew():
-    """However long all of it takes: seen here by the new time, which is short."""
+def test_a_body_that_keeps_arriving_gets_a_new_time_limit():
+    """However long the whole body takes. Here the new limit is short, and ends the request."""
     with half_sent(echo) as (wire, _):
         wire.sendall(b"a" * 500)
-        assert said(wire) == b""
+        assert received(wire) == b""
 
 
-def test_a_trickle_gets_no_more_time():
-    """What comes is too little: the time it has is the one it began with, seen here by its being long."""
+def test_a_body_that_arrives_too_slowly_gets_no_more_time():
+    """Too little arrives, so the first limit still holds. Here it is long, and the request is answered."""
     with half_sent(echo) as (wire, address):
         wire.sendall(b"a")
-        outlive_a_silent_one(address)
+        outlive_a_silent_connection(address)
         wire.sendall(b"a" * 999)
         assert answer(wire).endswith(b" 1001")
 
 
-def test_a_body_that_nobody_reads_gets_no_more_time():
-    """A stranger's request is refused by its head; however much of its body comes, it has to end in time."""
+def test_the_body_of_a_refused_request_gets_no_more_time():
+    """The request is refused by its head; however much of its body arrives, the first limit holds."""
 
     async def refuse(scope, receive, send):
         await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"5")]})
@@ -212,15 +212,15 @@ def test_a_body_that_nobody_reads_gets_no_more_time():
     with half_sent(refuse) as (wire, address):
         assert answer(wire).startswith(b"HTTP/1.1 401")
         wire.sendall(b"a" * 500)
-        outlive_a_silent_one(address)
+        outlive_a_silent_connection(address)
         wire.sendall(b"a" * 500 + HEAD + b"Content-Length: 0\r\n\r\n")
         assert answer(wire).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
-def test_an_offer_to_speak_another_protocol_is_passed_over(offer, later):
-    """Java's HttpClient offers h2c with every request: its body arrives whole, at once or after the head."""
+def test_an_upgrade_offer_is_ignored(offer, later):
+    """Java's HttpClient offers h2c with every request: its whole body is read, with the head or after it."""
     upgrade = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + offer + b"\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
     with serving() as address, socket.create_connection(address) as wire:
         for _ in range(2):
@@ -231,8 +231,8 @@ def test_an_offer_to_speak_another_protocol_is_passed_over(offer, later):
 
 
 @contextlib.contextmanager
-def taking_nothing(address: tuple[str, int]) -> Iterator[socket.socket]:
-    """A peer that asks and never reads; its own kernel takes a few KiB for it."""
+def not_reading(address: tuple[str, int]) -> Iterator[socket.socket]:
+    """A client that sends a request and reads nothing; its kernel buffers a few KiB."""
     with socket.socket() as wire:
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         wire.connect(address)
@@ -243,26 +243,26 @@ def taking_nothing(address: tuple[str, int]) -> Iterator[socket.socket]:
 @pytest.mark.parametrize(
     ("size", "whole"),
     [(1 << 20, True), (1 << 20, False), (50_000, True)],
-    ids=["large", "a stream", "less than what makes uvicorn wait"],
+    ids=["large", "stream", "too small to pause uvicorn"],
 )
-def test_a_peer_that_takes_nothing_is_hung_up_on(size, whole):
-    """The connection is let go, place and all; a reply that was not whole hears of it and ends."""
-    heard = threading.Event()
+def test_a_client_that_reads_nothing_is_disconnected(size, whole):
+    """Its connection no longer counts, and the application is told that the client disconnected."""
+    disconnected = threading.Event()
 
     async def send_much(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"x" * size, "more_body": not whole})
         while (await receive())["type"] != "http.disconnect":
             pass
-        heard.set()
+        disconnected.set()
 
-    with serving(send_much, SEND_S=0.1) as address, taking_nothing(address):
-        assert heard.wait(HANG_S)
+    with serving(send_much, SEND_S=0.1) as address, not_reading(address):
+        assert disconnected.wait(HANG_S)
         until(lambda: not BoundedConnection.open_by_address)
 
 
-def test_a_server_that_stops_waits_for_no_peer_that_takes_nothing():
-    """The peer still holds its end when the server has ended."""
+def test_a_stopping_server_does_not_wait_for_a_client_that_reads_nothing():
+    """The client's end is still open when the server has ended."""
     begun = threading.Event()
 
     async def send_much(scope, receive, send):
@@ -272,25 +272,25 @@ def test_a_server_that_stops_waits_for_no_peer_that_takes_nothing():
 
     with contextlib.ExitStack() as after:
         with serving(send_much, SEND_S=0.1) as address:
-            after.enter_context(taking_nothing(address))
+            after.enter_context(not_reading(address))
             assert begun.wait(HANG_S)
         assert not BoundedConnection.open_by_address
 
 
-def test_comments_to_a_peer_that_takes_nothing_end_the_request():
-    """Whoever works for it hears that it hung up; the comments' own task fails at nothing meanwhile."""
-    heard, failures = threading.Event(), []
+def test_comments_to_a_client_that_reads_nothing_end_the_request():
+    """The application is told that the client disconnected, and the task that sends comments does not fail."""
+    disconnected, failures = threading.Event(), []
 
     async def wait_for_the_engine(scope, receive, send):
-        signs = asyncio.create_task(_send_comments(Reply(send, [], False), 1e-6))
+        comments = asyncio.create_task(_send_comments(Reply(send, [], False), 1e-6))
         while (await receive())["type"] != "http.disconnect":
             pass
-        if signs.done():
-            failures.append(signs.exception())
-        signs.cancel()
-        heard.set()
+        if comments.done():
+            failures.append(comments.exception())
+        comments.cancel()
+        disconnected.set()
 
-    with serving(wait_for_the_engine, SEND_S=0.1) as address, taking_nothing(address):
-        assert heard.wait(HANG_S)
+    with serving(wait_for_the_engine, SEND_S=0.1) as address, not_reading(address):
+        assert disconnected.wait(HANG_S)
         until(lambda: not BoundedConnection.open_by_address)
     assert failures == []

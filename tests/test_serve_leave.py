@@ -1,4 +1,4 @@
-"""What a balancer sees while a server stops: it leaves and still works, then it drains, and lives to the end."""
+"""A stop as a load balancer sees it: not ready but working, then draining, and healthy to the end."""
 
 import asyncio
 import types
@@ -21,7 +21,7 @@ ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 async def engine(scope, receive, send):
-    """Stands behind the gate and answers everything."""
+    """The application behind the gateway: answers everything."""
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     await send({"type": "http.response.body", "body": b"{}"})
 
@@ -45,8 +45,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service:
     )
 
 
-def test_it_leaves_then_drains_and_is_alive_to_the_end(service, monkeypatch):
-    """/ready says 503 at once while work is taken; then work is refused, until what runs has ended; then it stops."""
+def test_a_stop_first_fails_ready_then_refuses_work_then_waits_for_what_runs(service, monkeypatch):
+    """/ready is 503 at once while work is accepted; then work is refused; SIGTERM is sent once what runs has ended."""
     killed: list[int] = []
     monkeypatch.setattr(vllm_plugin.os, "kill", lambda pid, number: killed.append(number))
     leaving = asyncio.Event()
@@ -60,27 +60,27 @@ def test_it_leaves_then_drains_and_is_alive_to_the_end(service, monkeypatch):
     async def scene() -> None:
         app = types.SimpleNamespace(state=types.SimpleNamespace(counsel=service))
 
-        async def gate(scope, receive, send):
+        async def gateway(scope, receive, send):
             await Gateway(engine)({**scope, "app": app}, receive, send)
 
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://localhost") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://localhost") as client:
 
-            async def seen() -> tuple[int, int, int]:
+            async def statuses() -> tuple[int, int, int]:
                 work = await client.post("/v1/chat/completions", json=ASK)
                 ready, health = await client.get("/ready"), await client.get("/health")
                 return ready.status_code, work.status_code, health.status_code
 
-            assert await seen() == (200, 200, 200)
+            assert await statuses() == (200, 200, 200)
             running = service.limits.enter("somebody", 1)
             monkeypatch.setattr(vllm_plugin, "asyncio", types.SimpleNamespace(sleep=rest))
             stopping = asyncio.create_task(vllm_plugin._stop(service, 600))
             while not service.leaving:
                 await asyncio.sleep(0)
-            assert await seen() == (503, 200, 200)
+            assert await statuses() == (503, 200, 200)
             leaving.set()
             while not service.draining:
                 await asyncio.sleep(0)
-            assert await seen() == (503, 503, 200)
+            assert await statuses() == (503, 503, 200)
             assert killed == []
             service.limits.leave("somebody", 1, running)
             await stopping

@@ -1,4 +1,4 @@
-"""Whose turn it is, and who is sent away."""
+"""Who may run, who waits and who is refused."""
 
 import asyncio
 
@@ -8,8 +8,8 @@ from serve.api_errors import ApiError
 from serve.limits import Limits
 
 
-def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
-    """Two run and one waits per key; what is beyond is told when to come again; who leaves lets the next one in."""
+def test_a_key_waits_then_gets_429_and_a_full_server_503():
+    """Two run and one waits per key; more are refused with a time to retry; one that ends lets the next one run."""
 
     async def scene() -> None:
         limits = Limits(per_key=2, queued_per_key=1, total=4)
@@ -34,8 +34,8 @@ def test_a_key_waits_its_turn_then_meets_429_and_the_server_503():
     asyncio.run(scene())
 
 
-def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
-    """A small request does not overtake a large one; a waiting one that leaves, or is cancelled, gives its place up."""
+def test_turns_come_in_order_and_a_request_that_leaves_blocks_nothing():
+    """A small request does not overtake a large one; a waiting one that leaves, or is cancelled, frees its place."""
 
     async def scene() -> None:
         limits = Limits(per_key=2, queued_per_key=9, total=99)
@@ -46,18 +46,18 @@ def test_turns_come_in_order_and_one_who_gives_up_holds_nobody_up():
         limits.leave("a", 1, running)
         assert small.done()
         assert last.done()
-        gone = limits.enter("a", 2)
-        gone.cancel()
+        cancelled = limits.enter("a", 2)
+        cancelled.cancel()
         limits.leave("a", 1, small)
         limits.leave("a", 1, last)
-        limits.leave("a", 2, gone)
+        limits.leave("a", 2, cancelled)
         assert (limits.in_flight, limits.queues) == (0, {})
 
     asyncio.run(scene())
 
 
-def test_a_few_callers_cannot_shut_out_the_others():
-    """Keys with something in may fill three quarters; the rest is for those with nothing in."""
+def test_a_few_callers_cannot_lock_out_the_others():
+    """Keys with something in flight may fill three quarters; the rest is for those with nothing in flight."""
 
     async def scene() -> None:
         limits = Limits(per_key=64, queued_per_key=64, total=160)

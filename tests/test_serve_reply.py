@@ -1,4 +1,4 @@
-"""Replies: the status an error has, and signs of life in a stream."""
+"""Replies: the status of an error, and keep-alive comments in a stream."""
 
 import asyncio
 import json
@@ -15,7 +15,7 @@ CREATED = b'event: response.created\ndata: {"type":"response.created"}\n\n'
 
 
 class Wire:
-    """What went out, as a client would see it."""
+    """What was sent, as a client sees it."""
 
     def __init__(self) -> None:
         self.messages: list[Any] = []
@@ -38,7 +38,7 @@ class Wire:
 
 
 def run(*steps: Any, is_responses: bool = False) -> tuple[Wire, Reply]:
-    """Play steps to a reply: bytes are body parts of a stream, None its end, "comment" and refusals what they say."""
+    """Feed steps to a reply: bytes are body parts of a stream, None its end; also messages, errors and "comment"."""
 
     async def play() -> tuple[Wire, Reply]:
         wire = Wire()
@@ -58,17 +58,17 @@ def run(*steps: Any, is_responses: bool = False) -> tuple[Wire, Reply]:
 
 
 def test_an_error_before_a_streams_first_event_is_an_http_error():
-    """vLLM says it inside a 200; the caller gets its status, once, and nothing after it."""
+    """vLLM sends it inside a 200; the client gets its status, once, and nothing after it."""
     wire, reply = run(STREAM, ERROR, b"data: [DONE]\n\n", None)
     assert (wire.status, reply.status, wire.ended) == (400, 400, True)
     assert json.loads(wire.body)["error"]["message"] == "no"
-    # Also after what /v1/responses says before anything has happened.
+    # Also after the events that /v1/responses sends before anything has happened.
     wire, _ = run(STREAM, CREATED, ApiError(400, "no"), is_responses=True)
     assert (wire.status, json.loads(wire.body)["error"]["message"]) == (400, "no")
 
 
-def test_an_error_within_a_stream_counts_as_one():
-    """The status on the wire is spent; what is counted is the error's."""
+def test_an_error_within_a_stream_is_counted_as_an_error():
+    """The status was already sent; the error's own status is what is counted."""
     wire, reply = run(STREAM, b'data: {"choices":[]}\n\n', ERROR, b"data: [DONE]\n\n", None)
     assert (wire.status, reply.status, reply.code) == (200, 400, "error_in_stream")
     assert wire.body.count(b"[DONE]") == 1
@@ -80,19 +80,19 @@ def test_an_error_within_a_stream_counts_as_one():
     assert json.loads(wire.body.rpartition(b"event: error\ndata: ")[2])["message"] == "x"
 
 
-def test_a_waiting_stream_shows_that_it_lives_until_its_first_event():
-    """A comment before anything came begins the stream; after the first event none is sent."""
+def test_a_waiting_stream_gets_comments_until_its_first_event():
+    """A comment before any event begins the stream; after the first event none is sent."""
     event = b'data: {"choices":[]}\n\n'
     wire, reply = run("comment", "comment", STREAM, event, "comment", None)
     assert (wire.status, wire.body, reply.status) == (200, COMMENT * 2 + event, 200)
-    # What /v1/responses said before anything happened goes out with it.
+    # The events that /v1/responses sent before anything happened go out with it.
     wire, _ = run(STREAM, CREATED, "comment", event, None, is_responses=True)
     assert wire.body == CREATED + COMMENT + event
 
 
 @pytest.mark.parametrize("how", ["refused", "error in the stream", "another reply"])
 def test_after_a_comment_an_error_is_the_streams_last_event(how):
-    """Its status is spent, so the error is told in the stream, as OpenAI's clients expect it there."""
+    """The status was already sent, so the error is an event, in the form that OpenAI's clients expect."""
     failed = {"type": "http.response.start", "status": 404, "headers": []}
     steps = {
         "refused": (ApiError(503, "no"),),
@@ -108,8 +108,8 @@ def test_after_a_comment_an_error_is_the_streams_last_event(how):
     assert reply.status >= 400
 
 
-def test_a_long_error_is_cut_to_what_a_person_reads():
-    """Some of vLLM's quote whole requests."""
+def test_a_long_error_is_shortened():
+    """Some of vLLM's errors quote whole requests."""
     failed = {"type": "http.response.start", "status": 400, "headers": [(b"content-length", b"9")]}
     wire, _ = run(failed, json.dumps({"error": {"message": "x" * 100_000, "code": 400}}).encode(), None)
     assert len(wire.body) < 1000

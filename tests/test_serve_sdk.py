@@ -1,4 +1,4 @@
-"""The official SDK, sync and async, against base and adapter alike: what it offers, this server answers."""
+"""The official SDK, sync and async, against base and adapter."""
 
 import json
 
@@ -23,8 +23,8 @@ def client(server: Served) -> openai.OpenAI:
     return server.client()
 
 
-def test_chat_streams_the_same_text_it_returns_whole(client, model):
-    """Greedy text is one, streamed or not; the stream ends with a reason and, if asked for, with usage."""
+def test_a_streamed_chat_answer_equals_the_whole_one(client, model):
+    """The greedy text is the same; the stream ends with a finish reason and, if requested, with usage."""
     ask = {"model": model, "messages": ASK, "max_completion_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**ask)
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
@@ -44,8 +44,8 @@ async def _async_text(server: Served, model: str) -> tuple[str, str]:
         return whole.choices[0].message.content, "".join(parts)
 
 
-def test_the_async_client_gets_what_the_sync_one_gets(server, client, model):
-    """Asyncio changes nothing."""
+def test_the_async_client_gets_the_same_answer(server, client, model):
+    """Streamed and not."""
     import asyncio
 
     sync = client.chat.completions.create(model=model, messages=ASK, max_completion_tokens=12, temperature=0)
@@ -53,7 +53,7 @@ def test_the_async_client_gets_what_the_sync_one_gets(server, client, model):
 
 
 def test_completions_echo_the_prompt_with_its_log_probabilities(client, model):
-    """Echo with logprobs gives each prompt token but the first a log-probability: what perplexity is made of."""
+    """Echo with logprobs gives a log-probability for each prompt token but the first, as perplexity needs."""
     prompt = "what can help me sleep"
     reply = client.completions.create(model=model, prompt=prompt, max_tokens=1, echo=True, logprobs=1, temperature=0)
     logprobs = reply.choices[0].logprobs
@@ -63,8 +63,8 @@ def test_completions_echo_the_prompt_with_its_log_probabilities(client, model):
     assert len(logprobs.token_logprobs) == reply.usage.prompt_tokens + 1
 
 
-def test_many_echoes_at_once_leave_the_engine_alive(client, server, model):
-    """Prompt log-probabilities for several running requests, of one adapter and the base, all come back."""
+def test_concurrent_prompt_log_probabilities_are_answered(client, server, model):
+    """Several running requests, of one adapter and the base, all get theirs."""
     from concurrent.futures import ThreadPoolExecutor
 
     def echo(n: int) -> int:
@@ -76,8 +76,8 @@ def test_many_echoes_at_once_leave_the_engine_alive(client, server, model):
         assert list(pool.map(echo, range(8))) == [1] * 8
 
 
-def test_the_responses_api_answers_whole_and_streamed(client, model):
-    """/v1/responses gives text and usage, and its stream ends with `response.completed`."""
+def test_the_responses_api_answers_streamed_and_not(client, model):
+    """/v1/responses returns text and usage, and its stream ends with `response.completed`."""
     ask = {"model": model, "input": "talk to a friend", "max_output_tokens": 8, "temperature": 0}
     whole = client.responses.create(**ask)
     events = list(client.responses.create(**ask, stream=True))
@@ -87,7 +87,7 @@ def test_the_responses_api_answers_whole_and_streamed(client, model):
 
 
 def test_n_answers_and_seed(client, model):
-    """`n` gives as many answers; one seed gives the same ones again, another seed others."""
+    """`n` is the number of answers; the same seed repeats them, another seed gives others."""
 
     def texts(seed: int) -> list[str]:
         reply = client.chat.completions.create(
@@ -101,8 +101,8 @@ def test_n_answers_and_seed(client, model):
     assert texts(2) != first
 
 
-def test_stop_ends_the_text_before_the_stop_word(client, model):
-    """The stop text is found across tokens, ends the answer and is left out of it."""
+def test_stop_ends_the_text_before_the_stop_string(client, model):
+    """The stop string is found across tokens, ends the answer and is left out of it."""
     ask = {"model": model, "messages": ASK, "max_completion_tokens": 24, "temperature": 0}
     text = client.chat.completions.create(**ask).choices[0].message.content
     stop = text[4:6]
@@ -112,7 +112,7 @@ def test_stop_ends_the_text_before_the_stop_word(client, model):
 
 
 def test_logit_bias_forces_a_token(client, model):
-    """A bias of 100 on one token id makes the answer that token, over and over."""
+    """A bias of 100 on one token id makes the answer that token, repeated."""
     reply = client.chat.completions.create(
         model=model, messages=ASK, max_completion_tokens=4, temperature=0, logit_bias={"40": 100}, logprobs=True
     )
@@ -120,7 +120,7 @@ def test_logit_bias_forces_a_token(client, model):
 
 
 def test_structured_output_keeps_its_schema(client, model):
-    """Even a model of noise writes JSON that fits the schema."""
+    """Even a random model writes JSON that fits the schema."""
     schema = {
         "type": "object",
         "properties": {"mood": {"type": "string", "enum": ["low", "fine"]}},
@@ -137,19 +137,21 @@ def test_structured_output_keeps_its_schema(client, model):
     assert json.loads(reply.choices[0].message.content)["mood"] in ("low", "fine")
 
 
-def test_a_client_that_gives_up_is_told_so_and_the_engine_stops_working_for_it(server, model):
-    """A timeout raises APITimeoutError; soon after nothing of it is in flight. The engine stands still meanwhile, so
-    that no answer can come before a client that this machine held up has looked at its clock."""
+def test_a_timeout_raises_and_the_engine_stops_the_request(server, model):
+    """APITimeoutError, and soon nothing of the request is in flight.
+
+    The engine is suspended, so that no answer can come before a client on a busy machine has looked at its clock.
+    """
     impatient = make_client(server.base_url, server.user_key, timeout_s=0.2)
-    with server.standing_still(), pytest.raises(openai.APITimeoutError):
+    with server.engine_suspended(), pytest.raises(openai.APITimeoutError):
         impatient.chat.completions.create(
             model=model, messages=ASK, max_completion_tokens=256, n=64, extra_body={"ignore_eos": True}
         )
     _until_idle(server)
 
 
-def test_hanging_up_mid_stream_frees_what_it_held(server, client, model):
-    """Closing a stream after three chunks ends the request in the engine and gives its place back."""
+def test_closing_a_stream_frees_its_place(server, client, model):
+    """Closing a stream after three chunks ends the request in the engine and frees its place."""
     stream = client.chat.completions.create(
         model=model, messages=ASK, max_completion_tokens=256, stream=True, extra_body={"ignore_eos": True}
     )
@@ -163,8 +165,8 @@ def _until_idle(server: Served) -> None:
     until(lambda: server.metric("counsel_sequences_in_flight") == server.metric("vllm:num_requests_running") == 0)
 
 
-def test_a_seed_holds_when_prompts_are_read_in_parts(server, client, model):
-    """Seeded prompts longer than one step are read in several; each answer is the same among others as alone.
+def test_a_seed_holds_when_prompts_are_prefilled_in_chunks(server, client, model):
+    """Seeded prompts longer than one step are prefilled in several; answers are the same in a batch and alone.
 
     Stock vLLM 0.32 on a CPU ends its engine here ("CPU Generator does not use offset"): seen by running this test with
     serve/cpu/seeds.py left out of VLLM_PLUGINS.
