@@ -46,7 +46,7 @@ def _message(turn: Any, place: str) -> Turn:
         raise ApiError(400, f"{place} is not a message; it must be an object with a role", param=place)
     for name in _MEDIA:
         if turn.get(name):
-            raise ApiError(400, f"{place}.{name} is given; only text is read here", param=place)
+            raise ApiError(400, f"{place}.{name} is given; only text is supported", param=place)
     kept = {name: turn[name] for name in _MESSAGE_FIELDS if turn.get(name) is not None and turn[name] != []}
     content = turn.get("content")
     if content is None and isinstance(turn.get("refusal"), str):
@@ -68,7 +68,7 @@ def _item(item: Any, place: str) -> Turn:
         raise ApiError(
             400,
             f"{place} is of type {kind!r:.40}; only messages, reasoning, and function calls and their outputs are "
-            "read here",
+            "supported",
             param=place,
         )
     kept = {name: item[name] for name in _ITEM_FIELDS[kind] if item.get(name) is not None}
@@ -119,10 +119,10 @@ def _text(part: Any, place: str) -> str:
     kind = (part.get("type") or "text") if isinstance(part, dict) else None
     field = _TEXT_OF.get(kind) if isinstance(kind, str) else None
     if field is None:
-        raise ApiError(400, f"{place} is of type {kind!r:.40}; only text is read here", param=place)
+        raise ApiError(400, f"{place} is of type {kind!r:.40}; only text is supported", param=place)
     if not isinstance(part.get(field), str):
-        raise ApiError(400, f"{place} has no text in {field!r}; only text is read here", param=place)
+        raise ApiError(400, f"{place} has no text in {field!r}; only text is supported", param=place)
     other = next((name for name in part if name not in (*_IGNORED, field) and part[name] is not None), None)
     if other is not None:
-        raise ApiError(400, f"{place} contains {other!r:.40}; only text is read here", param=place)
+        raise ApiError(400, f"{place} contains {other!r:.40}; only text is supported", param=place)
     return str(part[field])

@@ -136,10 +136,10 @@ class Gateway:
         self, service: Service, request_log: RequestLog, scope: Scope, receive: Receive, reply: Reply
     ) -> None:
         if service.draining:
-            raise ApiError(503, "the server is stopping; ask again in a moment", retry_after_s=5)
+            raise ApiError(503, "the server is stopping; retry in a moment", retry_after_s=5)
         config, limits, key = service.config, service.limits, request_log.key.name
-        # Counted twice, one after the other: as one sequence from its first byte on, because bodies take memory, and
-        # then as the sequences it makes the engine run, which only its body says.
+        # Admitted twice, one after the other: as one sequence while its body is read, because bodies take memory, and
+        # then as the sequences that it makes the engine run, which are known only from its body.
         with limits.admit(key, 1):
             body = parse_body(await read_body(receive, config.max_body_kb << 10))
         n = weight(request_log.path, body, config.max_completion_tokens, service.max_model_len)

@@ -82,7 +82,7 @@ class KeyRing:
             self._warned = ""
         except UserError as error:
             if str(error) != self._warned:
-                log.warning("kept the keys as they were: %s", error)
+                log.warning("the keys stay as they were: %s", error)
             self._warned = str(error)
 
 

@@ -1,7 +1,7 @@
-"""How much at once: sequences running and waiting per key (429 above), and on the whole server (503 above).
+"""Bounds on the sequences that run and wait: per key (429 above), and on the whole server (503 above).
 
-A request counts as the sequences that it makes the engine run: `n` times the number of prompts. What a key asks for
-beyond its share waits here, first come, first served, so that one caller's burst does not fill the engine's queue.
+A request counts as the sequences that it makes the engine run: `n` times the number of prompts. Requests beyond a key's
+share wait here, first come, first served, so that one caller's burst does not fill the engine's queue.
 """
 
 import asyncio

@@ -22,7 +22,7 @@ class NameTable:
         self.failed: dict[str, str] = {}
 
     def update(self, adapter: AdapterVersions) -> None:
-        """Take over what the store holds under one name now; no versions means that the name was removed."""
+        """Set what the store holds under one name now; no versions means that the name was removed."""
         for manifest in adapter.versions.values():
             # The name changed in the store, so a version that failed to load may load now.
             self.failed.pop(manifest.id, None)

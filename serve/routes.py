@@ -43,7 +43,7 @@ def required_role(method: str, path: str, *, preflight: bool, open_server: bool)
         role = USER
     if role is None:
         if any(path == known for _, known in ROUTES):
-            raise ApiError(405, f"{path} does not answer {method}")
+            raise ApiError(405, f"{path} does not accept {method}")
         raise ApiError(404, f"there is no {method} {path} here", code="unknown_url")
     if role == ADMIN and path == "/metrics" and open_server:
         # Only this machine reaches a server without keys: its metrics are as open as its answers.

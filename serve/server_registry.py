@@ -52,7 +52,7 @@ def register(store: Path, server: ServerRecord) -> IO[str] | None:
             hidden.rename(hidden.with_name(f"{hidden.name[1:]}.json"))
             undo.pop_all()
     except OSError as error:
-        log.info("publish will not know of this server: %s", error)
+        log.info("this server is not registered, so publish and list will not mention it: %s", error)
         return None
     return file
 

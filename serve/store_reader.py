@@ -88,4 +88,4 @@ class StoreReader:
         """Log a problem once, not four times a second until it is repaired."""
         if self._warned.get(name) != reason:
             self._warned[name] = reason
-            log.warning("left %s in the store as it was: %s", name, reason)
+            log.warning("cannot read %s in the store, so it stays as it was: %s", name, reason)

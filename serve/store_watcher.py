@@ -1,8 +1,8 @@
 """Follows the store while the server runs: loads what is published, and swaps what a name means.
 
 A swap only changes what a name means. Running requests end on the version where they began, new ones go to the new
-version, and then the old one is unloaded. A published version is loaded before it is asked for where there is room, or
-where its name is in the engine already. These loads run one at a time, so that loads for requests get in between.
+version, and then the old one is unloaded. A published version is loaded before a request names it if there is room, or
+if its name is in the engine already. These loads run one at a time, so that loads for requests get in between.
 """
 
 import asyncio

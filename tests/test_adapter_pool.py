@@ -97,7 +97,7 @@ def test_every_waiter_gets_the_error_of_a_failed_load_and_the_next_request_retri
 
 
 def test_a_load_fails_at_once_when_all_places_are_pinned(tmp_path):
-    """No request waits for room that cannot come: one that waited would be told that all are busy."""
+    """No request waits for room that cannot come. One that waited would get the error that all are busy."""
 
     async def scene() -> None:
         watcher, engine = new_watcher(1, tmp_path)

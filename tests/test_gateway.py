@@ -48,7 +48,7 @@ def test_each_route_requires_its_role(server, method, path):
 
 
 def test_the_sdk_raises_the_matching_exception(server):
-    """Each error arrives as the SDK's own class, with a message that says what to do."""
+    """Each error arrives as the SDK's own class, with a message that names the fix."""
     user, admin = server.client(), make_client(server.base_url, server.admin_key)
 
     def chat(client: openai.OpenAI, **changes: object) -> None:

@@ -20,14 +20,14 @@ def test_a_stream_has_usage_only_if_it_was_requested(server):
         headers = {"X-Request-Id": request_id}
         return list(server.client().chat.completions.create(model="calm", messages=ASK, extra_headers=headers, **ask))
 
-    plain, asked = stream("usage-plain"), stream("usage-asked", stream_options={"include_usage": True})
+    plain, with_usage = stream("usage-plain"), stream("usage-requested", stream_options={"include_usage": True})
     assert all(chunk.usage is None and chunk.choices for chunk in plain)
-    assert asked[-1].usage.completion_tokens == 4
+    assert with_usage[-1].usage.completion_tokens == 4
 
     def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
         return {row["request_id"]: row["completion_tokens"] for row in rows if row["request_id"].startswith("usage-")}
 
-    server.log_rows("requests.jsonl", lambda rows: counts(rows) == {"usage-plain": 4, "usage-asked": 4})
+    server.log_rows("requests.jsonl", lambda rows: counts(rows) == {"usage-plain": 4, "usage-requested": 4})
 
 
 def test_a_stream_counts_up_to_where_its_client_disconnected(server):

@@ -102,8 +102,8 @@ def test_every_name_of_the_token_limit_is_bounded():
         (COMPLETIONS, {"bad_words": ["a" * 5000]}, "4096 characters"),
         (COMPLETIONS, {"bad_words": ["a"] * 129}, "at most 128"),
         (COMPLETIONS, {"bad_words": "a"}, "a list of strings"),
-        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is read"),
-        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text is read"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text is supported"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text is supported"),
     ],
 )
 def test_background_work_slow_words_and_fetched_addresses_are_refused(path, fields, message):

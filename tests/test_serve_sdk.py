@@ -168,7 +168,7 @@ def _until_idle(server: Served) -> None:
 def test_a_seed_holds_when_prompts_are_prefilled_in_chunks(server, client, model):
     """Seeded prompts longer than one step are prefilled in several; answers are the same in a batch and alone.
 
-    Stock vLLM 0.32 on a CPU ends its engine here ("CPU Generator does not use offset"): seen by running this test with
+    Stock vLLM 0.32 on a CPU ends its engine here ("CPU Generator does not use offset"), as this test shows with
     serve/cpu/seeds.py left out of VLLM_PLUGINS.
     """
     from concurrent.futures import ThreadPoolExecutor

@@ -30,7 +30,7 @@ def test_one_broken_version_leaves_the_others_served_and_is_logged_once(tmp_path
         assert await watcher.resolve("good") == tiny_manifest("good")
 
     asyncio.run(scene())
-    assert len([record for record in caplog.records if "left broken" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "cannot read broken" in record.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"nonsense", b""], ids=["bytes", "unknown", "empty"])

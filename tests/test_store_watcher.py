@@ -145,8 +145,8 @@ def test_many_names_published_at_once_evict_nothing(tmp_path):
         for n in range(60):
             put_in_store(tmp_path, tiny_manifest(f"new{n}"))
         await watcher.refresh()
-        asked = await watcher.resolve("new59")
-        watcher.pool.release(await watcher.pool.acquire(asked))
+        manifest = await watcher.resolve("new59")
+        watcher.pool.release(await watcher.pool.acquire(manifest))
         place = engine.log.index("+new59") - 4
         await until(lambda: watcher._swapping.done())
         return engine.log, place
