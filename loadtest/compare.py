@@ -23,11 +23,13 @@ from counsel.errors import UserError
 from counsel.files import read_json
 from loadtest.blocks import FEWEST, Figure, Values, number_of_blocks, point, resampled
 from loadtest.metrics import LATENCIES, measured, rounded
-from loadtest.records import FAILED, Row, read_rows
-from loadtest.scenario import Scenario, read_scenario
+from loadtest.records import FAILED, Row
+from loadtest.results import Results, read_results
+from loadtest.scenario import Scenario
 from loadtest.table import aligned
-from loadtest.verdict import EXIT_STATUS, arrivals_until, read_plan, read_seconds, window_of
+from loadtest.verdict import EXIT_STATUS
 from loadtest.window import Window
+from loadtest.workload import Arrival
 
 _RESAMPLES = 1000
 # What makes the load what it is; the rest is where it goes, how it is sent, and what is asked of it.
@@ -92,12 +94,11 @@ def compare(options: Compare) -> Result:
         raise UserError(f"margin is {options.margin:g}; it must be from 0 to below 1")
     folders = (Path(options.a), Path(options.b))
     verdicts = {str(folder): read_json(folder / "summary.json")["verdict"] for folder in folders}
-    scenarios = [read_scenario(folder) for folder in folders]
-    a, b = (read_run(folder) for folder in folders)
-    paired = not scenarios[0].closed and _shape(folders[0]) == _shape(folders[1])
-    found = differences(a, b, options.block_s, options.margin, options.seed, paired=paired)
+    a, b = (read_results(folder) for folder in folders)
+    paired = not a.scenario.closed and _shape(a.plan) == _shape(b.plan)
+    found = differences(run_of(a), run_of(b), options.block_s, options.margin, options.seed, paired=paired)
     reasons = [f"{folder} is an invalid run" for folder, verdict in verdicts.items() if verdict == "invalid"]
-    unlike = different_load(*scenarios)
+    unlike = different_load(a.scenario, b.scenario)
     verdict = "invalid" if reasons else "different loads" if unlike else _verdict(found)
     print(aligned(_cells(found)))
     print(f"block bootstrap, 95 % for all metrics together; differences below {options.margin:.0%} do not count")
@@ -115,15 +116,14 @@ def compare(options: Compare) -> Result:
     return Result(rounded(document), EXIT_STATUS[verdict])
 
 
-def read_run(directory: Path) -> Run:
-    """The rows of a results directory and the seconds they are compared over."""
-    scenario, plan = read_scenario(directory), read_plan(directory)
-    rows, seconds = read_rows(directory / "requests.jsonl"), read_seconds(directory)
-    if scenario.closed:
-        due = Window(scenario.warmup_s, max([scenario.warmup_s, *(row.due_s for row in rows)]))
+def run_of(results: Results) -> Run:
+    """The rows of a run and the seconds they are compared over."""
+    warmup_s = results.scenario.warmup_s
+    if results.scenario.closed:
+        due = Window(warmup_s, max([warmup_s, *(row.due_s for row in results.rows)]))
     else:
-        due = Window(scenario.warmup_s, arrivals_until(scenario, plan, rows, seconds))
-    return Run(rows, due, window_of(scenario, plan, rows, seconds))
+        due = Window(warmup_s, results.arrivals_end_s)
+    return Run(results.rows, due, results.window)
 
 
 def different_load(a: Scenario, b: Scenario) -> list[str]:
@@ -224,11 +224,9 @@ def _verdict(found: Sequence[Difference]) -> str:
     return "cannot tell" if "?" in shown else "better" if "better" in shown else "no difference"
 
 
-def _shape(directory: Path) -> list[tuple[Any, ...]]:
+def _shape(plan: Sequence[Arrival]) -> list[tuple[Any, ...]]:
     """A plan without its models' names: the same load, asked of whom it may."""
-    return [
-        (each.due_s, len(each.prompts), each.max_tokens, each.think_s, each.cancel_s) for each in read_plan(directory)
-    ]
+    return [(each.due_s, len(each.prompts), each.max_tokens, each.think_s, each.cancel_s) for each in plan]
 
 
 def _cells(found: Sequence[Difference]) -> list[tuple[str, ...]]:

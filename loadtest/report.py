@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from counsel.files import read_json, write_text
+from counsel.files import write_text
 from loadtest.charts import curves, latencies, timeline
-from loadtest.records import read_rows
-from loadtest.scenario import Scenario, read_scenario
+from loadtest.results import Results
+from loadtest.scenario import Scenario
 from loadtest.table import model_cells, objective_cells
-from loadtest.verdict import read_samples
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1e; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -27,17 +26,15 @@ svg { width: 100%; min-width: 40rem; height: auto } p.note { color: #555; font-s
 """
 
 
-def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
+def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
     """Write the page of one run; return its path."""
-    scenario = read_scenario(directory)
-    rows = read_rows(directory / "requests.jsonl")
-    samples = read_samples(directory)
+    scenario = results.scenario
     sections = [
         _head(scenario, summary),
         *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),
         section("Models", model_cells(summary), _MODELS_NOTE),
         section("Latency per model", latencies(summary["models"]), "Bar: median. Line: up to the 90th percentile."),
-        section("Timeline", timeline(rows, samples, scenario.warmup_s)),
+        section("Timeline", timeline(results.rows, results.server_samples, scenario.warmup_s)),
         *_curve(summary.get("steps", [])),
         *_cold(summary["cold"]),
         section("Due and sent", _due_cells(summary), _DUE_NOTE),
@@ -45,9 +42,9 @@ def write_report(directory: Path, summary: Mapping[str, Any]) -> Path:
         section("Server", [("figure", "value"), *_pairs(summary["server"])]),
         section("Client", _check_cells(summary), "A run whose client breaks one of these is not believed."),
         section("Scenario", [("option", "value"), *_pairs(scenario.to_json())]),
-        section("Made by", [("what", "value"), *_pairs(read_json(directory / "target.json"))]),
+        section("Made by", [("what", "value"), *_pairs(results.target)]),
     ]
-    path = directory / "report.html"
+    path = results.directory / "report.html"
     write_text(path, page("Load test", sections))
     return path
 

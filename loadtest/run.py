@@ -10,6 +10,7 @@ from loadtest.churn import churning
 from loadtest.launch import run_locust
 from loadtest.prepare import prepare
 from loadtest.report import write_report
+from loadtest.results import read_results
 from loadtest.scenario import Scenario
 from loadtest.scrape import Scraper
 from loadtest.verdict import conclude
@@ -40,7 +41,8 @@ def play(scenario: Scenario) -> dict[str, Any]:
 
 def judge(directory: Path, note: str = "", stopped: str = "") -> dict[str, Any]:
     """Make summary and report of the files of a run; `stopped` says why it did not come to its end."""
-    summary = conclude(directory, note, stopped)
-    write_report(directory, summary)
+    results = read_results(directory)
+    summary = conclude(results, note, stopped)
+    write_report(results, summary)
     write_json(directory / "summary.json", summary)
     return summary

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from loadtest.metrics import measured, percentile
 from loadtest.records import Row
+from loadtest.results import Results
 from loadtest.scenario import Scenario
 from loadtest.slo import Judged, parse_objective, percent_of, rows_needed
 
@@ -42,17 +43,13 @@ class Check(NamedTuple):
     held: bool
 
 
-def check_client(
-    scenario: Scenario,
-    planned: int,
-    rows: Sequence[Row],
-    seconds: Sequence[Mapping[str, Any]],
-    ttft_s: Mapping[str, float | None],
-) -> list[Check]:
+def check_client(results: Results, ttft_s: Mapping[str, float | None]) -> list[Check]:
     """Hold the client's rows and its seconds (client.jsonl) against the bounds above.
 
-    `planned`: arrivals in the plan. `ttft_s`: its percentiles in the run (`p50`, ...), None when nothing came back.
+    `ttft_s`: its percentiles in the run (`p50`, ...), None when nothing came back.
     """
+    scenario, planned = results.scenario, len(results.plan)
+    rows, seconds = results.rows, results.client_seconds
     counted = measured(rows, scenario.warmup_s)
     watched = [second for second in seconds if second["t_s"] >= scenario.warmup_s]
     tail = max([95, *(percent_of(parse_objective(text).metric) for text in scenario.slo)])

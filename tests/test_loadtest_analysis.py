@@ -231,6 +231,7 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     """Made from files alone, whole, with the model's name escaped and no address to fetch from."""
     from loadtest.records import append_rows
     from loadtest.report import write_report
+    from loadtest.results import read_results
     from loadtest.verdict import conclude
 
     scenario = Scenario(duration_s=40, slo=("ttft_p90_s <= 1",))
@@ -240,8 +241,9 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     (tmp_path / "client.jsonl").write_text('{"worker": 0, "t_s": 40, "hub_lag_s": 0, "cpu": 0}\n')
     (tmp_path / "server.jsonl").write_text('{"t_s": 1, "running": 2, "waiting": 1, "kv_used": 0.5}\n')
     append_rows(tmp_path / "requests.jsonl", [reply(n, n, "<b>") for n in range(40)])
-    summary = conclude(tmp_path)
-    page = write_report(tmp_path, summary).read_text()
+    results = read_results(tmp_path)
+    summary = conclude(results)
+    page = write_report(results, summary).read_text()
 
     assert summary["verdict"] == "passed"
     assert page.count("<svg") == 2

@@ -1,6 +1,7 @@
 """From rows to figures, objectives and validity. Expected values are worked by hand."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import pytest
 from loadtest.metrics import percentile
 from loadtest.metrics import summarise as summarise_in
 from loadtest.records import Row, append_rows, read_rows
+from loadtest.results import Results
 from loadtest.scenario import Scenario
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
 from loadtest.window import Window
+from loadtest.workload import Arrival
 
 
 def reply(
@@ -166,10 +169,16 @@ def test_a_tenth_may_fail_where_nine_tenths_must_hold(failed, held):
     assert (found.held, found.value) == (held, pytest.approx(0.5) if held else None)
 
 
-def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario) -> set[str]:
+def results(rows: list[Row], watched: list[dict], planned: int, **scenario: Any) -> Results:
+    """A run of 40 s with these rows and the client's seconds, of so many planned arrivals."""
+    plan = [Arrival(n, float(n), "base", (0,), 11, 0.0, None, ()) for n in range(planned)]
+    return Results(Path(), Scenario(duration_s=40, **scenario), {}, plan, rows, watched, (), ())
+
+
+def broken(rows: list[Row], watched: list[dict], planned: int | None = None, **scenario: Any) -> set[str]:
     """The names of the checks that fail."""
     ttft_s = {"p50": 0.1, "p95": 0.1, "p99": 0.1}
-    found = check_client(Scenario(duration_s=40, **scenario), planned or len(rows), rows, watched, ttft_s)
+    found = check_client(results(rows, watched, planned or len(rows), **scenario), ttft_s)
     return {check.name for check in found if not check.held}
 
 
@@ -221,7 +230,7 @@ def test_a_fast_server_needs_a_quick_client():
 
     def held(ttft_s: float) -> bool:
         of = dict.fromkeys(("p50", "p95", "p99"), ttft_s)
-        checks = check_client(Scenario(duration_s=40), 40, good, seconds(40, hub_lag_s=0.02, hub_lag_p50_s=0.003), of)
+        checks = check_client(results(good, seconds(40, hub_lag_s=0.02, hub_lag_p50_s=0.003), 40), of)
         return all(check.held for check in checks)
 
     assert held(2.0)

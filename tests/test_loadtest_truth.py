@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from counsel.cli import main
-from counsel.files import write_json, write_jsonl
+from counsel.errors import UserError
+from counsel.files import read_json, write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
 from loadtest.arrivals import due_times, rate_knots
 from loadtest.records import Row, append_rows
+from loadtest.results import read_results
 from loadtest.scenario import Scenario
 from loadtest.verdict import conclude
 from loadtest.workload import Arrival
@@ -62,7 +64,7 @@ def judged(folder: Path, rows: Sequence[Row], asked: Sequence[str] = ("base",), 
     write_jsonl(folder / "server.jsonl", ())
     (folder / "requests.jsonl").unlink(missing_ok=True)
     append_rows(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
-    summary = conclude(folder)
+    summary = conclude(read_results(folder))
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -275,3 +277,34 @@ def test_a_results_folder_that_cannot_be_is_one_line(tmp_path, capsys):
 
     assert status == 1
     assert capsys.readouterr().err.startswith("error: cannot write")
+
+
+OLDER = {"good": "goodput_slo", "bare": "no_system_prompt", "unique": "unique_prompts"}
+
+
+@pytest.mark.parametrize("command", [["report", "a"], ["compare", "a", "b"], ["compare", "b", "a"]])
+def test_results_of_an_older_version_say_which_keys_to_rename(tmp_path, monkeypatch, capsys, command):
+    """One line names the file, its old keys and their new names; once renamed, the results can be read."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        judged(tmp_path / name, played(every(0.3), "4", 40), rate="4", duration_s=40)
+    config = read_json(tmp_path / "a/config.json")
+    old_keys = {new: old for old, new in OLDER.items()}
+    write_json(tmp_path / "a/config.json", {old_keys.get(key, key): value for key, value in config.items()})
+
+    assert main("loadtest", COMMANDS, command) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "'a/config.json'" in message
+    assert all(f"{old} is now {new}" in message for old, new in OLDER.items())
+    write_json(tmp_path / "a/config.json", config)
+    assert main("loadtest", COMMANDS, command) == 0
+
+
+def test_results_with_a_key_that_nobody_knows_are_from_another_version(tmp_path):
+    """There is no name to give, only the way out."""
+    judged(tmp_path, played(every(0.3), "4", 40), rate="4", duration_s=40)
+    write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "from_the_future": 1})
+
+    with pytest.raises(UserError, match="from_the_future; use the version it is from, or run the load test again"):
+        read_results(tmp_path)
