@@ -15,7 +15,7 @@ from loadtest.arrivals import rate_knots
 from loadtest.metrics import cold_penalty, measured, rounded, step_points, summarise
 from loadtest.records import Row
 from loadtest.results import Results
-from loadtest.scrape import server_figures
+from loadtest.scrape import server_metrics
 from loadtest.slo import is_good, judge, parse_limit, parse_objective
 from loadtest.validity import check_client, check_rows
 
@@ -63,7 +63,7 @@ def conclude(results: Results, note: str = "", stopped: str = "") -> dict[str, A
             "invalid": broken,
             "checks": [check._asdict() for check in checks],
             "slo": [item._asdict() for item in judged],
-            "server": server_figures(results.server_samples, note),
+            "server": server_metrics(results.server_samples, note),
             "cold": cold_penalty(rows, results.target["base"], scenario.warmup_s),
             "steps": _steps(results, good),
             **found,
