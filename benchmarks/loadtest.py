@@ -37,8 +37,8 @@ from typing import Any, NamedTuple
 from counsel.catalog import resolve
 from counsel.client import API_KEY
 from counsel.files import read_json, write_jsonl
-from loadtest.records import Row, read_rows
-from loadtest.run import play
+from loadtest.records import RequestRecord, read_records
+from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
 from loadtest.stream import Limits, ask, make_client, rehearse, request_body
 from serve.config import ServeConfig
@@ -56,7 +56,7 @@ def chunk_rate(replies: int = 40, tokens: int = 2000) -> list[float]:
     with standin("base.burst") as url, make_client(url) as client:
         body = request_body(scenario, "base.burst", [{"role": "user", "content": "w"}], tokens)
         for _ in range(replies):
-            row = Row(0, 0, "base.burst", 0, 0.0)
+            row = RequestRecord(0, 0, "base.burst", 0, 0.0)
             begun = time.process_time()
             ask(client, body, row, time.monotonic(), Limits(None, 60, 60))
             spent_s = time.process_time() - begun
@@ -70,9 +70,11 @@ def offered_rate(folder: Path, rate: float = 500, duration_s: float = 20) -> dic
     with standin("slow.first-2000.burst") as url:
         out = folder / "offered"
         write_jsonl(folder / "q.jsonl", [{"question": "I feel lonely since we moved. What can help?"}])
-        play(Scenario(url=url, prompts=str(folder / "q.jsonl"), out=str(out), arrivals="constant", rate=str(rate),
-                      duration_s=duration_s, output_tokens="8", workers=2, max_in_flight=4000))  # fmt: skip
-    rows = read_rows(out / "requests.jsonl")
+        run_load_test(
+            Scenario(url=url, prompts=str(folder / "q.jsonl"), out=str(out), arrivals="constant", rate=str(rate),
+                     duration_s=duration_s, output_tokens="8", workers=2, max_in_flight=4000)
+        )  # fmt: skip
+    rows = read_records(out / "requests.jsonl")
     # The steady part: what was sent in it, not what was due in it.
     sent = sum(2 <= (row.sent_s or 0.0) < duration_s - 2 for row in rows) / (duration_s - 4)
     summary = json.loads((out / "summary.json").read_text())
@@ -159,12 +161,13 @@ def ours(load: Load, name: str, loop: str) -> Figures:
         if loop == "closed"
         else {"arrivals": "trace", "trace": str(load.folder / "arrivals.jsonl")}
     )
-    summary = play(Scenario(url=load.url, prompts=str(load.folder / "ours.jsonl"), out=str(load.folder / name),
-                            models=(load.model,), requests=load.requests, output_tokens=str(load.tokens),
-                            ignore_eos=True, unique_prompts=False, no_system_prompt=True, duration_s=600.0,
-                            **arrivals))  # fmt: skip
+    summary = run_load_test(
+        Scenario(url=load.url, prompts=str(load.folder / "ours.jsonl"), out=str(load.folder / name),
+                 models=(load.model,), requests=load.requests, output_tokens=str(load.tokens), ignore_eos=True,
+                 unique_prompts=False, no_system_prompt=True, duration_s=600.0, **arrivals)
+    )  # fmt: skip
     whole = summary["all"]
-    rows = read_rows(load.folder / name / "requests.jsonl")
+    rows = read_records(load.folder / name / "requests.jsonl")
     took_s = max(row.last_s or 0.0 for row in rows) - min(row.sent_s or 0.0 for row in rows)
     return Figures(whole["ttft_s"]["p50"], whole["tpot_s"]["p50"], whole["completion_tokens"] / took_s,
                    whole["prompt_tokens"], whole["completion_tokens"])  # fmt: skip

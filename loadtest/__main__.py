@@ -37,21 +37,21 @@ class ReportOptions:
 
 def _run(scenario: Any) -> Result:
     """Run a `Scenario`, then print the table and the verdict."""
-    from loadtest.run import play
+    from loadtest.run import run_load_test
 
-    return _printed(play(scenario))
+    return _printed(run_load_test(scenario))
 
 
 def _report(options: ReportOptions) -> Result:
     """Judge a run again from its rows, and write the report."""
-    from loadtest.run import judge
+    from loadtest.run import judge_directory
 
     directory = Path(options.dir)
     summary = directory / "summary.json"
     if not summary.exists():
-        return _printed(judge(directory, stopped="it did not come to its end"))
+        return _printed(judge_directory(directory, stopped="it did not come to its end"))
     earlier = read_json(summary)
-    return _printed(judge(directory, earlier["server"]["note"], earlier.get("stopped", "")))
+    return _printed(judge_directory(directory, earlier["server"]["note"], earlier.get("stopped", "")))
 
 
 def _printed(summary: dict[str, Any]) -> Result:

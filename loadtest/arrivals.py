@@ -1,8 +1,8 @@
 """When requests are due: pure functions from a rate over time and a seed to a list of seconds.
 
-An arrival process is made in two steps. A unit process says how irregular arrivals are (mean gap 1, without unit);
-the rate over time then maps it to seconds through the inverse of the cumulative rate. So Poisson, constant and bursty
-arrivals all follow a ramp, a step or a spike exactly, and any of them can be dealt out to several processes.
+An arrival process is made in two steps. A unit process sets how irregular arrivals are (mean gap 1, no unit). The rate
+over time then maps it to seconds through the inverse of the cumulative rate. So Poisson, constant and bursty arrivals
+all follow a ramp, a step or a spike exactly, and any of them can be divided among several processes.
 """
 
 import itertools
@@ -25,7 +25,7 @@ PROCESSES = ("poisson", "constant", "gamma", "trace", "closed")
 
 
 class Knot(NamedTuple):
-    """The rate (requests/s) at a time; between knots it is linear, and two knots at one time are a jump."""
+    """The rate (requests/s) at a time. Between knots it is linear; two knots at one time are a jump."""
 
     t_s: float
     rate: float
@@ -35,7 +35,7 @@ def rate_knots(text: str, duration_s: float) -> list[Knot]:
     """The rate over [0, duration_s] that `text` describes (see RATES)."""
     call = parse("rate", text, RATES)
     numbers = call.numbers
-    wrong = UserError(f"rate is {text!r}; the form is {RATES[call.name]}, numbers above 0")
+    wrong = UserError(f"rate is {text!r}; the form is {RATES[call.name]}, with numbers above 0")
     if call.named or not numbers or any(number < 0 for number in numbers) or not any(numbers):
         raise wrong
     if call.name == "":
@@ -59,34 +59,34 @@ def rate_knots(text: str, duration_s: float) -> list[Knot]:
 
 
 def expected_count(knots: Sequence[Knot]) -> float:
-    """How many arrivals the rate adds up to."""
+    """The number of arrivals: the integral of the rate."""
     return sum((b.t_s - a.t_s) * (a.rate + b.rate) / 2 for a, b in itertools.pairwise(knots))
 
 
 def due_times(process: str, knots: Sequence[Knot], burstiness: float, seed: int) -> list[float]:
     """Seconds, ascending, at which requests are due.
 
-    `constant`: gaps of exactly 1/rate, the first half a gap in. `poisson`: exponential gaps. `gamma`: gaps of shape
-    `burstiness` (below 1 bursty, 1 Poisson, above 1 smoother), as in `vllm bench serve`.
+    `constant`: gaps of exactly 1/rate; the first arrival is half a gap in. `poisson`: exponential gaps. `gamma`: gaps
+    of shape `burstiness` (below 1 bursty, 1 Poisson, above 1 smoother), as in `vllm bench serve`.
     """
     total = expected_count(knots)
     if process == "constant":
         return _to_seconds(np.arange(0.5, total), knots)
     shape = 1.0 if process == "poisson" else burstiness
     random = np.random.default_rng([seed, 1])
-    # Enough gaps that falling short has a chance below 1e-9: the sum's spread is sqrt(n / shape).
+    # Enough gaps that the chance of too few is below 1e-9: the standard deviation of the sum is sqrt(n / shape).
     n = math.ceil(total + 7 * math.sqrt((total + 1) / shape) + 20 / shape + 20)
     gaps = random.gamma(shape, 1 / shape, n)
     if process == "gamma":
-        # The run begins at any moment, not with an arrival: it falls into a long gap more likely than into a short one,
-        # and anywhere within it. From an arrival on, bursty gaps would give (1 / shape - 1) / 2 requests too many.
+        # The run starts at a random moment, not with an arrival: more likely in a long gap than in a short one, and
+        # anywhere within it. Starting with an arrival, bursty gaps would give (1 / shape - 1) / 2 requests too many.
         gaps[0] = random.random() * random.gamma(shape + 1, 1 / shape)
     units = np.cumsum(gaps)
     return _to_seconds(units[units < total], knots)
 
 
 def trace_times(stamps_s: Sequence[float], duration_s: float, speed: float) -> list[float]:
-    """Due times from recorded timestamps: sorted, shifted to start at 0, played `speed` times as fast, cut off."""
+    """Due times from recorded timestamps: sorted, shifted to start at 0, `speed` times as fast, cut at `duration_s`."""
     ordered = sorted(stamps_s)
     shifted = ((stamp - ordered[0]) / speed for stamp in ordered)
     return [due for due in shifted if due < duration_s]
@@ -104,7 +104,7 @@ def _to_seconds(units: "np.ndarray", knots: Sequence[Knot]) -> list[float]:
         slope = (b.rate - a.rate) / width_s
         end = int(np.searchsorted(units, reached + area, side="left"))
         y = units[cursor:end] - reached
-        # a.rate * x + slope * x^2 / 2 = y, in the form that does not cancel when slope is near 0.
+        # Solves a.rate * x + slope * x^2 / 2 = y for x, in the form that is stable for a slope near 0.
         root = np.sqrt(np.maximum(a.rate**2 + 2 * slope * y, 0.0))
         due.extend((a.t_s + np.minimum(2 * y / (a.rate + root), width_s)).tolist())
         reached, cursor = reached + area, end

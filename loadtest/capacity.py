@@ -1,9 +1,9 @@
-"""`python -m loadtest find-capacity`: the highest rate at which a server still holds its objectives.
+"""`python -m loadtest find-capacity`: the highest rate at which a server still meets its objectives.
 
-Rates are doubled from the lowest until one fails, then the gap is halved (by ratio) until it is small. Each rate is
-run several times with different seeds, and holds when every run passes: one lucky run must not raise the answer. A run
-lasts as long as its objectives need requests: 200 for a p99, at 0.5 requests/s, are seven minutes. One that is invalid
-is made again with another seed; a rate at which that is invalid too bounds the search like one that missed.
+The rate is doubled from the lowest until it fails, then the gap is bisected (by ratio) until it is small. Each rate is
+tested several times with different seeds, and holds if every run passes: one lucky run must not raise the answer. A run
+is long enough for its objectives: a p99 needs 200 requests, which take seven minutes at 0.5 requests/s. An invalid run
+is repeated with another seed. If that one is invalid too, the rate bounds the search like one that missed.
 """
 
 import dataclasses
@@ -20,61 +20,70 @@ from counsel.files import write_json, write_text
 from loadtest.charts import curves
 from loadtest.metrics import curve_point, rounded
 from loadtest.mix import shares
-from loadtest.prepare import ask_models, results_directory
+from loadtest.prepare import results_directory, target_models
 from loadtest.report import page, section
-from loadtest.run import play
+from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
-from loadtest.slo import parse_objective, rows_needed
+from loadtest.slo import min_requests, parse_objective
 from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
 
 
 @dataclass(frozen=True)
 class Capacity(Scenario):
-    """A scenario whose rate is searched for."""
+    """A scenario, and how to search for its rate."""
 
-    rate: str = option("0.5", "rate to begin with, requests/s")
-    lowest: float | None = option(None, "rate to begin with (default: rate)")
-    highest: float = option(256.0, "rate at which to stop raising")
+    rate: str = option("0.5", "rate to start with, requests/s")
+    lowest: float | None = option(None, "rate to start with (default: rate)")
+    highest: float = option(256.0, "highest rate to try")
     repeats: int = option(2, "runs per rate; all must pass")
-    precision: float = option(0.1, "stop when the lowest failing rate is within this part of the highest held one")
+    precision: float = option(
+        0.1, "stop when the lowest failing rate is within this fraction of the highest passing one"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.slo:
-            raise UserError("find-capacity needs at least one --slo to hold")
+            raise UserError("find-capacity needs at least one --slo to meet, such as --slo 'ttft_p90_s <= 2'")
         if self.closed or self.trace:
             raise UserError(
-                f"arrivals is {self.arrivals!r}; find-capacity needs a rate to set: poisson, constant, gamma"
+                f"arrivals is {self.arrivals!r}; find-capacity sets the rate itself: use poisson, constant or gamma"
             )
         if self.web or self.bind:
-            raise UserError("find-capacity plays many runs on its own; it takes neither --web nor --bind")
+            raise UserError("find-capacity makes many runs by itself; leave out --web and --bind")
         if self.lowest is None and "(" in self.rate:
-            raise UserError(f"rate is {self.rate!r}; find-capacity sets it itself: give the --lowest to begin with")
-        if not 0 < self.begin <= self.highest or self.repeats < 1 or self.precision <= 0:
-            raise UserError("find-capacity needs 0 < lowest <= highest, repeats of at least 1 and a precision above 0")
+            raise UserError(f"rate is {self.rate!r}; find-capacity sets it itself: give --lowest to start with")
+        if not 0 < self.start_rate <= self.highest:
+            raise UserError(
+                f"the lowest rate is {self.start_rate:g} and highest is {self.highest:g}; "
+                "the lowest must be above 0 and not above highest"
+            )
+        if self.repeats < 1:
+            raise UserError(f"repeats is {self.repeats}; it must be at least 1")
+        if self.precision <= 0:
+            raise UserError(f"precision is {self.precision:g}; it must be above 0")
 
     @property
-    def begin(self) -> float:
+    def start_rate(self) -> float:
         return float(self.rate) if self.lowest is None else self.lowest
 
 
-class Found(NamedTuple):
-    """The highest rate that held (None: not even the lowest) and the lowest that did not (None: all held)."""
+class SearchResult(NamedTuple):
+    """The highest rate that held (None: not even the lowest) and the lowest that failed (None: all held)."""
 
     held: float | None
     failed: float | None
 
 
-def search(holds: Callable[[float], bool], lowest: float, highest: float, precision: float) -> Found:
-    """Find where `holds` turns false, assuming it turns once."""
+def search(holds: Callable[[float], bool], lowest: float, highest: float, precision: float) -> SearchResult:
+    """Find the rate at which `holds` becomes false, assuming that it changes once."""
     held, failed = None, None
     rate = lowest
     while failed is None:
         if not holds(rate):
             failed = rate
         elif rate >= highest:
-            return Found(rate, None)
+            return SearchResult(rate, None)
         else:
             held, rate = rate, min(2 * rate, highest)
     while held is not None and failed > held * (1 + precision):
@@ -83,15 +92,15 @@ def search(holds: Callable[[float], bool], lowest: float, highest: float, precis
             held = middle
         else:
             failed = middle
-    return Found(held, failed)
+    return SearchResult(held, failed)
 
 
 class _Stopped(Exception):
-    """Why a run of the search did not come to its end: Ctrl-C, or a server or a disk that gave out."""
+    """Why the search ended early: Ctrl-C, or a server or disk that failed."""
 
 
-def long_enough_s(rate: float, requests: int, options: Capacity) -> float:
-    """Seconds of arrivals that hold so many requests of clients that stay, also where chance gives fewer (3 sigma)."""
+def run_duration_s(rate: float, requests: int, options: Capacity) -> float:
+    """Seconds of arrivals for this many requests whose client stays, even if chance gives fewer (3 sigma)."""
     if options.arrivals != "constant":
         requests += math.ceil(3 * requests**0.5)
     needed_s = requests / max(rate * (1 - options.cancel_share), 1e-9)
@@ -99,44 +108,44 @@ def long_enough_s(rate: float, requests: int, options: Capacity) -> float:
 
 
 def requests_needed(options: Capacity) -> int:
-    """The most requests that one of the objectives needs; one of a model, as many of that model."""
+    """The requests that every objective needs; an objective of one model needs them from that model."""
     objectives = [parse_objective(text) for text in options.slo]
-    most = max(rows_needed(objective.metric) for objective in objectives)
+    most = max(min_requests(objective.metric) for objective in objectives)
     if not any(objective.scope for objective in objectives):
         return most
-    models = ask_models(options)
+    models = target_models(options)
     given = shares(options.mix, models.names, models.base, options.base_share)
 
     def least(scope: str) -> float:
         own = [share for name, share in given.items() if scope in ("*", name) and share > 0]
         return min(own, default=1.0) if scope else 1.0
 
-    return math.ceil(max(rows_needed(objective.metric) / least(objective.scope) for objective in objectives))
+    return math.ceil(max(min_requests(objective.metric) / least(objective.scope) for objective in objectives))
 
 
 def find_capacity(options: Capacity) -> Result:
-    """Search, print every rate, and write capacity.json and report.html.
+    """Search, print every run, and write capacity.json and report.html.
 
-    Exit 3 when no rate held, 4 when the client gave out first or the search did not come to its end.
+    Exit 3 if no rate held, 4 if the client was the limit or the search ended early.
     """
     out = results_directory(options)
     if out.exists():
         raise UserError(f"{str(out)!r} exists; choose another --out")
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Scenario)}
     points: list[dict[str, Any]] = []
-    not_believed: dict[float, str] = {}
+    invalid_at: dict[float, str] = {}
     held: list[float] = []
     missed: list[float] = []
     stopped = ""
     requests = requests_needed(options)
 
     def probe(rate: float, seed: int, name: str) -> dict[str, Any]:
-        duration_s = long_enough_s(rate, requests, options)
+        duration_s = run_duration_s(rate, requests, options)
         print(f"{rate:.4g} requests/s for {duration_s:g} s, {name} of {options.repeats}", file=sys.stderr)
         own = {"rate": f"{rate!r}", "seed": seed, "duration_s": duration_s, "out": str(out / f"rate-{rate:.4g}-{name}")}
         scenario = Scenario(**{**fields, **own})
         try:
-            summary = play(scenario)
+            summary = run_load_test(scenario)
         except UserError as error:
             if not points:
                 raise
@@ -150,10 +159,10 @@ def find_capacity(options: Capacity) -> Result:
         for repeat in range(options.repeats):
             summary = probe(rate, options.seed + repeat, f"run-{repeat + 1}")
             if summary["verdict"] == "invalid":
-                print(f"not to be believed: {summary['invalid'][0]}; once more", file=sys.stderr)
+                print(f"invalid: {summary['invalid'][0]}; trying again", file=sys.stderr)
                 summary = probe(rate, options.seed + options.repeats + repeat, f"run-{repeat + 1}-again")
             if summary["verdict"] == "invalid":
-                not_believed[rate] = summary["invalid"][0]
+                invalid_at[rate] = summary["invalid"][0]
             if summary["verdict"] != "passed":
                 missed.append(rate)
                 return False
@@ -161,42 +170,43 @@ def find_capacity(options: Capacity) -> Result:
         return True
 
     try:
-        found = search(holds, options.begin, options.highest, options.precision)
+        result = search(holds, options.start_rate, options.highest, options.precision)
     except _Stopped as error:
-        # What was found so far is worth keeping.
-        found = Found(max(held, default=None), min(missed, default=None))
+        # Keep the result so far.
+        result = SearchResult(max(held, default=None), min(missed, default=None))
         stopped = str(error)
-    invalid = stopped or ("" if found.failed is None else not_believed.get(found.failed, ""))
+    invalid = stopped or ("" if result.failed is None else invalid_at.get(result.failed, ""))
     points.sort(key=lambda point: point["offered"])
     document = rounded(
-        {"dir": str(out), "held": found.held, "failed": found.failed, "invalid": invalid, "objectives": options.slo,
+        {"dir": str(out), "held": result.held, "failed": result.failed, "invalid": invalid, "objectives": options.slo,
          "points": points}
     )  # fmt: skip
     write_text(out / "report.html", _page(document, points))
     write_json(out / "capacity.json", document)
     print(aligned(_cells(points)))
-    print(_sentence(found, invalid))
-    return Result(document, EXIT_STATUS["invalid" if invalid else "passed" if found.held else "missed"])
+    print(_sentence(result, invalid))
+    return Result(document, EXIT_STATUS["invalid" if invalid else "passed" if result.held else "missed"])
 
 
-def _sentence(found: Found, invalid: str) -> str:
-    if found.held is None and found.failed is None:
+def _sentence(result: SearchResult, invalid: str) -> str:
+    held, failed = result
+    if held is None and failed is None:
         return f"no capacity: {invalid}"
-    if invalid and found.failed is None:
-        return f"capacity: at least {found.held:.4g} requests/s ({invalid})"
-    if invalid and found.held is None:
-        return f"not to be believed at {found.failed:.4g} requests/s, the lowest tried: {invalid}"
+    if invalid and failed is None:
+        return f"capacity: at least {held:.4g} requests/s ({invalid})"
+    if invalid and held is None:
+        return f"no capacity: the run at {failed:.4g} requests/s, the lowest tried, is invalid: {invalid}"
     if invalid:
-        return f"capacity: at least {found.held:.4g} requests/s (at {found.failed:.4g} not to be believed: {invalid})"
-    if found.held is None:
-        return f"the objectives are missed even at {found.failed:.4g} requests/s"
-    beyond = "the highest rate tried" if found.failed is None else f"missed at {found.failed:.4g}"
-    return f"capacity: {found.held:.4g} requests/s ({beyond})"
+        return f"capacity: at least {held:.4g} requests/s (the run at {failed:.4g} is invalid: {invalid})"
+    if held is None:
+        return f"no capacity: the objectives are missed even at {failed:.4g} requests/s"
+    limit = "the highest rate tried" if failed is None else f"missed at {failed:.4g}"
+    return f"capacity: {held:.4g} requests/s ({limit})"
 
 
 def _cells(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [
-        ("requests/s", "achieved", "TTFT p90 (ms)", "TPOT p50 (ms)", "tokens/s", "good", "verdict")
+        ("requests/s", "achieved", "TTFT p90 (ms)", "TPOT p50 (ms)", "tokens/s", "goodput", "verdict")
     ]
     for point in points:
         scaled = ((point["achieved"], 1), (point["ttft_p90_s"], 1000), (point["tpot_p50_s"], 1000),
@@ -207,8 +217,8 @@ def _cells(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _page(document: dict[str, Any], points: list[dict[str, Any]]) -> str:
-    found = Found(document["held"], document["failed"])
-    sentence = f"{_sentence(found, document['invalid'])}, holding {'; '.join(document['objectives'])}"
+    result = SearchResult(document["held"], document["failed"])
+    sentence = f"{_sentence(result, document['invalid'])}, meeting {'; '.join(document['objectives'])}"
     return page(
         "Capacity",
         [

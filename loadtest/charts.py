@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loadtest.records import FAILED, Row
+from loadtest.records import FAILED, RequestRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0f4c5c", "#e36414", "#6a994e", "#9a031e", "#5f0f40", "#3a86ff", "#bc6c25", "#6c757d")
 
 
-def timeline(rows: Sequence[Row], samples: Sequence[Mapping[str, Any]], warmup_s: float) -> str:
+def timeline(rows: Sequence[RequestRecord], samples: Sequence[Mapping[str, Any]], warmup_s: float) -> str:
     """Latency of each request when it was due, what the client had in flight, and what the server says of itself."""
     models = sorted({row.model for row in rows})
     with_server = any("running" in sample for sample in samples)
@@ -102,7 +102,7 @@ def curves(points: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw, panels=4, size=(9, 6), across=True)
 
 
-def per_second(rows: Sequence[Row]) -> tuple[list[int], list[int], list[float]]:
+def per_second(rows: Sequence[RequestRecord]) -> tuple[list[int], list[int], list[float]]:
     """For each second: its start, requests in flight at it, and output tokens in it (spread over their chunks)."""
     sent = [row for row in rows if row.sent_s is not None and row.end_s is not None]
     n = int(max((row.end_s or 0.0 for row in sent), default=0.0)) + 1

@@ -1,8 +1,8 @@
-"""Publishes new versions of adapters while the load runs, so that the server swaps what requests are using.
+"""Publishes new versions of adapters during a run, so that the server swaps adapters that requests are using.
 
-churn.jsonl, one publication a line: unix_s, model, version; where it could not go on, last: unix_s, error, and the run
-is invalid. A new version is the adapter that is current, with a system text of its own, so its content differs and its
-weights do not: what is measured is the swap.
+churn.jsonl has one published version per line: unix_s, model, version. If publishing fails, the last line has unix_s
+and error, and the run is invalid. A new version is the current one with another system prompt. So its content differs
+but its weights do not, and only the swap is measured.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from loadtest.scenario import Scenario
 
 @contextlib.contextmanager
 def churning(scenario: Scenario, directory: Path) -> Iterator[None]:
-    """Publish a new version of each adapter in turn, every `churn_s`, until the block ends; nothing without it."""
+    """Publish a new version of each adapter in turn, every `churn_s`, until the block ends; nothing if it is 0."""
     if not scenario.churn_s:
         yield
         return
@@ -30,7 +30,10 @@ def churning(scenario: Scenario, directory: Path) -> Iterator[None]:
     store = Path(scenario.churn_store)
     names = [name for name in adapter_store.names(store) if name in target["models"]]
     if not names:
-        raise UserError(f"churn_store {scenario.churn_store!r} holds none of the models {', '.join(target['models'])}")
+        raise UserError(
+            f"churn_store {scenario.churn_store!r} has none of the models {', '.join(target['models'])}; "
+            "give the store that the server uses"
+        )
     stop = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool:
         publishing = pool.submit(_publish, scenario.churn_s, store, names, directory, stop)
@@ -42,14 +45,14 @@ def churning(scenario: Scenario, directory: Path) -> Iterator[None]:
 
 
 def _publish(every_s: float, store: Path, names: Sequence[str], directory: Path, stop: threading.Event) -> None:
-    begun = time.monotonic()
+    started_s = time.monotonic()
     count = 0
     with (directory / "churn.jsonl").open("w", encoding="utf-8") as file:
-        while not stop.wait(max(begun + (count + 1) * every_s - time.monotonic(), 0)):
+        while not stop.wait(max(started_s + (count + 1) * every_s - time.monotonic(), 0)):
             try:
-                manifest = _publish_again(store, names[count % len(names)], count)
+                manifest = _publish_copy(store, names[count % len(names)], count)
             except UserError as error:
-                # The load goes on: what it showed so far is worth keeping.
+                # The load continues, so that its results are kept.
                 file.write(json.dumps({"unix_s": time.time(), "error": str(error)}) + "\n")
                 return
             file.write(json.dumps({"unix_s": time.time(), "model": manifest.name, "version": manifest.version}) + "\n")
@@ -57,7 +60,7 @@ def _publish(every_s: float, store: Path, names: Sequence[str], directory: Path,
             count += 1
 
 
-def _publish_again(store: Path, name: str, count: int) -> adapter_store.Manifest:
+def _publish_copy(store: Path, name: str, count: int) -> adapter_store.Manifest:
     manifest = adapter_store.find(store, name)
     base, folder = resolve(manifest.base["hub_id"]), adapter_store.version_dir(store, manifest)
     system = f"{manifest.prompt['system'].split(' (load test')[0]} (load test {count})".strip()

@@ -1,6 +1,6 @@
-"""The small language of scenario values: `4`, `ramp(1, 10)`, `lognormal(64, 0.5)`, `weights(gentle=3, base=1)`.
+"""Reads the values of scenario options such as `4`, `ramp(1, 10)`, `lognormal(64, 0.5)`, `weights(gentle=3, base=1)`.
 
-One call of a known name with numbers, by position or by name. A bare number means itself.
+A value is a number, or one call of a known name with numbers, by position or by keyword.
 """
 
 import re
@@ -14,7 +14,7 @@ _CALL = re.compile(r"\s*([a-z_]+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
 class Call(NamedTuple):
-    """A parsed value: its name, its positional numbers, its named numbers."""
+    """A parsed value: its name, its positional numbers, its keyword numbers."""
 
     name: str
     numbers: tuple[float, ...]
@@ -22,9 +22,9 @@ class Call(NamedTuple):
 
 
 def parse(option: str, text: str, known: Mapping[str, str]) -> Call:
-    """Read `text`, the value of `option`; `known` maps each allowed name to how it is written.
+    """Read `text`, the value of `option`; `known` maps each allowed name to its form.
 
-    A bare number comes back under the name `""`. Raises UserError with the allowed forms.
+    A number alone has the name "". Raises UserError that lists the allowed forms.
     """
     bare = _number(text)
     if bare is not None and "" in known:
@@ -48,7 +48,7 @@ def parse(option: str, text: str, known: Mapping[str, str]) -> Call:
 
 
 def _number(text: str) -> float | None:
-    """The finite number that `text` is, or None."""
+    """`text` as a finite number; None if it is not one."""
     try:
         value = float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Starts Locust as a child process: gevent rewrites the standard library there, never here."""
+"""Starts Locust as a child process, so that gevent patches the standard library there and never here."""
 
 import contextlib
 import math
@@ -13,22 +13,22 @@ from pathlib import Path
 from counsel.errors import UserError
 from loadtest.scenario import Scenario, host_port
 
-# Locust's status where the collector gave the run up, and has said why.
-GIVEN_UP = 3
+# Locust's exit status if the collector aborted the run and printed why.
+ABORTED = 3
 
 _LOCUST = (
     sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"),
-    # Failed requests are rows; Locust's status says only whether Locust itself went well.
+    # Failed requests are records; Locust's status says only whether Locust itself worked.
     "--exit-code-on-error", "0",
 )  # fmt: skip
 
 
 def locust_argv(scenario: Scenario, directory: Path, port: int) -> list[str]:
-    """The command line of Locust; `port` is where its processes meet when there are several on this machine."""
+    """The command line of Locust; `port` is for its own processes, if there are several on this machine."""
     users = str(scenario.sources)
     argv = [
         *_LOCUST, "--users", users, "--spawn-rate", users,
-        # Users end on their own; these bound what goes wrong.
+        # Users end by themselves; these limits are for when something goes wrong.
         "--stop-timeout", f"{math.ceil(scenario.drain_s) + 5}s",
         "--run-time", f"{math.ceil(scenario.duration_s + scenario.drain_s) + 30}s",
         "--logfile", str(directory / "locust.log"),
@@ -57,9 +57,9 @@ def worker_argv(directory: Path, master: str) -> list[str]:
 
 
 def run_locust(scenario: Scenario, directory: Path) -> bool:
-    """Play the plan in `directory`; return whether Ctrl-C ended it, when requests.jsonl and client.jsonl are whole.
+    """Send the plan in `directory`, until requests.jsonl and client.jsonl are complete; return whether Ctrl-C ended it.
 
-    Progress goes to stderr, Locust's own talk to locust.log. Raises UserError when Locust does not end well.
+    Progress goes to stderr, Locust's own log to locust.log. Raises UserError if Locust fails.
     """
     if scenario.web:
         print(f"live page: http://127.0.0.1:{scenario.web_port}; Ctrl-C ends the run", file=sys.stderr)
@@ -71,27 +71,27 @@ def run_locust(scenario: Scenario, directory: Path) -> bool:
 
 
 def run_worker(directory: Path, master: str) -> None:
-    """Send a share of the plan in `directory` for a run that waits at `master`; return when it has ended."""
+    """Send a share of the plan in `directory` for the run led at `master`; return when that run has ended."""
     _run(worker_argv(directory, master), directory)
 
 
 def _run(argv: Sequence[str], directory: Path) -> bool:
-    """Run Locust to its end, or to Ctrl-C: then it finishes what runs. Return whether that was the end."""
+    """Run Locust until it ends, or until Ctrl-C, when running requests finish first. Return whether it was Ctrl-C."""
     environment = {**os.environ, "COUNSEL_LOADTEST": str(directory.resolve())}
     with (directory / "locust.out").open("a", encoding="utf-8") as out:
-        # A session of its own: Ctrl-C is for us, who then tell Locust once, wherever the signal came from.
+        # Its own session, so that Ctrl-C reaches only this process, which then signals Locust exactly once.
         child = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, stdout=out, start_new_session=True)
         try:
             status, stopped = _wait(child)
         finally:
             if child.poll() is None:
-                # Its workers are in its session too.
+                # Its workers are in the same session.
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-    if status == GIVEN_UP:
-        raise UserError(f"the run in {directory} was given up, for the reason above")
+    if status == ABORTED:
+        raise UserError(f"the run in {directory} was aborted, for the reason above")
     if status != 0:
-        raise UserError(f"locust ended with status {status}; see {directory / 'locust.log'}")
+        raise UserError(f"locust exited with status {status}; see {directory / 'locust.log'}")
     return stopped
 
 
@@ -100,17 +100,17 @@ def _wait(child: "subprocess.Popen[bytes]") -> tuple[int, bool]:
         return child.wait(), False
     except KeyboardInterrupt:
         pass
-    print("ending: running requests may finish first (Ctrl-C again: give them up; `report` judges what came)",
+    print("stopping: waiting for running requests (Ctrl-C again stops at once; `report` judges what was recorded)",
           file=sys.stderr)  # fmt: skip
-    # Not SIGINT: Python would raise KeyboardInterrupt in whichever greenlet runs, mostly one that reads a reply.
-    # For SIGTERM, Locust has a handler in a greenlet of its own.
+    # Not SIGINT: Python would raise KeyboardInterrupt in whichever greenlet runs, usually one that reads a reply.
+    # For SIGTERM, Locust has a handler in a separate greenlet.
     child.send_signal(signal.SIGTERM)
     return child.wait(), True
 
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free port for Locust's own workers. Bound here and never listened on, it is given to nobody else meanwhile."""
+    """A free port for Locust's own workers. It is bound here but not listened on, so that no other process gets it."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))

@@ -1,7 +1,15 @@
-"""What Locust runs: users that are sources of arrivals, and the plumbing that brings their rows to one file.
+"""What Locust runs: users that are sources of arrivals, and what brings their records to one file.
 
 `python -m loadtest` starts it (see loadtest/launch.py) with the results directory in COUNSEL_LOADTEST. Locust's own
-table feeds the live page and nothing else: it rounds to two digits, and what it calls a rate waits for replies.
+statistics only feed the live page: they are rounded to two digits, and their rates wait for replies.
+
+A process is the leader (it has a Collector), a sender (it has a Sender), or, if it is the only one, both:
+
+  leader: share -> worker                     when the test starts: which share of the plan is yours
+  worker: ask -> leader, leader: time -> worker    a few times: what time is it (see loadtest/clock.py)
+  worker: aligned -> leader                   enough
+  leader: begin -> worker                     when all are aligned: the run begins at this time
+  worker: report -> leader                    twice a second: records and self-observations
 """
 
 import gc
@@ -24,7 +32,7 @@ from locust.user.task import LOCUST_STATE_STOPPING
 from counsel.files import read_jsonl
 from loadtest.clock import Clock
 from loadtest.collector import Collector, Outbox
-from loadtest.dispatcher import Player
+from loadtest.dispatcher import Dispatcher
 from loadtest.scenario import read_scenario
 from loadtest.stream import make_client, rehearse
 from loadtest.workload import Arrival
@@ -32,187 +40,211 @@ from loadtest.workload import Arrival
 # One line per request otherwise.
 logging.getLogger("httpx2").setLevel(logging.WARNING)
 
-# Seconds without a heartbeat after which a worker is given up. Three, Locust's own, pass on a crowded machine while a
-# worker connects; a worker that really is gone still makes the run invalid.
+# Seconds without a heartbeat after which a worker counts as lost. Locust's default of three can pass on a busy machine
+# while a worker connects. A worker that is really lost still makes the run invalid.
 runners.HEARTBEAT_LIVENESS = 15
 
-# Seconds from saying when the run begins to its beginning, so that every worker has heard it by then.
+# Seconds between announcing the start of the run and the start, so that every worker has heard of it.
 _LEAD_S = 0.2
 
 DIRECTORY = Path(os.environ["COUNSEL_LOADTEST"])
 SCENARIO = read_scenario(DIRECTORY)
-# Read here and not in a listener: a worker is told to start as soon as it has joined, and several share this memory.
-PLAN = [Arrival.from_row(row) for row in read_jsonl(DIRECTORY / "plan.jsonl")]
-PROMPTS = [row["question"] for row in read_jsonl(DIRECTORY / "prompts.jsonl")]
+# Read here and not in a listener: a worker is told to start as soon as it has joined, and forked workers share this.
+PLAN = [Arrival.from_json(line) for line in read_jsonl(DIRECTORY / "plan.jsonl")]
+PROMPTS = [line["question"] for line in read_jsonl(DIRECTORY / "prompts.jsonl")]
 rehearse(SCENARIO)
-# All of this lives to the end: without freezing it, each full collection would stop the hub to look through it.
+# All of this lives until the end. Without freezing it, each full garbage collection would stop the hub to scan it.
 gc.freeze()
 
 
-class ProcessState:
-    """This Locust process: its number, player and outbox, and which of its users play (numbered from 0, reused)."""
+class Sender:
+    """The sending side of this process, for one start of the test; Locust's page can start a test again."""
 
-    worker = 0
-    player: Player
-    outbox: Outbox
-    playing: set[int]
-    jobs: tuple[gevent.Greenlet, ...] = ()
-    collector: Collector | None = None
-    # What a worker knows of the leader's clock, and who of the workers has told the leader that it does.
-    clock: Clock
-    aligned: set[str]
-    begun = Event()
+    def __init__(self, environment: Environment, worker: int) -> None:
+        self.dispatcher = Dispatcher(
+            SCENARIO, PLAN, PROMPTS, make_client(SCENARIO.url, SCENARIO.reuse), worker,
+            lambda record: self.outbox.add(record),
+        )  # fmt: skip
+        self.outbox = Outbox(environment, self.dispatcher, deliver)
+        self.clock = Clock()
+        self.started = Event()
+        # Numbers of the users that are sending: each takes the lowest free one.
+        self.active_users: set[int] = set()
+        self._jobs = (gevent.spawn(self.outbox.run), gevent.spawn(self.outbox.observe, self.started))
+
+    def start(self, start_s: float) -> None:
+        """Start the clock of the run, and the users that wait for it."""
+        self.dispatcher.start_s = start_s
+        self.started.set()
+
+    def close(self) -> None:
+        gevent.killall(self._jobs)
+
+
+class ProcessState:
+    """The state of this process. Locust's listeners are functions of this module, so it is global: see STATE."""
+
+    def __init__(self) -> None:
+        self.worker = 0  # its share of the plan
+        self.sender: Sender | None = None  # None in a master, and before a test starts
+        self.collector: Collector | None = None  # None in a worker
+        self.aligned: set[str] = set()  # in a master, the workers that know its clock
+
+    def the_sender(self) -> Sender:
+        assert self.sender, "a test has started, and this process is not a master"
+        return self.sender
+
+
+STATE = ProcessState()
 
 
 class ArrivalSource(User):
     """A source of arrivals, or in a closed loop one client; see loadtest/dispatcher.py."""
 
     @task
-    def play(self) -> None:
-        """Play this user's share of the plan, then wait for what is still running."""
-        own = next(number for number in range(len(ProcessState.playing) + 1) if number not in ProcessState.playing)
-        if own and not SCENARIO.closed and not SCENARIO.web:
-            # Locust hands a lost worker's users to the others; playing on here would double this worker's share.
+    def send(self) -> None:
+        """Send this user's share of the plan, then wait for requests that are still running."""
+        sender = STATE.the_sender()
+        active = sender.active_users
+        number = next(number for number in range(len(active) + 1) if number not in active)
+        if number and not SCENARIO.closed and not SCENARIO.web:
+            # Locust gives the users of a lost worker to the others; sending here would double this worker's share.
             raise StopUser
-        ProcessState.playing.add(own)
-        ProcessState.begun.wait()
-        gevent.sleep(max(-ProcessState.player.now_s(), 0))
+        active.add(number)
+        sender.started.wait()
+        gevent.sleep(max(-sender.dispatcher.now_s(), 0))
         try:
             if SCENARIO.closed:
-                ProcessState.player.play_closed(self._told_to_stop)
+                sender.dispatcher.run_closed(self._stopping)
             else:
-                ProcessState.player.play_open(own * SCENARIO.workers + ProcessState.worker, self._told_to_stop)
-            if ProcessState.playing == {own}:
-                ProcessState.player.drain()
+                sender.dispatcher.run_open(number * SCENARIO.workers + STATE.worker, self._stopping)
+            if active == {number}:
+                sender.dispatcher.drain()
         finally:
-            ProcessState.playing.remove(own)
-            ProcessState.outbox.finished = not ProcessState.playing
+            active.remove(number)
+            sender.outbox.finished = not active
         raise StopUser
 
-    def _told_to_stop(self) -> bool:
+    def _stopping(self) -> bool:
         return self._state == LOCUST_STATE_STOPPING
 
 
 @events.init.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
-    """Be ready to write down what the others, or this process, report; or to be told which share to play."""
+    """Register the messages of the table above, and make the collector unless this is a worker."""
     runner = environment.runner
     gevent.spawn(end_with_parent, os.getppid())
-    # Here and not at import: the last listener is asked first, and Locust's own would say goodbye before our last rows.
-    environment.events.quitting.add_listener(end)
+    # Here and not at import: the last listener is called first, and Locust's own disconnects from the master.
+    environment.events.quitting.add_listener(send_last_report)
     if isinstance(runner, WorkerRunner):
-        runner.register_message("share", lambda msg, **_: setattr(ProcessState, "worker", msg.data["number"]))
-        runner.register_message("time", lambda msg, **_: told_the_time(runner, **msg.data))
-        runner.register_message("begin", lambda msg, **_: begin(ProcessState.clock.here(msg.data["leader_s"])))
+        runner.register_message("share", lambda msg, **_: setattr(STATE, "worker", msg.data["number"]))
+        runner.register_message("time", lambda msg, **_: take_time(runner, **msg.data))
+        runner.register_message("begin", lambda msg, **_: begin_worker(msg.data["leader_s"]))
         return
-    collector = ProcessState.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
+    collector = STATE.collector = Collector(environment, DIRECTORY, SCENARIO.workers)
     if isinstance(runner, MasterRunner):
         runner.register_message("report", lambda msg, **_: collector.take(msg.data))
-        runner.register_message("ask", lambda msg, **_: tell_the_time(runner, msg.node_id, msg.data["asked_s"]))
-        runner.register_message("aligned", lambda msg, **_: begin_when_aligned(runner, collector, msg.node_id))
+        runner.register_message("ask", lambda msg, **_: send_time(runner, msg.node_id, msg.data["asked_s"]))
+        runner.register_message("aligned", lambda msg, **_: begin_if_aligned(runner, collector, msg.node_id))
 
 
 @events.test_start.add_listener
 def start(environment: Environment, **_: Any) -> None:
-    """Begin with a fresh player, outbox and files; workers, once all of them know what time it is."""
+    """Start with a new sender and empty files. A single process begins at once, workers when all clocks are aligned."""
     runner = environment.runner
-    if ProcessState.collector:
-        ProcessState.collector.restart()
+    if STATE.collector:
+        STATE.collector.restart()
     if isinstance(runner, MasterRunner):
-        ProcessState.aligned = set()
+        STATE.aligned = set()
         assign_shares(runner)
         return
-    gevent.killall(ProcessState.jobs)
-    ProcessState.begun.clear()
-    client = make_client(SCENARIO.url, SCENARIO.reuse)
-    ProcessState.player = Player(
-        SCENARIO, PLAN, PROMPTS, client, ProcessState.worker, lambda row: ProcessState.outbox.add(row)
-    )
-    ProcessState.outbox = Outbox(environment, ProcessState.player, deliver)
-    ProcessState.playing = set()
-    ProcessState.jobs = (
-        gevent.spawn(ProcessState.outbox.run),
-        gevent.spawn(ProcessState.outbox.observe, ProcessState.begun),
-    )
+    if STATE.sender:
+        STATE.sender.close()
+    sender = STATE.sender = Sender(environment, STATE.worker)
     if isinstance(runner, WorkerRunner):
-        ProcessState.clock = Clock()
-        ProcessState.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s}))
+        ask_time(runner, sender)
     else:
-        assert ProcessState.collector, "what is no worker collects"
+        assert STATE.collector, "a process that is not a worker has a collector"
         now_s = time.monotonic()
-        ProcessState.collector.begin(now_s)
-        begin(now_s)
-
-
-def tell_the_time(runner: MasterRunner, worker: str, asked_s: float) -> None:
-    """Answer a worker: this is the leader's clock."""
-    runner.send_message("time", {"asked_s": asked_s, "leader_s": time.monotonic()}, client_id=worker)
-
-
-def told_the_time(runner: WorkerRunner, asked_s: float, leader_s: float) -> None:
-    """Ask again, or say that it is enough."""
-    ProcessState.clock.answer(asked_s, leader_s)
-    if not ProcessState.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s})):
-        ProcessState.outbox.clock_error_s = ProcessState.clock.error_s
-        runner.send_message("aligned")
-
-
-def begin_when_aligned(runner: MasterRunner, collector: Collector, worker: str) -> None:
-    """Say when the run begins, once every worker can tell."""
-    ProcessState.aligned.add(worker)
-    if len(ProcessState.aligned) == SCENARIO.workers:
-        leader_s = time.monotonic() + _LEAD_S
-        collector.begin(leader_s)
-        for each in ProcessState.aligned:
-            runner.send_message("begin", {"leader_s": leader_s}, client_id=each)
-
-
-def begin(start_s: float) -> None:
-    """Start this process's clock of the run, and its sources."""
-    ProcessState.player.start_s = start_s
-    ProcessState.begun.set()
+        STATE.collector.begin(now_s)
+        sender.start(now_s)
 
 
 def assign_shares(runner: MasterRunner) -> None:
-    """Tell each worker which share of the plan is its own, before it is told to start.
+    """Tell each worker its share of the plan, before it is told to start.
 
-    Locust's own number of a worker will not do: one that went away before the start leaves a gap in them.
+    Locust's own numbers of the workers do not work here: a worker that left before the start leaves a gap in them.
     """
     ready = runner.clients.ready
     for number, node in enumerate(ready):
         runner.send_message("share", {"number": number}, client_id=node.id)
     if len(ready) != SCENARIO.workers:
-        assert ProcessState.collector, "the master collects"
-        ProcessState.collector.give_up(f"{len(ready)} workers joined a run for {SCENARIO.workers}; end those too many")
+        assert STATE.collector, "a master has a collector"
+        STATE.collector.abort(f"{len(ready)} workers joined a run for {SCENARIO.workers}; stop the extra ones")
+
+
+def ask_time(runner: WorkerRunner, sender: Sender) -> bool:
+    """Ask the leader for its time; whether another question was needed."""
+    return sender.clock.ask(lambda asked_s: runner.send_message("ask", {"asked_s": asked_s}))
+
+
+def send_time(runner: MasterRunner, worker: str, asked_s: float) -> None:
+    """Answer a worker with the leader's time."""
+    runner.send_message("time", {"asked_s": asked_s, "leader_s": time.monotonic()}, client_id=worker)
+
+
+def take_time(runner: WorkerRunner, asked_s: float, leader_s: float) -> None:
+    """Take the leader's answer; ask again, or report that this clock is aligned."""
+    sender = STATE.the_sender()
+    sender.clock.answer(asked_s, leader_s)
+    if not ask_time(runner, sender):
+        sender.outbox.clock_error_s = sender.clock.error_s
+        runner.send_message("aligned")
+
+
+def begin_if_aligned(runner: MasterRunner, collector: Collector, worker: str) -> None:
+    """Once every worker is aligned, tell all of them when the run begins."""
+    STATE.aligned.add(worker)
+    if len(STATE.aligned) == SCENARIO.workers:
+        leader_s = time.monotonic() + _LEAD_S
+        collector.begin(leader_s)
+        for each in STATE.aligned:
+            runner.send_message("begin", {"leader_s": leader_s}, client_id=each)
+
+
+def begin_worker(leader_s: float) -> None:
+    """Begin the run at `leader_s` on the leader's clock."""
+    sender = STATE.the_sender()
+    sender.start(sender.clock.here(leader_s))
 
 
 def deliver(report: dict[str, Any]) -> None:
-    """Bring a report to the collector: ours, or the master's."""
-    if ProcessState.collector:
-        ProcessState.collector.take(report)
+    """Bring a report to the collector, in this process or in the master."""
+    if STATE.collector:
+        STATE.collector.take(report)
     else:
-        runner = ProcessState.outbox.environment.runner
+        runner = STATE.the_sender().outbox.environment.runner
         assert isinstance(runner, WorkerRunner), "only a worker has no collector"
         runner.send_message("report", report)
 
 
 @events.user_error.add_listener
-def broken(exception: Exception, **_: Any) -> None:
-    """Locust logs what a task raises and runs the task again: here it is our own bug, and ends the run."""
-    ProcessState.player.bugs.append("".join(traceback.format_exception(exception)))
+def record_bug(exception: Exception, **_: Any) -> None:
+    """Locust would log what a task raises and run the task again. Here it is a bug of ours, and ends the run."""
+    STATE.the_sender().dispatcher.tracebacks.append("".join(traceback.format_exception(exception)))
 
 
-def end(environment: Environment, **_: Any) -> None:
-    """Let what still runs end, and report it."""
+def send_last_report(environment: Environment, **_: Any) -> None:
+    """Let running requests end, and report them."""
     runner = environment.runner
-    assert runner is not None, "it was there when this was registered"
+    assert runner is not None, "there is a runner since `prepare`"
     runner.stop()
-    if ProcessState.jobs:
-        ProcessState.outbox.flush()
+    if STATE.sender:
+        STATE.sender.outbox.flush()
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when the one that started it is gone: nobody would judge its rows."""
+    """End this process when the one that started it is gone: nothing would judge its records."""
     while os.getppid() == parent:
         gevent.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

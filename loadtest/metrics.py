@@ -1,9 +1,9 @@
-"""Figures from rows: pure functions, so that a report can be made again from the files at any time.
+"""Metrics from request records: pure functions, so that a report can be made from the files at any time.
 
-Latencies and shares are over the rows that were due after the warm-up, and whose client was to stay: one that is to
-hang up sees the quick replies whole and the slow ones not at all, so its times would make any server fast. Latencies
-are over whole replies (outcome ok); failures are counted, never timed. Rates are over the replies that ended within a
-window of time (see loadtest/window.py). A percentile of few rows is still shown, with its n beside it.
+Latencies and shares are over the requests that were due after the warm-up and whose client stays to the end. A client
+that is planned to hang up gets only the quick replies complete, so its latencies would make any server look fast.
+Latencies are over complete replies (outcome ok); failures are counted, never timed. Rates are over the replies that
+ended within a time window (see loadtest/window.py). A percentile of few requests is still shown, with its n beside it.
 """
 
 import itertools
@@ -12,22 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from loadtest.records import FAILED, Row
+from loadtest.records import FAILED, RequestRecord
 from loadtest.window import Window, open_window
 
 PERCENTILES = (50, 90, 95, 99)
-LATENCIES: dict[str, Callable[[Row], float | None]] = {
-    "ttft_s": lambda row: row.ttft_s,
-    "ttft_due_s": lambda row: row.ttft_due_s,
-    "ttfc_s": lambda row: row.ttfc_s,
-    "tpot_s": lambda row: row.tpot_s,
-    "e2e_s": lambda row: row.e2e_s,
-    "e2e_due_s": lambda row: row.e2e_due_s,
+LATENCIES: dict[str, Callable[[RequestRecord], float | None]] = {
+    "ttft_s": lambda record: record.ttft_s,
+    "ttft_due_s": lambda record: record.ttft_due_s,
+    "ttfc_s": lambda record: record.ttfc_s,
+    "tpot_s": lambda record: record.tpot_s,
+    "e2e_s": lambda record: record.e2e_s,
+    "e2e_due_s": lambda record: record.e2e_due_s,
 }
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
-    """The value at `percent`, interpolated between ranks as numpy does; None of nothing.
+    """The value at `percent`, interpolated between ranks as in numpy; None without values.
 
     percentile([1, 2, 3, 4], 50) is 2.5.
     """
@@ -42,123 +42,136 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def measured(rows: Iterable[Row], warmup_s: float) -> list[Row]:
-    """The rows that count: due after the warm-up."""
-    return [row for row in rows if row.due_s >= warmup_s]
+def measured(records: Iterable[RequestRecord], warmup_s: float) -> list[RequestRecord]:
+    """The requests that count: those due after the warm-up."""
+    return [record for record in records if record.due_s >= warmup_s]
 
 
-def figures(rows: Sequence[Row], ended: Sequence[Row], window_s: float, good: Callable[[Row], bool]) -> dict[str, Any]:
-    """All figures of some measured `rows`; rates are of the replies that `ended` within `window_s` seconds.
+def compute_metrics(
+    records: Sequence[RequestRecord],
+    ended: Sequence[RequestRecord],
+    window_s: float,
+    good: Callable[[RequestRecord], bool],
+) -> dict[str, Any]:
+    """All metrics of some measured `records`. Rates are over the replies that `ended` within `window_s` seconds.
 
-    `good`: what counts as goodput. `stayed`: the rows whose client was to stay, of which shares and latencies are.
+    `good` says which requests count as goodput. In the result, `stayed` counts the requests whose client stays to the
+    end; shares and latencies are over these.
     """
-    ok = [row for row in rows if row.ok]
-    stayed = [row for row in rows if row.stays]
-    timed = [row for row in stayed if row.ok]
-    failed = sum(row.outcome in FAILED for row in stayed)
+    ok = [record for record in records if record.ok]
+    stayed = [record for record in records if record.stays]
+    timed = [record for record in stayed if record.ok]
+    failed = sum(record.outcome in FAILED for record in stayed)
 
     def per_s(amount: float) -> float | None:
         return amount / window_s if window_s > 0 else None
 
-    found: dict[str, Any] = {
-        "n": len(rows),
+    metrics: dict[str, Any] = {
+        "n": len(records),
         "ok": len(ok),
         "stayed": len(stayed),
-        "errors": sum(row.outcome in FAILED for row in rows),
+        "errors": sum(record.outcome in FAILED for record in records),
         "error_rate": failed / len(stayed) if stayed else None,
-        "outcomes": dict(Counter(row.outcome for row in rows)),
+        "outcomes": dict(Counter(record.outcome for record in records)),
         "goodput_share": sum(map(good, stayed)) / len(stayed) if stayed else None,
         "goodput_per_s": per_s(sum(map(good, ended))),
         "requests_per_s": per_s(len(ended)),
-        "tokens_per_s": per_s(sum(row.completion_tokens or 0 for row in ended)),
-        "prompt_tokens": sum(row.prompt_tokens or 0 for row in ok),
-        "completion_tokens": sum(row.completion_tokens or 0 for row in ok),
+        "tokens_per_s": per_s(sum(record.completion_tokens or 0 for record in ended)),
+        "prompt_tokens": sum(record.prompt_tokens or 0 for record in ok),
+        "completion_tokens": sum(record.completion_tokens or 0 for record in ok),
     }
-    for name, of in LATENCIES.items():
-        found[name] = spread([value for row in timed if (value := of(row)) is not None])
-    found["itl_s"] = spread([gap for row in timed for gap in row.gaps_s])
-    found["lag_s"] = spread([lag for row in rows if (lag := row.lag_s) is not None])
-    return found
+    for name, latency in LATENCIES.items():
+        metrics[name] = describe([value for record in timed if (value := latency(record)) is not None])
+    metrics["itl_s"] = describe([gap for record in timed for gap in record.gaps_s])
+    metrics["lag_s"] = describe([lag for record in records if (lag := record.lag_s) is not None])
+    return metrics
 
 
-def cold_penalty(rows: Sequence[Row], base: str | None, warmup_s: float) -> dict[str, Any]:
-    """TTFT of adapter requests that were cold (the first to name theirs, or tagged so) and of the warm ones.
+def cold_penalty(records: Sequence[RequestRecord], base: str | None, warmup_s: float) -> dict[str, Any]:
+    """TTFT of cold adapter requests (the first for their adapter, or tagged `cold`) and of warm ones.
 
-    `rows`: all of the run. One of the warm-up loads its adapter, and is in no figure.
+    `records` are those of the whole run: a request in the warm-up loads its adapter, but is not counted.
     """
-    seen: set[str] = set()
+    loaded: set[str] = set()
     ttft_s: dict[str, list[float]] = {"cold": [], "warm": []}
-    for row in sorted(rows, key=lambda row: row.due_s):
-        if row.model == base or row.sent_s is None:
+    for record in sorted(records, key=lambda record: record.due_s):
+        if record.model == base or record.sent_s is None:
             continue
-        kind = "cold" if row.model not in seen or "cold" in row.tags else "warm"
-        seen.add(row.model)
-        if row.ok and row.stays and row.due_s >= warmup_s and row.ttft_s is not None:
-            ttft_s[kind].append(row.ttft_s)
-    return {kind: spread(values) for kind, values in ttft_s.items()}
+        kind = "cold" if record.model not in loaded or "cold" in record.tags else "warm"
+        loaded.add(record.model)
+        if record.ok and record.stays and record.due_s >= warmup_s and record.ttft_s is not None:
+            ttft_s[kind].append(record.ttft_s)
+    return {kind: describe(values) for kind, values in ttft_s.items()}
 
 
 def step_points(
-    rows: Sequence[Row], edges_s: Sequence[float], warmup_s: float, good: Callable[[Row], bool]
+    records: Sequence[RequestRecord],
+    edges_s: Sequence[float],
+    warmup_s: float,
+    good: Callable[[RequestRecord], bool],
 ) -> list[dict[str, Any]]:
-    """One point of the curves per plateau of a stepped rate: the rows that were due in it (see charts.curves).
+    """One point of the curves (see charts.curves) per step of a stepped rate, from the requests due in that step.
 
-    `rows`: all of the run. What was due in the warm-up is in no point, and a plateau within it has none.
+    `records` are those of the whole run. Requests due in the warm-up are left out, and so are steps within it.
     """
     points = []
     for edge_s, end_s in itertools.pairwise(edges_s):
         begin_s = max(edge_s, warmup_s)
         if begin_s >= end_s:
             continue
-        due = [row for row in rows if begin_s <= row.due_s < end_s]
-        window = open_window(rows, begin_s, end_s, filled_from_s=edge_s)
-        found = figures(due, window.ended(rows), window.length_s, good)
-        points.append(curve_point(len(due) / (end_s - begin_s), found))
+        due = [record for record in records if begin_s <= record.due_s < end_s]
+        window = open_window(records, begin_s, end_s, filled_from_s=edge_s)
+        metrics = compute_metrics(due, window.ended(records), window.length_s, good)
+        points.append(curve_point(len(due) / (end_s - begin_s), metrics))
     return points
 
 
-def curve_point(offered: float, found: dict[str, Any]) -> dict[str, Any]:
-    """What the curves draw of the figures at one offered rate (requests/s)."""
+def curve_point(offered: float, metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that the curves show at one offered rate (requests/s)."""
     return {
         "offered": offered,
-        "achieved": found["requests_per_s"],
-        "ttft_p50_s": found["ttft_s"]["p50"],
-        "ttft_p90_s": found["ttft_s"]["p90"],
-        "tpot_p50_s": found["tpot_s"]["p50"],
-        "tokens_per_s": found["tokens_per_s"],
-        "goodput_share": found["goodput_share"],
-        "n": found["n"],
+        "achieved": metrics["requests_per_s"],
+        "ttft_p50_s": metrics["ttft_s"]["p50"],
+        "ttft_p90_s": metrics["ttft_s"]["p90"],
+        "tpot_p50_s": metrics["tpot_s"]["p50"],
+        "tokens_per_s": metrics["tokens_per_s"],
+        "goodput_share": metrics["goodput_share"],
+        "n": metrics["n"],
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """n, mean and percentiles; None where there is nothing."""
+def describe(values: Sequence[float]) -> dict[str, Any]:
+    """n, mean and percentiles; mean and percentiles are None without values."""
     mean = sum(values) / len(values) if values else None
     return {"n": len(values), "mean": mean, **{f"p{percent}": percentile(values, percent) for percent in PERCENTILES}}
 
 
-def summarise(
-    rows: Sequence[Row], asked: Iterable[str], warmup_s: float, window: Window, good: Callable[[Row], bool]
+def summarize(
+    records: Sequence[RequestRecord],
+    models: Iterable[str],
+    warmup_s: float,
+    window: Window,
+    good: Callable[[RequestRecord], bool],
 ) -> dict[str, Any]:
-    """Figures of all measured rows together and of each model that was `asked`, models in order of their name.
+    """Metrics of all measured requests together, and of each model in order of its name.
 
-    A model without rows has figures too: zeros and None.
+    `models` are the models of the run. One without requests has metrics too: zeros and None.
     """
-    counted, ended = measured(rows, warmup_s), window.ended(rows)
+    counted, ended = measured(records, warmup_s), window.ended(records)
 
-    def of(model: str) -> dict[str, Any]:
-        own, whole = ([row for row in some if row.model == model] for some in (counted, ended))
-        return figures(own, whole, window.length_s, good)
+    def of_model(model: str) -> dict[str, Any]:
+        own, own_ended = ([record for record in some if record.model == model] for some in (counted, ended))
+        return compute_metrics(own, own_ended, window.length_s, good)
 
     return {
         "window": window._asdict(),
-        "all": figures(counted, ended, window.length_s, good),
-        "models": {model: of(model) for model in sorted({*asked, *(row.model for row in rows)})},
+        "all": compute_metrics(counted, ended, window.length_s, good),
+        "models": {model: of_model(model) for model in sorted({*models, *(record.model for record in records)})},
     }
 
 
 def rounded(document: Any) -> Any:
-    """The same document with floats cut to six significant digits, which is more than any of them knows."""
+    """The same document with floats rounded to six significant digits, more than any of them is accurate to."""
     if isinstance(document, dict):
         return {key: rounded(value) for key, value in document.items()}
     if isinstance(document, list | tuple):

@@ -1,4 +1,4 @@
-"""Everything a run needs before it starts, in its results directory: config, models, prompts, plan."""
+"""Writes what a run needs before it starts to its results directory: scenario, models, prompts, plan."""
 
 import secrets
 import sys
@@ -12,18 +12,18 @@ from counsel.errors import UserError
 from counsel.files import read_jsonl, write_json, write_jsonl
 from counsel.run import open_run, provenance
 from loadtest.arrivals import due_times, rate_knots, trace_times
-from loadtest.mix import choose, shares, with_cold
+from loadtest.mix import choose_models, shares, with_cold_requests
 from loadtest.scenario import Scenario
 from loadtest.slo import parse_objective
 from loadtest.stream import make_client
-from loadtest.workload import Arrival, Prompts, Work, make_plan
+from loadtest.workload import Arrival, Prompts, Workload, make_plan
 
-# A closed loop has no schedule; its clients go round a plan of this many requests.
+# A closed loop has no schedule; its clients repeat a plan of this many requests.
 _CLOSED_PLAN = 4096
 
 
 class Models(NamedTuple):
-    """What a server serves: names in its order, and which of them is the base (None: it lists none)."""
+    """The models to load: their names in the server's order, and which of them is the base (None: not among them)."""
 
     names: tuple[str, ...]
     base: str | None
@@ -32,30 +32,30 @@ class Models(NamedTuple):
 def prepare(scenario: Scenario) -> Path:
     """Make the results directory with config.json, target.json, prompts.jsonl and plan.jsonl; return its path.
 
-    Raises UserError for an unreachable server, an unknown model, a missing run or a plan without requests.
+    Raises UserError for an unreachable server, an unknown model, a missing run, or a plan without requests.
     """
     questions = read_questions(scenario)
-    models = ask_models(scenario)
-    plan, prompts = plan_of(scenario, models, questions)
-    asked = asked_models(scenario, models, plan)
+    models = target_models(scenario)
+    plan, prompts = build_plan(scenario, models, questions)
+    requested = requested_models(scenario, models, plan)
     directory = results_directory(scenario)
     if directory.exists():
         raise UserError(f"{str(directory)!r} exists; choose another --out")
     if scenario.unique_prompts:
-        # Numbers that start from 0 in every run would find the last run's prompts in the server's prefix cache.
+        # Without a tag per run, the server's prefix cache would hold the same prompts from the run before.
         tag = secrets.token_hex(2)
         prompts = [f"[{tag}]{text}" for text in prompts]
     write_json(directory / "config.json", scenario.to_json())
-    target = {"models": models.names, "asked": asked, "base": models.base, **provenance()}
+    target = {"models": models.names, "asked": requested, "base": models.base, **provenance()}
     write_json(directory / "target.json", target)
     write_jsonl(directory / "prompts.jsonl", ({"question": text} for text in prompts))
-    write_jsonl(directory / "plan.jsonl", (arrival.to_row() for arrival in plan))
+    write_jsonl(directory / "plan.jsonl", (arrival.to_json() for arrival in plan))
     return directory
 
 
 def results_directory(scenario: Scenario) -> Path:
-    """Where the results go: `out`, or a time-stamped folder in the run, or one here."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
+    """Where the results go: `out`, or a folder named by the UTC time, in the run or here."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     if scenario.out:
         return Path(scenario.out)
     return open_run(scenario.run).path / "loadtest" / stamp if scenario.run else Path(f"loadtest-{stamp}")
@@ -72,12 +72,12 @@ def read_questions(scenario: Scenario) -> list[str]:
     questions = list(dict.fromkeys(str(row.get("question", "")).strip() for row in rows))
     questions = [question for question in questions if question]
     if not questions:
-        raise UserError(f"{source} holds no questions; each line needs a text under the key 'question'")
+        raise UserError(f"{source} has no questions; each line needs a non-empty string under the key 'question'")
     return questions
 
 
-def ask_models(scenario: Scenario) -> Models:
-    """The models to load, as the server lists them or as the scenario picks from its list."""
+def target_models(scenario: Scenario) -> Models:
+    """The models that the scenario names, or all that the server lists by name."""
     import openai
 
     client = make_client(scenario.url)
@@ -91,49 +91,53 @@ def ask_models(scenario: Scenario) -> Models:
         ) from error
     finally:
         client.close()
-    # vLLM's cards name the base an adapter belongs to as its parent; a base has none.
+    # In vLLM's list an adapter has its base as parent; a base has none.
     bases = [card.id for card in cards if not (card.model_extra or {}).get("parent")]
     listed = [card.id for card in cards]
     for name in scenario.models:
         if name not in listed:
             raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, listed)}")
-    # `name@version` is the exact version of an adapter that is listed by its name as well.
+    # `name@version` is an exact version of an adapter that is also listed by its name.
     names = scenario.models or tuple(name for name in listed if "@" not in name)
     for scope in (parse_objective(text).scope for text in scenario.slo):
         if scope not in ("", "*", *names):
-            raise UserError(f"slo names the model {scope!r}, which this run does not ask; {nearest(scope, names)}")
+            raise UserError(f"slo names the model {scope!r}, which is not in this run; {nearest(scope, names)}")
     return Models(names, next((base for base in bases if base in names), None))
 
 
-def plan_of(scenario: Scenario, models: Models, questions: Sequence[str]) -> tuple[list[Arrival], list[str]]:
-    """The plan and the texts of its prompts; the same scenario, models and questions give the same plan."""
-    due_s, known = _due(scenario)
+def build_plan(scenario: Scenario, models: Models, questions: Sequence[str]) -> tuple[list[Arrival], list[str]]:
+    """The plan and its prompts. The same scenario, models and questions give the same plan."""
+    due_s, traced = _due_times(scenario)
     if scenario.requests:
         due_s = due_s[: scenario.requests]
     if not due_s:
-        raise UserError(f"rate {scenario.rate} for {scenario.duration_s:g} s gives no request; raise one of them")
+        raise UserError(
+            f"rate is {scenario.rate!r} and duration_s {scenario.duration_s:g}, which give no request; raise one"
+        )
     shares_by_model = shares(scenario.mix, models.names, models.base, scenario.base_share)
-    chosen = choose(shares_by_model, len(due_s), scenario.seed)
+    chosen = choose_models(shares_by_model, len(due_s), scenario.seed)
     adapters = [name for name in models.names if name != models.base]
     prompts = Prompts(questions, scenario.unique_prompts, scenario.seed)
-    work = Work(
+    workload = Workload(
         output_tokens=scenario.output_tokens, prompt_words=scenario.prompt_words, turns=scenario.turns,
         think_s=scenario.think_s, long_share=scenario.long_share, long_words=scenario.long_words,
         cancel_share=scenario.cancel_share, cancel_after_s=scenario.cancel_after_s,
     )  # fmt: skip
-    plan = make_plan(
-        due_s, with_cold(chosen, adapters, scenario.cold_share, scenario.seed), prompts, work, scenario.seed
-    )
-    for index, fields in enumerate(known[: len(plan)]):
+    chosen_or_cold = with_cold_requests(chosen, adapters, scenario.cold_share, scenario.seed)
+    plan = make_plan(due_s, chosen_or_cold, prompts, workload, scenario.seed)
+    for index, fields in enumerate(traced[: len(plan)]):
         plan[index] = plan[index]._replace(**fields)
-    unknown = {arrival.model for arrival in plan} - set(models.names)
+    unknown = sorted({arrival.model for arrival in plan} - set(models.names))
     if unknown:
-        raise UserError(f"{scenario.trace} names {sorted(unknown)[0]!r}; {nearest(sorted(unknown)[0], models.names)}")
+        raise UserError(
+            f"trace {scenario.trace!r} names the model {unknown[0]!r}, which is not in this run; "
+            f"{nearest(unknown[0], models.names)}"
+        )
     return plan, prompts.texts
 
 
-def asked_models(scenario: Scenario, models: Models, plan: Sequence[Arrival]) -> list[str]:
-    """The models that this run is about: those that the mix gives a share, or of a trace those that it names."""
+def requested_models(scenario: Scenario, models: Models, plan: Sequence[Arrival]) -> list[str]:
+    """The models that this run requests: those that have a share of the mix, or those that a trace names."""
     planned = {arrival.model for arrival in plan}
     if not scenario.trace:
         given = shares(scenario.mix, models.names, models.base, scenario.base_share)
@@ -141,8 +145,8 @@ def asked_models(scenario: Scenario, models: Models, plan: Sequence[Arrival]) ->
     return [name for name in models.names if name in planned]
 
 
-def _due(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:
-    """Due times, and for a trace what its lines say of each arrival."""
+def _due_times(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:
+    """When requests are due; for a trace also the model and max_tokens that its lines give."""
     if scenario.closed:
         return [0.0] * (scenario.requests or _CLOSED_PLAN), []
     if scenario.arrivals != "trace":
@@ -152,17 +156,18 @@ def _due(scenario: Scenario) -> tuple[list[float], list[dict[str, Any]]]:
     try:
         rows.sort(key=lambda row: float(row["timestamp"]))
         stamps = [float(row["timestamp"]) for row in rows]
-        known = [
+        traced = [
             {key: kind(row[key]) for key, kind in (("model", str), ("max_tokens", int)) if key in row} for row in rows
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{scenario.trace}: every line needs `timestamp` in seconds; bad or missing: {error}"
+            f"trace {scenario.trace!r} has a line with a bad or missing value: {error}; "
+            "each needs `timestamp` in seconds, and may have `model` and `max_tokens`"
         ) from error
     if not rows:
-        raise UserError(f"{scenario.trace} is empty; it needs one JSON object a line with the key timestamp")
+        raise UserError(f"trace {scenario.trace!r} is empty; each line needs a JSON object with the key `timestamp`")
     due_s = trace_times(stamps, scenario.duration_s, scenario.trace_speed)
     if len(due_s) < len(stamps):
-        print(f"{scenario.trace}: {len(due_s)} of {len(stamps)} arrivals are due within duration_s, "
+        print(f"{scenario.trace}: {len(due_s)} of {len(stamps)} arrivals are due within duration_s "
               f"{scenario.duration_s:g}; the rest are left out", file=sys.stderr)  # fmt: skip
-    return due_s, known
+    return due_s, traced

@@ -34,7 +34,7 @@ def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
         *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),
         section("Models", model_cells(summary), _MODELS_NOTE),
         section("Latency per model", latencies(summary["models"]), "Bar: median. Line: up to the 90th percentile."),
-        section("Timeline", timeline(results.rows, results.server_samples, scenario.warmup_s)),
+        section("Timeline", timeline(results.records, results.server_samples, scenario.warmup_s)),
         *_curve(summary.get("steps", [])),
         *_cold(summary["cold"]),
         section("Due and sent", _due_cells(summary), _DUE_NOTE),

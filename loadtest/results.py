@@ -18,7 +18,7 @@ from typing import Any
 from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl
 from loadtest.metrics import measured
-from loadtest.records import Row, read_rows
+from loadtest.records import RequestRecord, read_records
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.window import Window, arrivals_end_s, closed_window, open_window
 from loadtest.workload import Arrival
@@ -43,7 +43,7 @@ class Results:
     scenario: Scenario
     target: Mapping[str, Any]
     plan: Sequence[Arrival]
-    rows: Sequence[Row]
+    records: Sequence[RequestRecord]
     client_seconds: Sequence[Mapping[str, Any]]
     server_samples: Sequence[Mapping[str, Any]]
     churn_errors: Sequence[str]
@@ -54,7 +54,7 @@ class Results:
         due_s = [arrival.due_s for arrival in self.plan]
         limited, trace = self.scenario.requests == len(self.plan), bool(self.scenario.trace)
         end_s = arrivals_end_s(due_s, self.scenario.duration_s, limited=limited, trace=trace)
-        if len({row.id for row in self.rows}) < len(self.plan):
+        if len({record.id for record in self.records}) < len(self.plan):
             end_s = min(end_s, max((second["t_s"] for second in self.client_seconds), default=end_s))
         return end_s
 
@@ -62,9 +62,9 @@ class Results:
     def window(self) -> Window:
         """The window in which replies count toward rates."""
         if self.scenario.closed:
-            return closed_window(measured(self.rows, self.scenario.warmup_s))
+            return closed_window(measured(self.records, self.scenario.warmup_s))
         end_s = self.arrivals_end_s
-        return open_window(self.rows, min(self.scenario.warmup_s, end_s), end_s)
+        return open_window(self.records, min(self.scenario.warmup_s, end_s), end_s)
 
 
 def read_results(directory: Path) -> Results:
@@ -80,8 +80,8 @@ def read_results(directory: Path) -> Results:
         directory=directory,
         scenario=read_scenario(directory),
         target=read_json(directory / "target.json"),
-        plan=[Arrival.from_row(row) for row in read_jsonl(directory / "plan.jsonl")],
-        rows=read_rows(directory / "requests.jsonl"),
+        plan=[Arrival.from_json(line) for line in read_jsonl(directory / "plan.jsonl")],
+        records=read_records(directory / "requests.jsonl"),
         client_seconds=read_jsonl(directory / "client.jsonl", torn=True),
         server_samples=read_jsonl(samples) if samples.exists() else [],
         churn_errors=[line["error"] for line in published if "error" in line],

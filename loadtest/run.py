@@ -1,4 +1,4 @@
-"""One load test from start to summary: what the command, the capacity search and the benches run."""
+"""One load test from start to summary: used by the command, the capacity search and the benchmarks."""
 
 import sys
 from pathlib import Path
@@ -13,25 +13,25 @@ from loadtest.report import write_report
 from loadtest.results import read_results
 from loadtest.scenario import Scenario
 from loadtest.scrape import Scraper
-from loadtest.verdict import conclude
+from loadtest.verdict import summarize_run
 
-_STOPPED = "it was ended by Ctrl-C"
+_STOPPED = "it was stopped with Ctrl-C"
 
 
-def play(scenario: Scenario) -> dict[str, Any]:
-    """Prepare, play, judge, report; return the summary, which is also the last file written.
+def run_load_test(scenario: Scenario) -> dict[str, Any]:
+    """Prepare, send, judge and report; return the summary, which is also the last file written.
 
-    Ctrl-C ends the run, not the report: running requests finish, and the run is invalid.
+    Ctrl-C stops the run but not the report: running requests finish, and the run is invalid.
     """
     try:
         directory = prepare(scenario)
         print(f"results in {directory}", file=sys.stderr)
         with Scraper(scenario.url) as scraper, churning(scenario, directory):
             stopped = run_locust(scenario, directory) and not scenario.web
-        started = directory / "start.json"
-        if started.exists():
-            scraper.write(directory / "server.jsonl", read_json(started)["mono_s"])
-        return judge(directory, scraper.note, _STOPPED if stopped else "")
+        start = directory / "start.json"
+        if start.exists():
+            scraper.write(directory / "server.jsonl", read_json(start)["mono_s"])
+        return judge_directory(directory, scraper.note, _STOPPED if stopped else "")
     except OSError as error:
         if error.filename is None:
             raise
@@ -39,10 +39,10 @@ def play(scenario: Scenario) -> dict[str, Any]:
         raise UserError(f"{reason}; free some space, or choose another --out") from error
 
 
-def judge(directory: Path, note: str = "", stopped: str = "") -> dict[str, Any]:
-    """Make summary and report of the files of a run; `stopped` says why it did not come to its end."""
+def judge_directory(directory: Path, note: str = "", stopped: str = "") -> dict[str, Any]:
+    """Write summary.json and report.html from the files of a run; `stopped` says why it ended early."""
     results = read_results(directory)
-    summary = conclude(results, note, stopped)
+    summary = summarize_run(results, note, stopped)
     write_report(results, summary)
     write_json(directory / "summary.json", summary)
     return summary

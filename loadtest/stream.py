@@ -1,8 +1,8 @@
 """One streamed chat reply through the official `openai` client, timed chunk by chunk.
 
-The typed iterator (`for chunk in client.chat.completions.create(stream=True)`) builds a model object per chunk, about
-0.1 ms of CPU; a load test of a fast server would measure that. `with_streaming_response` is the same call of the same
-client without the objects; tests/test_loadtest_stream.py holds it equal to the typed path.
+The typed iterator (`for chunk in client.chat.completions.create(stream=True)`) builds a model object per chunk, which
+takes about 0.1 ms of CPU; a load test of a fast server would measure that. `with_streaming_response` is the same call
+of the same client without the objects; tests/test_loadtest_stream.py checks that both give the same reply.
 """
 
 import collections
@@ -19,30 +19,30 @@ import httpx2
 import openai
 
 from counsel.client import API_KEY, checked_url
-from loadtest.records import WHOLE, Row
+from loadtest.records import COMPLETE, RequestRecord
 from loadtest.scenario import Scenario
 
-# A server may close an idle connection at any moment (vLLM does after 5 s); a request sent just then fails. Dropping
-# idle connections earlier than any common server does keeps that race out of the error counts.
+# A server may close an idle connection at any moment (vLLM does after 5 s), and a request sent at that moment fails.
+# Closing idle connections earlier than any common server does keeps this race out of the error counts.
 _IDLE_S = 2.0
 _CONNECT_S = 10.0
-# How long to wait for the end of a reply whose last event has come.
+# How long to wait for the end of a response after its last event.
 _LINGER_S = 1.0
 _TOO_LONG = "the reply took longer than the limit"
-# Where a request's own sending time lies, for whoever reads the response.
+# The request extension that holds the time of sending.
 _SENT = "counsel_sent"
 _BOM = b"\xef\xbb\xbf"
-# From this many tokens a chunk on, a server is taken to send several at once.
+# A server with at least this many tokens per chunk is taken to send several tokens at once.
 _BUNDLED = 1.5
-# Characters of a call that brings nothing but its place in the list.
+# Length of a tool call that holds only its index.
 _EMPTY_CALL = len(json.dumps({"index": 0, "function": {"arguments": ""}}))
 
 
 class _Connections(httpx2.BaseTransport):
-    """One connection for each request that runs; the one that was used last is used again.
+    """One connection per running request; the most recently used free connection is reused first.
 
-    A common pool looks through all its connections whenever a request begins or ends; with a thousand in flight that
-    alone fills a core. Here each connection is a pool of its own, and the free ones lie on a stack.
+    httpx's own pool scans all connections when a request begins or ends, which fills a core with a thousand in flight.
+    Here each connection is a pool of its own, and the free ones are on a stack.
     """
 
     def __init__(self, reuse: bool) -> None:
@@ -50,7 +50,7 @@ class _Connections(httpx2.BaseTransport):
         self._verify = ssl.create_default_context()
         self._free: list[httpx2.HTTPTransport] = []
         self._all: list[httpx2.HTTPTransport] = []
-        # ProcessState, because the first one imports what it needs, and no request should wait for that.
+        # The first connection imports what it needs. Open it now, so that no request waits for that.
         self._add()
 
     def _add(self) -> None:
@@ -61,7 +61,7 @@ class _Connections(httpx2.BaseTransport):
         if not self._free:
             self._add()
         connection = self._free.pop()
-        # What the client did until here, to make a request of its arguments, is no time of the server.
+        # Until here the client was building the request, which is not the server's time.
         request.extensions[_SENT] = time.monotonic()
         try:
             response = connection.handle_request(request)
@@ -78,7 +78,7 @@ class _Connections(httpx2.BaseTransport):
 
 
 class _Reply(httpx2.SyncByteStream):
-    """A reply's bytes; once they are closed, `closed` is called."""
+    """The bytes of a response; calls `closed` when it is closed."""
 
     def __init__(self, stream: httpx2.SyncByteStream, closed: Callable[[], None]) -> None:
         self._stream = stream
@@ -97,20 +97,20 @@ class _Reply(httpx2.SyncByteStream):
 
 
 def make_client(url: str, reuse: bool = True) -> openai.OpenAI:
-    """The process's one client, for all its requests; no retries, which would hide errors and stretch latencies.
+    """The client of a process, for all its requests. It does not retry, which would hide errors and add latency.
 
-    `reuse`: send on a connection that an earlier request has left open, where there is one.
+    `reuse`: send on a connection that an earlier request left open, if there is one.
     """
-    # Proxies of the environment are for the internet; a load test names its server.
+    # trust_env=False: a proxy of the environment would be measured too.
     http = httpx2.Client(transport=_Connections(reuse), trust_env=False)
     key = os.environ.get(API_KEY) or "none"
     return openai.OpenAI(base_url=checked_url(url), api_key=key, max_retries=0, http_client=http)
 
 
 def rehearse(scenario: Scenario) -> None:
-    """Take one canned reply through the whole path, so that the first real request does not pay for lazy imports.
+    """Read one canned reply through the same code, so that the first real request does not pay for lazy imports.
 
-    Without it that request waits 0.2 s for the `openai` package, and so does every greenlet of the process.
+    Without it, that request waits 0.2 s for the `openai` package, and so does every greenlet of the process.
     """
     reply = (
         b'data: {"choices": [{"delta": {"content": "w"}, "finish_reason": "stop"}]}\n\n'
@@ -119,7 +119,7 @@ def rehearse(scenario: Scenario) -> None:
     canned = httpx2.MockTransport(lambda request: httpx2.Response(200, content=reply))
     with openai.OpenAI(base_url=scenario.url, api_key="none", http_client=httpx2.Client(transport=canned)) as client:
         body = request_body(scenario, "canned", [{"role": "user", "content": "w"}], 1)
-        ask(client, body, Row(0, 0, "canned", 0, 0.0), time.monotonic(), Limits(None, 10.0, 10.0))
+        ask(client, body, RequestRecord(0, 0, "canned", 0, 0.0), time.monotonic(), Limits(None, 10.0, 10.0))
 
 
 def request_body(
@@ -140,7 +140,7 @@ def request_body(
 
 
 class Limits(NamedTuple):
-    """Seconds after sending: when the client hangs up (None: never), longest request, longest silence."""
+    """Seconds after sending: when the client hangs up (None: never), the longest request, the longest silence."""
 
     cancel_s: float | None
     request_timeout_s: float
@@ -148,7 +148,7 @@ class Limits(NamedTuple):
 
 
 class _TimeUp(BaseException):
-    """A limit was reached while nothing came. No Exception: the client would take it for a broken connection."""
+    """A limit was reached during a silence. Not an Exception: the client would take it for a broken connection."""
 
 
 def _no_timer(seconds: float, error: BaseException) -> contextlib.AbstractContextManager[Any]:
@@ -156,17 +156,17 @@ def _no_timer(seconds: float, error: BaseException) -> contextlib.AbstractContex
 
 
 def ask(
-    client: openai.OpenAI, body: Mapping[str, Any], row: Row, start_s: float, limits: Limits,
+    client: openai.OpenAI, body: Mapping[str, Any], record: RequestRecord, start_s: float, limits: Limits,
     timer: Callable[[float, BaseException], contextlib.AbstractContextManager[Any]] = _no_timer,
 ) -> str:  # fmt: skip
-    """Send one request, fill in `row` from what comes back, and return the reply's text.
+    """Send one request, fill in `record` from the response, and return the text of the reply.
 
-    Never raises for what a server or network does: it becomes the row's outcome. `start_s` is the run's start on
-    `time.monotonic`. `timer` raises its error in the block after so many seconds (gevent.Timeout): without it, limits
-    hold at the next chunk, and at the end of a silence.
+    What a server or network does never raises: it becomes the outcome. `start_s` is the start of the run on
+    `time.monotonic`. `timer` raises its error in the block after the given seconds (gevent.Timeout). Without it, limits
+    apply at the next chunk and at the end of a silence.
     """
     sent = time.monotonic()
-    row.sent_s = sent - start_s
+    record.sent_s = sent - start_s
     hang_up = sent + limits.cancel_s if limits.cancel_s is not None else math.inf
     stop = min(sent + limits.request_timeout_s, hang_up)
     patience_s = max(min(limits.idle_timeout_s, stop - sent), 0.001)
@@ -178,37 +178,37 @@ def ask(
                 **body, timeout=httpx2.Timeout(patience_s, connect=min(_CONNECT_S, patience_s))
             ) as response,
         ):
-            row.status = response.status_code
-            row.sent_s = response.http_request.extensions.get(_SENT, sent) - start_s
+            record.status = response.status_code
+            record.sent_s = response.http_request.extensions.get(_SENT, sent) - start_s
             pieces = _until(stop, response.iter_bytes())
-            _read(sse_data(pieces), row, text, start_s)
-            row.end_s = time.monotonic() - start_s
-            # A connection can be used again only once its reply was read to the end, which comes after the last event.
+            _read_reply(sse_data(pieces), record, text, start_s)
+            record.end_s = time.monotonic() - start_s
+            # A connection can be reused only if its response was read to the end, which comes after the last event.
             with contextlib.suppress(httpx2.RequestError, _ReplyError, _TimeUp), timer(_LINGER_S, _TimeUp()):
                 collections.deque(pieces, maxlen=0)
     except openai.APIStatusError as error:
-        row.status, row.outcome, row.error = error.status_code, "http_error", _line(error.message)
+        record.status, record.outcome, record.error = error.status_code, "http_error", _line(error.message)
     except (openai.APITimeoutError, httpx2.TimeoutException) as error:
-        row.outcome, row.error = "timeout", _line(error)
+        record.outcome, record.error = "timeout", _line(error)
     except openai.APIConnectionError as error:
-        row.outcome, row.error = "connect_error", _line(error.__cause__ or error)
+        record.outcome, record.error = "connect_error", _line(error.__cause__ or error)
     except httpx2.RequestError as error:
-        row.outcome, row.error = "broken_stream", _line(error)
+        record.outcome, record.error = "broken_stream", _line(error)
     except _ReplyError as error:
-        row.outcome, row.error = error.outcome, _line(error)
+        record.outcome, record.error = error.outcome, _line(error)
     except _TimeUp:
-        row.outcome, row.error = "timeout", _TOO_LONG
+        record.outcome, record.error = "timeout", _TOO_LONG
     now = time.monotonic()
-    row.end_s = now - start_s if row.end_s is None else row.end_s
-    if row.outcome == "timeout" and now >= hang_up:
-        row.outcome, row.error = "cancelled", None
+    record.end_s = now - start_s if record.end_s is None else record.end_s
+    if record.outcome == "timeout" and now >= hang_up:
+        record.outcome, record.error = "cancelled", None
     return "".join(text)
 
 
 def sse_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The data of each server-sent event, however the bytes are cut; also of a last one that nothing ends.
+    """The data of each server-sent event, however the bytes are cut; also of a last one that is not terminated.
 
-    Lines end as the standard lets them: in LF, CRLF or CR; an event of several data lines is those lines together.
+    As in the standard, lines end in LF, CRLF or CR, and several data lines of one event are joined.
     """
     tail, data = b"", []
     begun = after_cr = False
@@ -219,7 +219,7 @@ def sse_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
         if not begun and len(text) >= len(_BOM):
             begun, text = True, text.removeprefix(_BOM)
         if chunk:
-            # The other half of a CRLF may come later; what stands before it is a whole line now.
+            # The LF of a CRLF may come later; the line before it is already complete.
             after_cr = chunk.endswith(b"\r")
         if b"\r" in text:
             text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -238,7 +238,7 @@ def sse_data(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _until(stop: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The chunks up to `stop` on `time.monotonic`, whatever is in them: it may be keep-alive comments without end."""
+    """The chunks until `stop` on `time.monotonic`, even if they are keep-alive comments that never end."""
     for chunk in chunks:
         yield chunk
         if time.monotonic() >= stop:
@@ -246,17 +246,17 @@ def _until(stop: float, chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class _ReplyError(Exception):
-    """A stream that came, but is no whole reply; `outcome` is the row's."""
+    """A stream that is not a complete reply; `outcome` is the outcome of the request."""
 
     def __init__(self, outcome: str, message: str) -> None:
         super().__init__(message)
         self.outcome = outcome
 
 
-def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) -> None:
-    """Fill in times, tokens and outcome from a stream."""
+def _read_reply(events: Iterator[bytes], record: RequestRecord, text: list[str], start_s: float) -> None:
+    """Fill in times, tokens and outcome from the events of a stream."""
     gaps: list[float] = []
-    row.gaps_s = gaps
+    record.gaps_s = gaps
     last: float | None = None
     ended_s: float | None = None
     lengths: list[int] = []
@@ -267,59 +267,59 @@ def _read(events: Iterator[bytes], row: Row, text: list[str], start_s: float) ->
             done = True
             break
         chunk = _chunk(data)
-        if row.served is None:
-            row.served = chunk.get("model")
+        if record.served is None:
+            record.served = chunk.get("model")
         usage = chunk.get("usage")
         if usage:
-            _count(usage, row)
+            _count_tokens(usage, record)
         for choice in chunk.get("choices") or ():
             delta = choice.get("delta") or {}
             if length := _output(delta):
                 if last is None:
-                    row.first_s = now - start_s
-                    # Servers that count in every chunk say how many tokens the first one brings.
-                    row.first_tokens = row.completion_tokens
+                    record.first_s = now - start_s
+                    # Servers that report usage in every chunk say how many tokens the first one holds.
+                    record.first_tokens = record.completion_tokens
                 else:
                     gaps.append(now - last)
                 last = now
                 lengths.append(length)
-                row.last_s = now - start_s
+                record.last_s = now - start_s
                 if content := delta.get("content"):
-                    if row.content_s is None:
-                        row.content_s = row.last_s
+                    if record.content_s is None:
+                        record.content_s = record.last_s
                     text.append(content)
             if choice.get("finish_reason"):
-                row.finish, ended_s = choice["finish_reason"], now - start_s
-    if row.finish is None:
+                record.finish, ended_s = choice["finish_reason"], now - start_s
+    if record.finish is None:
         raise _ReplyError("broken_stream", "the stream ended " + ("at [DONE]" if done else "early"))
-    if row.completion_tokens is not None and lengths:
-        row.first_tokens = row.first_tokens or _first_tokens(row.completion_tokens, lengths)
-        # The end of sequence is a token that `usage` counts and nobody sees: its chunk has no text. Where the limit
-        # ended the reply, or each token was seen, the finish reason comes alone, and whenever it comes.
-        if row.finish != "length" and len(lengths) < row.completion_tokens:
-            row.last_s = ended_s
-    if row.finish not in WHOLE:
-        row.outcome, row.error = "aborted", f"finish_reason is {_line(row.finish)}"
-    elif row.first_s is None:
-        row.outcome = "empty"
-    elif row.completion_tokens is None:
-        row.outcome = "no_usage"
+    if record.completion_tokens is not None and lengths:
+        record.first_tokens = record.first_tokens or _first_tokens(record.completion_tokens, lengths)
+        # The end of sequence is a token that `usage` counts and that has no text. If the reply ended at its limit, or
+        # had a chunk for each token, the finish reason stands for no token, and its time does not matter.
+        if record.finish != "length" and len(lengths) < record.completion_tokens:
+            record.last_s = ended_s
+    if record.finish not in COMPLETE:
+        record.outcome, record.error = "aborted", f"finish_reason is {_line(record.finish)}"
+    elif record.first_s is None:
+        record.outcome = "empty"
+    elif record.completion_tokens is None:
+        record.outcome = "no_usage"
     else:
-        row.outcome = "ok"
+        record.outcome = "ok"
 
 
 def _output(delta: Mapping[str, Any]) -> int:
-    """How much output a delta holds, in characters; 0 where there is none. A call begins with a name, not a text."""
+    """The amount of output in a delta, in characters; 0 if there is none. A tool call starts with a name, not text."""
     texts = [delta.get(key) for key in ("content", "reasoning", "reasoning_content", "refusal")]
-    found = sum(len(text) for text in texts if isinstance(text, str))
+    characters = sum(len(text) for text in texts if isinstance(text, str))
     calls = [*_list(delta.get("tool_calls")), *_list(delta.get("function_call"))]
-    return found + sum(max(len(json.dumps(call)) - _EMPTY_CALL, 1) for call in calls)
+    return characters + sum(max(len(json.dumps(call)) - _EMPTY_CALL, 1) for call in calls)
 
 
 def _first_tokens(tokens: int, lengths: Sequence[int]) -> int:
-    """How many of a reply's tokens its first chunk held, by its share of the text; 1 where chunks are tokens.
+    """How many tokens the first chunk of a reply held, by its share of the text; 1 if chunks are tokens.
 
-    A few chunks fewer than tokens are no sign of more: a token may have no text, or half a character.
+    Slightly fewer chunks than tokens do not count as bundled: a token may have no text, or half a character.
     """
     if tokens < _BUNDLED * len(lengths):
         return 1
@@ -331,20 +331,20 @@ def _list(value: Any) -> list[Any]:
 
 
 def _chunk(data: bytes) -> dict[str, Any]:
-    """One event's JSON, a chat completion chunk; raises _ReplyError for an error, or for anything else."""
+    """The chat completion chunk of one event; raises _ReplyError for an error object or anything else."""
     try:
         chunk = json.loads(data)
     except ValueError:
         raise _ReplyError("server_error", f"not JSON: {data[:80]!r}") from None
     if not _is_chunk(chunk):
-        raise _ReplyError("server_error", f"no chat completion chunk: {data[:80]!r}")
+        raise _ReplyError("server_error", f"not a chat completion chunk: {data[:80]!r}")
     if chunk.get("error"):
         raise _ReplyError("server_error", str(chunk["error"]))
     return chunk
 
 
 def _is_chunk(chunk: Any) -> bool:
-    """Whether the parts that are read have the types they are read as."""
+    """Whether the parts that are read have the expected types."""
     choices = chunk.get("choices") or [] if isinstance(chunk, dict) else None
     if not isinstance(choices, list) or not isinstance(chunk.get("usage") or {}, dict):
         return False
@@ -354,17 +354,17 @@ def _is_chunk(chunk: Any) -> bool:
     )
 
 
-def _count(usage: Mapping[str, Any], row: Row) -> None:
-    row.prompt_tokens = _whole(usage.get("prompt_tokens"))
-    row.completion_tokens = _whole(usage.get("completion_tokens"))
+def _count_tokens(usage: Mapping[str, Any], record: RequestRecord) -> None:
+    record.prompt_tokens = _int_or_none(usage.get("prompt_tokens"))
+    record.completion_tokens = _int_or_none(usage.get("completion_tokens"))
     details = usage.get("prompt_tokens_details")
-    row.cached_tokens = _whole(details.get("cached_tokens")) if isinstance(details, dict) else None
+    record.cached_tokens = _int_or_none(details.get("cached_tokens")) if isinstance(details, dict) else None
 
 
-def _whole(count: Any) -> int | None:
+def _int_or_none(count: Any) -> int | None:
     return count if isinstance(count, int) else None
 
 
 def _line(error: object) -> str:
-    """An error as one short line, with its type when it says nothing."""
+    """An error as one short line; its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

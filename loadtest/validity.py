@@ -1,23 +1,24 @@
-"""Whether a run may be believed: what the client saw of itself, against bounds. A run that fails here never passes.
+"""Whether a run is valid: what the client observed about itself, checked against bounds. An invalid run never passes.
 
-A load test measures the server only as far as the client keeps its own promises: to send on time, to read at once, to
-have a processor to do so. When it does not, the figures describe the client. The bounds on delay are relative to what
-is measured, because 20 ms of lag spoil a TTFT of 50 ms and mean nothing to one of 2 s. The tail is watched as far out
-as objectives look: p95, or p99 where one is of that.
+A load test measures the server only if the client does its own part: it sends on time, reads at once, and has a
+processor to do so. Otherwise the metrics describe the client. The bounds on delay are relative to what is measured,
+because 20 ms of lag spoil a TTFT of 50 ms and do not matter for one of 2 s. Tails are checked as far out as the
+objectives look: p95, or p99 if an objective is about a p99.
 
-  sent_share        planned arrivals that were sent, or dropped at the in-flight cap, which is where a server that does
-                    not answer leads, within a second of the end of the schedule: at least 0.98
-  played_share      closed loop: of the requests asked for, or else of the time, what was played: at least 0.98
-  schedule_lag_s    tail of sending after being due (open loop): at most 10 ms, or 10 % of the median TTFT
-  clock_error_s     how far the clocks of two processes may be apart: at most that
-  hub_lag_p50_s     median wake-up after its time, of the process with the latest: how wrong a usual time may be. At
+  requests          requests that count: at least 20, and enough for each percentile that has an objective. Failed
+                    requests count: a server that answers nothing misses its objectives, and the run is valid
+  sent_share        planned arrivals that were sent within a second of the end of the schedule, or dropped at the
+                    in-flight limit, which is where a server that does not answer leads: at least 0.98
+  completed_share   closed loop: share of the requested number of requests that was sent, or else of the time that the
+                    loop ran: at least 0.98
+  schedule_lag_s    tail of the delay from due to sent (open loop): at most 10 ms, or 10 % of the median TTFT
+  clock_error_s     how far the clocks of two processes may differ: at most the same
+  hub_lag_p50_s     median delay of a wake-up, in the process where it is longest: the typical error of a timestamp. At
                     most 1 ms, or 5 % of the median TTFT
-  hub_lag_s         tail over seconds of the latest wake-up, of that process: how wrong a time in the tail may be. At
-                    most 10 ms, or 10 % of the TTFT there
+  hub_lag_s         tail over seconds of the longest delay of a wake-up, in that process: the error of a timestamp in
+                    the tail. At most 10 ms, or 10 % of the TTFT in the tail
   client_cpu        95th percentile over seconds of the busiest process: at most 0.9 of a core
-  workers           processes that watched themselves to the end: all
-  rows              requests judged: at least 20, and enough for each percentile that has an objective. Failed ones
-                    count: a server that answers nothing misses its objectives, and the run is valid
+  workers           processes that observed themselves until the end: all
 """
 
 import math
@@ -25,16 +26,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from loadtest.metrics import measured, percentile
-from loadtest.records import Row
+from loadtest.records import RequestRecord
 from loadtest.results import Results
-from loadtest.scenario import Scenario
-from loadtest.slo import Judged, parse_objective, percent_of, rows_needed
+from loadtest.slo import ObjectiveResult, min_requests, parse_objective, percent_of
 
-_ROWS = 20
+_MIN_REQUESTS = 20
+_SLOW_CLIENT = "lower the rate, add --workers, or test from another machine"
+# What a failed check means, and what to do.
+_ADVICE = {
+    "requests": "too few to judge; run longer",
+    "sent_share": f"the plan was not sent in time; let the run end by itself, or {_SLOW_CLIENT}",
+    "completed_share": "the run stopped early; let it end by itself",
+    "schedule_lag_s": f"the client sent late; {_SLOW_CLIENT}",
+    "clock_error_s": "the workers' clocks could not be matched; use machines that are closer or less busy",
+    "hub_lag_p50_s": f"the client read late; {_SLOW_CLIENT}",
+    "hub_lag_s": f"the client read late; {_SLOW_CLIENT}",
+    "client_cpu": f"the client ran out of processor; {_SLOW_CLIENT}",
+    "workers": "a worker was lost; see locust.log",
+}
 
 
 class Check(NamedTuple):
-    """One property of the client: its value, the bound (most, or least) it must keep, and whether it does."""
+    """One property of the client: its value, the bound (upper or lower), and whether it is within the bound."""
 
     name: str
     value: float
@@ -42,78 +55,88 @@ class Check(NamedTuple):
     bound: float
     held: bool
 
+    def explain(self) -> str:
+        """Why this check makes a run invalid, in one line."""
+        advice = _ADVICE.get(self.name, "too few to judge; run longer")
+        return f"{self.name} is {self.value:.3g}, must be {self.sign} {self.bound:.3g}: {advice}"
+
 
 def check_client(results: Results, ttft_s: Mapping[str, float | None]) -> list[Check]:
-    """Hold the client's rows and its seconds (client.jsonl) against the bounds above.
+    """Check the client's requests and its observations of itself (client.jsonl) against the bounds above.
 
-    `ttft_s`: its percentiles in the run (`p50`, ...), None when nothing came back.
+    `ttft_s` holds the percentiles of the run (`p50`, ...), None if there was no reply.
     """
-    scenario, planned = results.scenario, len(results.plan)
-    rows, seconds = results.rows, results.client_seconds
-    counted = measured(rows, scenario.warmup_s)
-    watched = [second for second in seconds if second["t_s"] >= scenario.warmup_s]
+    scenario = results.scenario
+    counted = measured(results.records, scenario.warmup_s)
+    seconds = [second for second in results.client_seconds if second["t_s"] >= scenario.warmup_s]
     tail = max([95, *(percent_of(parse_objective(text).metric) for text in scenario.slo)])
     median_s, tail_s = ttft_s["p50"] or 0.0, ttft_s[f"p{tail}"] or 0.0
-    late_s = max(0.01, 0.1 * median_s)
-    checks = [_least("rows", len(counted), _ROWS)]
-    if not scenario.closed:
-        latest_s = scenario.duration_s + 1
-        # Of the plan itself: a source too many, which repeats a share, does not stand in for one that is missing.
-        in_time = {row.id for row in rows if row.turn == 0 and row.id < planned and _left_s(row) <= latest_s}
-        lags = [lag for row in counted if (lag := row.lag_s) is not None]
-        checks.append(_least("sent_share", len(in_time) / planned, 0.98))
-        checks.append(_most("schedule_lag_s", percentile(lags, tail) or 0.0, late_s))
+    max_lag_s = max(0.01, 0.1 * median_s)
+    checks = [_at_least("requests", len(counted), _MIN_REQUESTS)]
+    if scenario.closed:
+        checks.append(_at_least("completed_share", _completed_share(results), 0.98))
     else:
-        checks.append(_least("played_share", _played_share(scenario, rows, seconds), 0.98))
-    clock_s = max((second.get("clock_error_s", 0.0) for second in seconds), default=0.0)
-    checks.append(_most("clock_error_s", clock_s, late_s))
-    checks.append(_most("hub_lag_p50_s", _worst(watched, "hub_lag_p50_s", 50), max(0.001, 0.05 * median_s)))
-    checks.append(_most("hub_lag_s", _worst(watched, "hub_lag_s", tail), max(0.01, 0.1 * tail_s)))
-    checks.append(_most("client_cpu", _worst(watched, "cpu", 95), 0.9))
-    checks.append(_least("workers", len(_steadfast(rows, seconds)), scenario.workers))
+        lags = [lag for record in counted if (lag := record.lag_s) is not None]
+        checks.append(_at_least("sent_share", _sent_share(results), 0.98))
+        checks.append(_at_most("schedule_lag_s", percentile(lags, tail) or 0.0, max_lag_s))
+    clock_error_s = max((second.get("clock_error_s", 0.0) for second in results.client_seconds), default=0.0)
+    checks.append(_at_most("clock_error_s", clock_error_s, max_lag_s))
+    checks.append(_at_most("hub_lag_p50_s", _worst(seconds, "hub_lag_p50_s", 50), max(0.001, 0.05 * median_s)))
+    checks.append(_at_most("hub_lag_s", _worst(seconds, "hub_lag_s", tail), max(0.01, 0.1 * tail_s)))
+    checks.append(_at_most("client_cpu", _worst(seconds, "cpu", 95), 0.9))
+    checks.append(_at_least("workers", len(_workers_at_end(results)), scenario.workers))
     return checks
 
 
-def check_rows(judged: Sequence[Judged]) -> list[Check]:
-    """For each objective that was judged: whether enough requests were made for it."""
+def check_objectives(judged: Sequence[ObjectiveResult]) -> list[Check]:
+    """A failed check for each objective that has too few requests."""
     return [
-        _least(f"requests to {item.scope} for {item.metric}", item.n, rows_needed(item.metric))
+        _at_least(f"requests to {item.scope} for {item.metric}", item.n, min_requests(item.metric))
         for item in judged
-        if item.n < rows_needed(item.metric)
+        if item.n < min_requests(item.metric)
     ]
 
 
-def _left_s(row: Row) -> float:
-    """When the client had done its part of a row: sent it, or dropped it at the cap."""
-    at_s = row.end_s if row.outcome == "dropped" else row.sent_s
+def _sent_share(results: Results) -> float:
+    """The share of the plan that was sent, or dropped at the in-flight limit, in time."""
+    planned, latest_s = len(results.plan), results.scenario.duration_s + 1
+    # Only ids of the plan: a source that repeats a share does not make up for one that is missing.
+    first_turns = (record for record in results.records if record.turn == 0 and record.id < planned)
+    return len({record.id for record in first_turns if _handled_s(record) <= latest_s}) / planned
+
+
+def _handled_s(record: RequestRecord) -> float:
+    """When the client had done its part of a request: sent it, or dropped it."""
+    at_s = record.end_s if record.outcome == "dropped" else record.sent_s
     return math.inf if at_s is None else at_s
 
 
+def _completed_share(results: Results) -> float:
+    scenario, records = results.scenario, results.records
+    if scenario.requests is not None:
+        return len({record.id for record in records if record.sent_s is not None}) / scenario.requests
+    ends_s = [*(second["t_s"] for second in results.client_seconds), *(record.end_s or 0.0 for record in records)]
+    return min(1.0, max(ends_s, default=0.0) / scenario.duration_s)
+
+
 def _worst(seconds: Sequence[Mapping[str, Any]], key: str, percent: float) -> float:
-    """The percentile over the seconds of each process, of the process where it is highest; 0 of none."""
+    """The percentile over the seconds of each process, from the process where it is highest; 0 without seconds."""
     by_worker: dict[int, list[float]] = {}
     for second in seconds:
         by_worker.setdefault(second["worker"], []).append(second.get(key, 0.0))
     return max((percentile(values, percent) or 0.0 for values in by_worker.values()), default=0.0)
 
 
-def _played_share(scenario: Scenario, rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]) -> float:
-    if scenario.requests is not None:
-        return len({row.id for row in rows if row.sent_s is not None}) / scenario.requests
-    last_s = max([*(second["t_s"] for second in seconds), *(row.end_s or 0.0 for row in rows)], default=0.0)
-    return min(1.0, last_s / scenario.duration_s)
+def _workers_at_end(results: Results) -> set[int]:
+    """Processes that were alive near the end, by their seconds; by their requests in runs too short for those."""
+    last_s = max((record.due_s for record in results.records), default=0.0)
+    observed = {second["worker"] for second in results.client_seconds if second["t_s"] >= last_s - 3}
+    return observed | {record.worker for record in results.records if (record.end_s or 0.0) >= last_s - 3}
 
 
-def _steadfast(rows: Sequence[Row], seconds: Sequence[Mapping[str, Any]]) -> set[int]:
-    """Processes that were there near the end: by their seconds, or in runs too short for those by their rows."""
-    last_s = max((row.due_s for row in rows), default=0.0)
-    alive = {second["worker"] for second in seconds if second["t_s"] >= last_s - 3}
-    return alive | {row.worker for row in rows if (row.end_s or 0.0) >= last_s - 3}
-
-
-def _most(name: str, value: float, bound: float) -> Check:
+def _at_most(name: str, value: float, bound: float) -> Check:
     return Check(name, value, "<=", bound, value <= bound)
 
 
-def _least(name: str, value: float, bound: float) -> Check:
+def _at_least(name: str, value: float, bound: float) -> Check:
     return Check(name, value, ">=", bound, value >= bound)

@@ -1,18 +1,17 @@
-"""The time that rates are counted in: from when the server is filled to when arrivals end.
+"""The time window over which rates are counted: from when the server is filled until arrivals end.
 
-A run has two edges. At its start the server is being filled: requests arrive, and none can have come back yet. At its
-end nothing arrives any more, and what is still running drains away. Neither says what the server can do, and one
-straggler may stretch the second to any length. So a rate counts the replies that ended within a window, whenever they
-were due, over the window's own length. `fast` and `slow`, the 10th and 90th percentile of how long after being due a
-reply was whole, move it:
+A run has two edges. At its start the server fills up: requests arrive, and none can have been answered yet. At its end
+nothing arrives any more, and running requests drain. Neither shows what the server can do, and one straggler can make
+the drain arbitrarily long. So a rate counts the replies that ended within a window, whenever they were due, and divides
+by the length of that window. `fast` and `slow` are the 10th and 90th percentile of the time from due to complete:
 
-  it begins   when the warm-up is over, and `fast` later; and not before `slow`, when what came first is back
-  it ends     when arrivals end, and `fast` later
+  the window begins   `fast` after the warm-up, but not before `slow`, when the first replies are back
+  the window ends     `fast` after arrivals end
 
-Replies that all take equally long give exactly the rate at which they were due, with a warm-up or without. A server
-that is asked for more than it can do gives what it can do: there, the window begins at the middle at the latest. In a
-closed loop the clients fill the server at once, and the window is from the first sending to the last reply, at most
-`slow` after the last sending.
+If all replies take equally long, the result is exactly the rate at which they were due, with or without a warm-up. If
+more is asked of a server than it can do, the result is what it can do; then the window begins in the middle at the
+latest. In a closed loop the clients fill the server at once, and the window is from the first request to the last
+reply, but at most `slow` after the last request.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loadtest.records import Row
+from loadtest.records import RequestRecord
 
-# Far below the distance of two arrivals, far above what is lost by adding up times.
+# Far less than the gap between two arrivals, far more than the rounding error of summed times.
 _CLOCK_S = 1e-6
 
 
@@ -36,51 +35,51 @@ class Window(NamedTuple):
     def length_s(self) -> float:
         return self.end_s - self.begin_s
 
-    def ended(self, rows: Iterable[Row]) -> list[Row]:
-        """The whole replies whose last token came in the window."""
+    def ended(self, records: Iterable[RequestRecord]) -> list[RequestRecord]:
+        """The complete replies whose last token came in the window."""
         first_s, last_s = self.begin_s - _CLOCK_S, self.end_s + _CLOCK_S
-        return [row for row in rows if row.ok and row.last_s is not None and first_s <= row.last_s <= last_s]
+        return [each for each in records if each.ok and each.last_s is not None and first_s <= each.last_s <= last_s]
 
 
-def open_window(rows: Sequence[Row], begin_s: float, end_s: float, filled_from_s: float = 0.0) -> Window:
-    """The window of arrivals that were due from `begin_s` to `end_s`, at a rate that holds since `filled_from_s`.
+def open_window(records: Sequence[RequestRecord], begin_s: float, end_s: float, filled_from_s: float = 0.0) -> Window:
+    """The window for arrivals due from `begin_s` to `end_s`, at a rate that began at `filled_from_s`.
 
-    `rows`: all of the run. The turns of a conversation count from its first, which is what arrived.
+    `records` are those of the whole run. A later turn counts from its conversation's first turn, which is the arrival.
     """
     arrived: dict[int, float] = {}
-    for row in rows:
-        arrived[row.id] = min(row.due_s, arrived.get(row.id, row.due_s))
+    for record in records:
+        arrived[record.id] = min(record.due_s, arrived.get(record.id, record.due_s))
     took_s = [
-        row.last_s - arrived[row.id]
-        for row in rows
-        if row.ok and row.last_s is not None and begin_s - _CLOCK_S <= arrived[row.id] < end_s
+        record.last_s - arrived[record.id]
+        for record in records
+        if record.ok and record.last_s is not None and begin_s - _CLOCK_S <= arrived[record.id] < end_s
     ]
     if not took_s:
         return Window(begin_s, end_s)
     fast_s, slow_s = (float(value) for value in np.percentile(took_s, (10, 90)))
-    # Where not all came back, nobody watched for longer than the last outcome.
-    watched_s = max((row.end_s for row in rows if row.end_s is not None), default=end_s)
-    if any(row.outcome == "unfinished" for row in rows):
-        fast_s = min(fast_s, max(watched_s - end_s, 0.0))
+    # If some requests were cut off, nothing was observed after the last outcome.
+    observed_s = max((record.end_s for record in records if record.end_s is not None), default=end_s)
+    if any(record.outcome == "unfinished" for record in records):
+        fast_s = min(fast_s, max(observed_s - end_s, 0.0))
     middle_s = (begin_s + end_s) / 2
     return Window(min(max(begin_s + fast_s, filled_from_s + slow_s), middle_s + fast_s), end_s + fast_s)
 
 
-def closed_window(rows: Sequence[Row]) -> Window:
-    """The window of a closed loop: while its clients were busy. `rows`: those that are measured."""
-    sent = [row.sent_s for row in rows if row.sent_s is not None]
-    replies = [row for row in rows if row.ok and row.last_s is not None and row.sent_s is not None]
+def closed_window(records: Sequence[RequestRecord]) -> Window:
+    """The window of a closed loop: while its clients were busy. `records` are the measured ones."""
+    sent = [record.sent_s for record in records if record.sent_s is not None]
+    replies = [record for record in records if record.ok and record.last_s is not None and record.sent_s is not None]
     if not sent or not replies:
         return Window(0.0, 0.0)
-    slow_s = float(np.percentile([(row.last_s or 0.0) - (row.sent_s or 0.0) for row in replies], 90))
-    return Window(min(sent), min(max(row.last_s or 0.0 for row in replies), max(sent) + slow_s))
+    slow_s = float(np.percentile([(record.last_s or 0.0) - (record.sent_s or 0.0) for record in replies], 90))
+    return Window(min(sent), min(max(record.last_s or 0.0 for record in replies), max(sent) + slow_s))
 
 
 def arrivals_end_s(due_s: Sequence[float], duration_s: float, *, limited: bool, trace: bool) -> float:
-    """When arrivals end: the schedule's end, or for a plan that was cut off by a number, one gap after its last.
+    """When arrivals end: at the end of the schedule, or one gap after the last arrival if their number is limited.
 
-    `due_s`: ascending. `limited`: the plan holds fewer arrivals than the schedule. A trace begins with an arrival, so
-    its gaps are one fewer than its arrivals; other arrivals begin half a gap in, on average.
+    `due_s` is ascending. `limited`: the plan has fewer arrivals than the schedule. A trace starts with an arrival, so
+    it has one gap fewer than arrivals; otherwise the first arrival is half a gap in, on average.
     """
     if not due_s or not (limited or trace):
         return duration_s

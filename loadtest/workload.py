@@ -1,16 +1,16 @@
-"""What is asked: prompts, lengths and turns, drawn once from a seed and written down as the plan of the run.
+"""What is asked: prompts, lengths and turns, drawn once from a seed and saved as the plan of the run.
 
-The plan is made before the run starts and holds every request, so a run can be read before it happens, repeated, and
-compared with another one request by request; and no process has to decide, tokenise or draw anything under load.
+The plan is made before the run starts and holds every request. So a run can be read before it happens, repeated, and
+compared with another one request by request, and no process decides, tokenizes or draws anything under load.
 
-plan.jsonl, one arrival (a conversation of one or more turns) a line:
+plan.jsonl has one arrival (a conversation of one or more turns) per line:
   id          0, 1, 2, ... in the order of due_s
   due_s       seconds after the start at which it is due; 0.0 in a closed loop, which has no schedule
-  model       the model it names
+  model       the model that it requests
   prompts     indices into prompts.jsonl, one per turn
   max_tokens  most tokens each reply may have
   think_s     pause between a reply and the next turn
-  cancel_s    seconds after sending at which the client hangs up; null: it stays
+  cancel_s    seconds after sending at which the client hangs up; null: it stays to the end
   tags        "long": a long prompt; "cold": sent to the adapter left alone longest; "hangs_up": it has a cancel_s
 """
 
@@ -38,20 +38,20 @@ class Arrival(NamedTuple):
     cancel_s: float | None
     tags: tuple[str, ...]
 
-    def to_row(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return self._asdict()
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "Arrival":
-        return cls(**{**row, "prompts": tuple(row["prompts"]), "tags": tuple(row["tags"])})
+    def from_json(cls, line: Mapping[str, Any]) -> "Arrival":
+        return cls(**{**line, "prompts": tuple(line["prompts"]), "tags": tuple(line["tags"])})
 
 
-def lengths(option: str, text: str, n: int, random: np.random.Generator) -> "np.ndarray":
+def draw_lengths(option: str, text: str, n: int, random: np.random.Generator) -> "np.ndarray":
     """Draw `n` values of the distribution `text` (see LENGTHS), at least 0."""
     call = parse(option, text, LENGTHS)
     wanted = 1 if call.name == "" else 2
     if call.named or len(call.numbers) != wanted or min(call.numbers) < 0:
-        raise UserError(f"{option} is {text!r}; the form is {LENGTHS[call.name]}, numbers 0 or more")
+        raise UserError(f"{option} is {text!r}; the form is {LENGTHS[call.name]}, with numbers of 0 or more")
     if call.name == "":
         return np.full(n, call.numbers[0])
     first, second = call.numbers
@@ -63,7 +63,7 @@ def lengths(option: str, text: str, n: int, random: np.random.Generator) -> "np.
 
 
 class Prompts:
-    """The distinct user turns of a run, each stored once and named by its index."""
+    """The distinct user turns of a run, each stored once and referred to by its index."""
 
     def __init__(self, questions: Sequence[str], unique: bool, seed: int) -> None:
         self.texts: list[str] = []
@@ -74,9 +74,9 @@ class Prompts:
         self._order: list[int] = []
 
     def draw(self, number: int, words: int | None) -> int:
-        """Index of the next question, each question once before any comes again.
+        """Index of the next question; every question is used once before any is repeated.
 
-        `words` makes it that long: questions are joined, then cut. `number` opens the text when prompts must be unique.
+        `words` makes it that long: questions are joined, then cut. If prompts must be unique, they start with `number`.
         """
         text = self._next()
         if words is not None:
@@ -97,7 +97,7 @@ class Prompts:
         return self._questions[self._order.pop()]
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """The shape of the requests: see the options of the same names in loadtest.scenario."""
 
     output_tokens: str
@@ -111,22 +111,22 @@ class Work(NamedTuple):
 
 
 def make_plan(
-    due_s: Sequence[float], models: Sequence[tuple[str, bool]], prompts: Prompts, work: Work, seed: int
+    due_s: Sequence[float], models: Sequence[tuple[str, bool]], prompts: Prompts, workload: Workload, seed: int
 ) -> list[Arrival]:
-    """Give every due time its model, prompts, lengths, and whether the client will hang up."""
+    """Give each due time its model, prompts and lengths, and whether the client will hang up."""
     n = len(due_s)
     random = np.random.default_rng([seed, 5])
-    max_tokens = np.maximum(lengths("output_tokens", work.output_tokens, n, random).round(), 1)
-    turns = np.maximum(lengths("turns", work.turns, n, random).round(), 1)
-    think_s = lengths("think_s", work.think_s, n, random)
-    words = lengths("prompt_words", work.prompt_words, n, random).round() if work.prompt_words else None
-    is_long = random.random(n) < work.long_share
-    hangs_up = random.random(n) < work.cancel_share
-    cancel_s = lengths("cancel_after_s", work.cancel_after_s, n, random)
+    max_tokens = np.maximum(draw_lengths("output_tokens", workload.output_tokens, n, random).round(), 1)
+    turns = np.maximum(draw_lengths("turns", workload.turns, n, random).round(), 1)
+    think_s = draw_lengths("think_s", workload.think_s, n, random)
+    words = draw_lengths("prompt_words", workload.prompt_words, n, random).round() if workload.prompt_words else None
+    is_long = random.random(n) < workload.long_share
+    hangs_up = random.random(n) < workload.cancel_share
+    cancel_s = draw_lengths("cancel_after_s", workload.cancel_after_s, n, random)
     plan, number = [], 0
     for i in range(n):
         model, is_cold = models[i]
-        wanted = work.long_words if is_long[i] else int(words[i]) if words is not None else None
+        wanted = workload.long_words if is_long[i] else int(words[i]) if words is not None else None
         drawn = []
         for turn in range(int(turns[i])):
             drawn.append(prompts.draw(number, wanted if turn == 0 else None))

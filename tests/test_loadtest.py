@@ -12,7 +12,7 @@ import pytest
 
 from counsel.files import read_jsonl
 from loadtest.prepare import prepare
-from loadtest.records import read_rows
+from loadtest.records import read_records
 from loadtest.scenario import Scenario
 from loadtest.verdict import EXIT_STATUS
 from tests.sse_server import standin
@@ -39,7 +39,7 @@ def test_a_run_sends_its_plan_and_says_what_came_back(tmp_path):
     *text, last = done.stdout.strip().split("\n")
     summary = json.loads(last)
     plan = [json.loads(line) for line in (tmp_path / "out/plan.jsonl").read_text().splitlines()]
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     assert done.returncode in (0, 4), done.stderr  # a crowded machine may make the client late: then it says so
     assert summary == json.loads((tmp_path / "out/summary.json").read_text())
     assert sorted((row.id, row.model) for row in rows) == [(arrival["id"], arrival["model"]) for arrival in plan]
@@ -62,7 +62,7 @@ def test_rows_arrive_from_two_workers(tmp_path):
         with urllib.request.urlopen(url.replace("/v1", "/arrived")) as response:
             arrived = {text: at_s for at_s, text in json.load(response)["arrived"]}
 
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     assert done.returncode in (0, 4), done.stderr
     assert sorted(row.id for row in rows) == list(range(N_PLANNED))
     assert {row.worker for row in rows} == {0, 1}
@@ -99,7 +99,7 @@ def test_open_arrivals_do_not_wait_for_replies(tmp_path):
     with standin(f"slow.together-{N_PLANNED}") as url:
         loadtest(tmp_path, "--url", url, *LOAD)
 
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     assert [row.outcome for row in rows] == ["ok"] * N_PLANNED
     assert max(row.sent_s for row in rows) < min(row.first_s for row in rows)
 
@@ -123,7 +123,7 @@ def test_a_closed_loop_keeps_its_clients_busy(tmp_path):
         load = ("--arrivals", "closed", "--concurrency", "3", "--requests", "24", "--turns", "2", "--duration-s", "900")
         loadtest(tmp_path, "--url", url, *load)
 
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     assert sorted((row.id, row.turn) for row in rows) == [(i, turn) for i in range(24) for turn in (0, 1)]
     assert {row.outcome for row in rows} == {"ok"}
     assert max(sum(other.sent_s <= row.sent_s < other.end_s for other in rows) for row in rows) <= 3
@@ -146,7 +146,7 @@ def test_a_server_that_dies_in_mid_run_is_counted_from_then_on(tmp_path):
         done = loadtest(tmp_path, "--url", url, *LOAD, "--slo", slo)
 
     summary = json.loads(done.stdout.strip().split("\n")[-1])
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     outcomes = summary["all"]["outcomes"]
     assert outcomes["ok"] == 29
     assert outcomes["connect_error"] + outcomes.get("broken_stream", 0) == N_PLANNED - 29

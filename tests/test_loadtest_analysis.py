@@ -11,12 +11,12 @@ from counsel.cli import load_config
 from counsel.errors import UserError
 from counsel.files import write_jsonl
 from loadtest import capacity
-from loadtest.capacity import Capacity, Found, search
+from loadtest.capacity import Capacity, SearchResult, search
 from loadtest.charts import per_second
 from loadtest.metrics import cold_penalty, step_points
 from loadtest.scenario import Scenario
 from loadtest.workload import Arrival
-from tests.test_loadtest_metrics import anything, failure, reply, summarise
+from tests.test_loadtest_metrics import anything, failure, reply, summarize
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "loadtest/scenarios").glob("*.yaml"))
 
@@ -38,8 +38,8 @@ def test_the_capacity_search_brackets_the_turning_point(true):
 
 def test_the_capacity_search_says_when_all_or_nothing_held():
     """Nothing holds: only a failed rate. All holds: the highest, and nothing failed."""
-    assert search(lambda rate: False, 1, 8, 0.1) == Found(None, 1)
-    assert search(lambda rate: True, 1, 9, 0.1) == Found(9, None)
+    assert search(lambda rate: False, 1, 8, 0.1) == SearchResult(None, 1)
+    assert search(lambda rate: True, 1, 9, 0.1) == SearchResult(9, None)
 
 
 @pytest.fixture
@@ -54,13 +54,13 @@ def found(monkeypatch, tmp_path, capsys):
             told = verdict(float(scenario.rate), scenario.seed)
             if told == "dies":
                 raise UserError("no answer from the server")
-            figures = summarise([reply(n, n) for n in range(20)], 0, anything)
-            stopped = "it was ended by Ctrl-C" if told == "stopped" else ""
+            figures = summarize([reply(n, n) for n in range(20)], 0, anything)
+            stopped = "it was stopped with Ctrl-C" if told == "stopped" else ""
             told = "invalid" if stopped else told
             return {**figures, "verdict": told, "invalid": ["the client was late"], "stopped": stopped,
                     "dir": scenario.out}  # fmt: skip
 
-        monkeypatch.setattr(capacity, "play", play)
+        monkeypatch.setattr(capacity, "run_load_test", play)
         options = {"slo": ("ttft_p50_s <= 1",), "out": str(tmp_path / "out"), **options}
         result = capacity.find_capacity(Capacity(**options))
         return result.exit_status, result.document, capsys.readouterr().out, played
@@ -88,7 +88,7 @@ def test_a_client_that_gives_out_bounds_what_is_known(found):
     assert status == 4
     assert document["held"] <= 11 < document["failed"] <= 1.1 * document["held"]
     assert "capacity: at least 10." in text
-    assert "not to be believed: the client was late" in text
+    assert "is invalid: the client was late" in text
 
 
 def test_a_client_that_gives_out_at_once_says_where(found):
@@ -96,7 +96,7 @@ def test_a_client_that_gives_out_at_once_says_where(found):
     status, document, text, played = found(lambda rate, seed: "invalid")
 
     assert (status, document["held"], document["failed"]) == (4, None, 0.5)
-    assert "not to be believed at 0.5 requests/s, the lowest tried: the client was late" in text
+    assert "no capacity: the run at 0.5 requests/s, the lowest tried, is invalid: the client was late" in text
     assert len(played) == 2
 
 
@@ -105,8 +105,8 @@ def test_ctrl_c_ends_a_search_that_is_not_finished(found):
     status, document, text, _ = found(lambda rate, seed: "passed" if rate <= 4 else "stopped", lowest=4)
 
     assert (status, document["held"], document["failed"]) == (4, 4, None)
-    assert document["invalid"] == "it was ended by Ctrl-C"
-    assert "capacity: at least 4 requests/s (it was ended by Ctrl-C)" in text
+    assert document["invalid"] == "it was stopped with Ctrl-C"
+    assert "capacity: at least 4 requests/s (it was stopped with Ctrl-C)" in text
 
 
 def test_ctrl_c_in_the_first_run_finds_nothing(found):
@@ -114,7 +114,7 @@ def test_ctrl_c_in_the_first_run_finds_nothing(found):
     status, document, text, _ = found(lambda rate, seed: "stopped")
 
     assert (status, document["held"], document["failed"]) == (4, None, None)
-    assert "no capacity: it was ended by Ctrl-C" in text
+    assert "no capacity: it was stopped with Ctrl-C" in text
 
 
 def test_a_server_that_dies_in_the_search_loses_nothing_that_was_found(found, tmp_path):
@@ -153,9 +153,9 @@ def test_the_search_begins_at_the_rate_of_the_scenario(found):
     _, _, _, played = found(lambda rate, seed: "missed", rate="3")
 
     assert [float(each.rate) for each in played] == [3.0]
-    with pytest.raises(UserError, match="give the --lowest to begin with"):
+    with pytest.raises(UserError, match="give --lowest to start with"):
         Capacity(slo=("ttft_p50_s <= 1",), rate="steps(1, 2)")
-    assert Capacity(slo=("ttft_p50_s <= 1",), rate="steps(1, 2)", lowest=1).begin == 1
+    assert Capacity(slo=("ttft_p50_s <= 1",), rate="steps(1, 2)", lowest=1).start_rate == 1
 
 
 def test_a_capacity_needs_an_objective():
@@ -167,7 +167,7 @@ def test_a_capacity_needs_an_objective():
 @pytest.mark.parametrize("options", [{"web": True}, {"bind": "127.0.0.1:5557"}])
 def test_a_capacity_is_searched_without_anybody(options):
     """Each of its runs would wait for a Ctrl-C, or for workers."""
-    with pytest.raises(UserError, match="neither --web nor --bind"):
+    with pytest.raises(UserError, match="leave out --web and --bind"):
         Capacity(slo=("ttft_p50_s <= 1",), **options)
 
 
@@ -224,15 +224,15 @@ def test_every_scenario_file_can_be_used_and_opens_with_its_command(path):
 
 def write_plan(folder: Path, due_s: list[float], model: str = "base") -> None:
     plan = [Arrival(n, due, model, (0,), 11, 0.0, None, ()) for n, due in enumerate(due_s)]
-    write_jsonl(folder / "plan.jsonl", (arrival.to_row() for arrival in plan))
+    write_jsonl(folder / "plan.jsonl", (arrival.to_json() for arrival in plan))
 
 
 def test_a_report_needs_nothing_from_outside(tmp_path):
     """Made from files alone, whole, with the model's name escaped and no address to fetch from."""
-    from loadtest.records import append_rows
+    from loadtest.records import append_records
     from loadtest.report import write_report
     from loadtest.results import read_results
-    from loadtest.verdict import conclude
+    from loadtest.verdict import summarize_run
 
     scenario = Scenario(duration_s=40, slo=("ttft_p90_s <= 1",))
     (tmp_path / "config.json").write_text(json.dumps(scenario.to_json()))
@@ -240,9 +240,9 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     write_plan(tmp_path, [float(n) for n in range(40)], "<b>")
     (tmp_path / "client.jsonl").write_text('{"worker": 0, "t_s": 40, "hub_lag_s": 0, "cpu": 0}\n')
     (tmp_path / "server.jsonl").write_text('{"t_s": 1, "running": 2, "waiting": 1, "kv_used": 0.5}\n')
-    append_rows(tmp_path / "requests.jsonl", [reply(n, n, "<b>") for n in range(40)])
+    append_records(tmp_path / "requests.jsonl", [reply(n, n, "<b>") for n in range(40)])
     results = read_results(tmp_path)
-    summary = conclude(results)
+    summary = summarize_run(results)
     page = write_report(results, summary).read_text()
 
     assert summary["verdict"] == "passed"

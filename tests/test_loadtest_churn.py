@@ -11,7 +11,7 @@ from counsel import store as adapter_store
 from counsel.catalog import Base, resolve
 from counsel.files import read_jsonl
 from loadtest import churn
-from loadtest.run import play
+from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
 from tests.sse_server import standin
 from tests.tiny import tiny_adapter
@@ -29,7 +29,7 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
 
     def run(n: int) -> dict:
         (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
-        publish, left = churn._publish_again, [n]
+        publish, left = churn._publish_copy, [n]
         with standin("base.holds-0", "gentle", "calm") as url:
 
             def counted(*given: object) -> adapter_store.Manifest:
@@ -40,10 +40,10 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
                     if left[0] == 0:
                         urllib.request.urlopen(url.replace("/v1", "/release")).close()
 
-            monkeypatch.setattr(churn, "_publish_again", counted)
+            monkeypatch.setattr(churn, "_publish_copy", counted)
             scenario = {"arrivals": "closed", "requests": 24, "duration_s": 900.0, "churn_s": 0.2,
                         "idle_timeout_s": 3600.0, "request_timeout_s": 3600.0}  # fmt: skip
-            return play(
+            return run_load_test(
                 Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / "out"),
                          churn_store=str(tmp_path / "store"), **scenario)  # type: ignore[arg-type]
             )  # fmt: skip
@@ -74,6 +74,6 @@ def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path, churned
     summary = churned(1)
 
     assert summary["verdict"] == "invalid"
-    assert any(reason.startswith("the churn stopped: ") for reason in summary["invalid"])
+    assert any(reason.startswith("churn stopped: ") for reason in summary["invalid"])
     assert set(summary["all"]["outcomes"]) == {"ok"}
     assert (tmp_path / "out/report.html").is_file()

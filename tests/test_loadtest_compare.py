@@ -10,29 +10,33 @@ import pytest
 
 from counsel.cli import main
 from loadtest.__main__ import COMMANDS
-from loadtest.blocks import FEWEST, Figure, Values, dependence, number_of_blocks, point, resampled
-from loadtest.compare import Run, differences, different_load
-from loadtest.records import Row
+from loadtest.blocks import MIN_BLOCKS, Statistic, Values, autocorrelation_time, number_of_blocks, point, resampled
+from loadtest.compare import RunData, differences, different_load
+from loadtest.records import RequestRecord
 from loadtest.scenario import Scenario
 from loadtest.window import Window, open_window
 from tests.test_loadtest_metrics import failure, reply
 from tests.test_loadtest_truth import every, judged, played, queued
 
 
-def run(ttft_s: float, seed: int) -> list[Row]:
+def run(ttft_s: float, seed: int) -> list[RequestRecord]:
     """A run of 200 s with one request a second, TTFT around `ttft_s`."""
     noise = random.Random(seed)
     return [reply(n, n, ttft_s=ttft_s * noise.uniform(0.8, 1.2)) for n in range(200)]
 
 
-def over(rows: list[Row], duration_s: float) -> Run:
-    return Run(rows, Window(0, duration_s), open_window(rows, 0, duration_s))
+def over(rows: list[RequestRecord], duration_s: float) -> RunData:
+    return RunData(rows, Window(0, duration_s), open_window(rows, 0, duration_s))
 
 
 def shown(
-    a: list[Row], b: list[Row], margin: float = 0.05, block_s: float | None = None, paired: bool = False,
+    a: list[RequestRecord],
+    b: list[RequestRecord],
+    margin: float = 0.05,
+    block_s: float | None = None,
+    paired: bool = False,
     duration_s: float = 200,
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     found = differences(over(a, duration_s), over(b, duration_s), block_s, margin, 0, paired=paired)
     return {difference.metric: difference.shows for difference in found}
 
@@ -68,7 +72,7 @@ def test_a_difference_below_the_margin_does_not_count():
 def test_errors_are_compared_where_there_is_no_ratio_too():
     """One request in ten fails where none did, or one: worse. One where none did may be chance. And the way back."""
 
-    def failing(which: set[int], seed: int) -> list[Row]:
+    def failing(which: set[int], seed: int) -> list[RequestRecord]:
         return [failure(row.id, row.due_s) if row.id in which else row for row in run(0.4, seed)]
 
     tenth = set(range(0, 200, 10))
@@ -89,7 +93,7 @@ def test_throughput_is_of_what_came_back_when():
     assert (tokens.ratio, tokens.shows) == (pytest.approx(0.5, rel=0.01), "worse")
 
 
-def near_saturation(seed: int) -> list[Row]:
+def near_saturation(seed: int) -> list[RequestRecord]:
     """Four servers of 0.5 s on average, asked at nine tenths of what they can do for 200 s, all by chance."""
     draw = np.random.default_rng(seed)
     due_s = np.sort(draw.uniform(0, 200, draw.poisson(7.2 * 200)))
@@ -128,12 +132,12 @@ def test_dependence_is_the_autocorrelation_time():
     for n in range(1, len(series)):
         series[n] = 0.8 * series[n - 1] + draw.standard_normal()
 
-    assert dependence(series) == pytest.approx(9, rel=0.1)
-    assert dependence(draw.standard_normal(10_000)) == pytest.approx(1, abs=0.1)
-    assert dependence(np.full(64, 0.3)) == 1
+    assert autocorrelation_time(series) == pytest.approx(9, rel=0.1)
+    assert autocorrelation_time(draw.standard_normal(10_000)) == pytest.approx(1, abs=0.1)
+    assert autocorrelation_time(np.full(64, 0.3)) == 1
 
 
-@pytest.mark.parametrize("figure", [Figure(50), Figure(90), Figure(mean=True), Figure()])
+@pytest.mark.parametrize("figure", [Statistic(50), Statistic(90), Statistic(mean=True), Statistic()])
 def test_a_resample_is_the_figure_of_the_blocks_that_were_drawn(figure):
     """Eight blocks of five values, drawn again: the same as joining the blocks drawn, by numpy."""
     draw = np.random.default_rng(0)
@@ -152,9 +156,9 @@ def test_a_block_holds_two_requests_at_least():
     """Twenty requests are ten blocks at most, and ten are too few to be compared."""
     few = Values(np.arange(20.0), np.ones(20), 20.0)
 
-    assert number_of_blocks([few, few], Figure(50), paired=False) == 10
+    assert number_of_blocks([few, few], Statistic(50), paired=False) == 10
     assert set(shown(run(0.4, 1)[:10], run(0.4, 2)[:10], duration_s=10).values()) == {"?"}
-    assert FEWEST == 8
+    assert MIN_BLOCKS == 8
 
 
 def test_what_is_left_of_a_schedule_that_was_cut_off_is_no_time(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from counsel.cli import main
 from counsel.files import read_json, read_jsonl, write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
-from loadtest.records import Row, append_rows
+from loadtest.records import RequestRecord, append_records
 from loadtest.scenario import Scenario
 from tests.sse_server import Behaviour, standin
 
@@ -33,13 +33,13 @@ def reckoned(scenario: Scenario, directory: Path) -> None:
         last_s = first_s + sum(gaps_s)
         heapq.heappush(slots, last_s)
         rows.append(
-            Row(
+            RequestRecord(
                 id=arrival["id"], turn=0, model=model, worker=0, due_s=due_s, sent_s=due_s, first_s=first_s,
                 content_s=first_s, last_s=last_s, end_s=last_s, gaps_s=gaps_s, prompt_tokens=7,
                 completion_tokens=len(gaps_s) + 1, finish="stop", outcome="ok", status=200,
             )
         )  # fmt: skip
-    append_rows(directory / "requests.jsonl", rows)
+    append_records(directory / "requests.jsonl", rows)
     calm = {"worker": 0, "due": 0, "in_flight": 0, "hub_lag_s": 0.0, "cpu": 0.1}
     write_jsonl(directory / "client.jsonl", [{**calm, "t_s": float(t)} for t in range(1, int(rows[-1].end_s) + 1)])
     write_json(directory / "start.json", {"mono_s": time.monotonic(), "unix_s": time.time()})

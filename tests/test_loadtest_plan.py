@@ -7,8 +7,8 @@ import pytest
 
 from counsel.errors import UserError
 from loadtest.arrivals import due_times, expected_count, rate_knots, trace_times
-from loadtest.mix import choose, shares, with_cold
-from loadtest.prepare import Models, plan_of
+from loadtest.mix import choose_models, shares, with_cold_requests
+from loadtest.prepare import Models, build_plan
 from loadtest.scenario import Scenario
 
 QUESTIONS = ["one two three", "four five six", "seven eight nine"]
@@ -70,10 +70,12 @@ def test_bursts_do_not_raise_the_rate(burstiness):
 def test_a_trace_that_is_cut_off_is_said(tmp_path, capsys):
     """Of stamps over 100 s a run of 60 s plays a part, and says how much."""
     (tmp_path / "t.jsonl").write_text("".join(f'{{"timestamp": {n}}}\n' for n in range(100)))
-    plan, _ = plan_of(Scenario(arrivals="trace", trace=str(tmp_path / "t.jsonl")), Models(("base",), "base"), QUESTIONS)
+    plan, _ = build_plan(
+        Scenario(arrivals="trace", trace=str(tmp_path / "t.jsonl")), Models(("base",), "base"), QUESTIONS
+    )
 
     assert len(plan) == 60
-    assert "60 of 100 arrivals are due within duration_s, 60" in capsys.readouterr().err
+    assert "60 of 100 arrivals are due within duration_s 60" in capsys.readouterr().err
 
 
 def test_arrivals_repeat_with_their_seed_only():
@@ -103,23 +105,23 @@ def test_the_base_share_is_taken_first():
 
 def test_models_are_drawn_by_their_shares():
     """30,000 draws come within two in a hundred of each share, and a share of nothing is never drawn."""
-    counts = Counter(choose({"a": 0.5, "b": 0.3, "c": 0.2, "d": 0.0}, 30_000, seed=1))
+    counts = Counter(choose_models({"a": 0.5, "b": 0.3, "c": 0.2, "d": 0.0}, 30_000, seed=1))
 
     assert {name: n / 30_000 for name, n in counts.items()} == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2}, abs=0.02)
 
 
 def test_a_cold_request_goes_to_the_adapter_left_alone_longest():
     """All cold: the adapters take turns, those never used first. None cold: nothing changes."""
-    assert with_cold(["a"] * 5, ["a", "b", "c"], 1.0, seed=0) == [(name, True) for name in "abcab"]
-    assert with_cold(["a", "base"], ["a", "b"], 0.0, seed=0) == [("a", False), ("base", False)]
+    assert with_cold_requests(["a"] * 5, ["a", "b", "c"], 1.0, seed=0) == [(name, True) for name in "abcab"]
+    assert with_cold_requests(["a", "base"], ["a", "b"], 0.0, seed=0) == [("a", False), ("base", False)]
 
 
 def test_a_plan_repeats_and_is_numbered_by_due_time():
     """The same scenario gives the same plan; each question comes once before any comes again."""
     scenario = Scenario(rate="3", duration_s=10, unique_prompts=False, output_tokens="uniform(5, 9)")
-    plan, texts = plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)
+    plan, texts = build_plan(scenario, Models(("base", "x"), "base"), QUESTIONS)
 
-    assert plan == plan_of(scenario, Models(("base", "x"), "base"), QUESTIONS)[0]
+    assert plan == build_plan(scenario, Models(("base", "x"), "base"), QUESTIONS)[0]
     assert [arrival.id for arrival in plan] == list(range(len(plan)))
     assert [arrival.due_s for arrival in plan] == sorted(arrival.due_s for arrival in plan)
     assert sorted(texts[arrival.prompts[0]] for arrival in plan[:3]) == sorted(QUESTIONS)
@@ -131,7 +133,7 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
     scenario = Scenario(
         rate="100", duration_s=20, long_share=0.25, long_words=40, cancel_share=0.5, cancel_after_s="2", turns="2"
     )
-    plan, texts = plan_of(scenario, Models(("base",), "base"), QUESTIONS)
+    plan, texts = build_plan(scenario, Models(("base",), "base"), QUESTIONS)
     long = [arrival for arrival in plan if "long" in arrival.tags]
 
     assert len(long) / len(plan) == pytest.approx(0.25, abs=0.04)

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from counsel.errors import UserError
-from loadtest.dispatcher import Player
+from loadtest.dispatcher import Dispatcher
 from loadtest.launch import worker_argv
-from loadtest.records import Row, read_rows
+from loadtest.records import RequestRecord, read_records
 from loadtest.scenario import Scenario
 from loadtest.stream import make_client
 from loadtest.verdict import EXIT_STATUS
@@ -116,7 +116,7 @@ def test_workers_that_join_share_one_run(tmp_path, start, port):
 
     *text, last = out.strip().split("\n")
     summary = json.loads(last)
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     plan = [json.loads(line) for line in (tmp_path / "out/plan.jsonl").read_text().splitlines()]
     assert believed(summary), err
     assert sorted((row.id, row.model) for row in rows) == [(arrival["id"], arrival["model"]) for arrival in plan]
@@ -153,7 +153,7 @@ def test_an_address_needs_both_halves(text):
 def test_a_source_that_joins_late_leaves_alone_what_was_due_before(monkeypatch):
     """Ten seconds into the run, what was due up to a second ago is sent, and what comes; not a flood of the rest."""
     plan = [Arrival(n, due_s, "base", (0,), 2, 0.0, None, ()) for n, due_s in enumerate((0.0, 8.9, 9.0, 9.5, 10.1))]
-    rows: list[Row] = []
+    rows: list[RequestRecord] = []
     clock = SimpleNamespace(now_s=10.0, naps_s=[])
 
     def sleep(seconds: float) -> None:
@@ -161,11 +161,11 @@ def test_a_source_that_joins_late_leaves_alone_what_was_due_before(monkeypatch):
         clock.now_s += seconds
 
     # A clock that only these sleeps move.
-    monkeypatch.setattr(Player, "now_s", lambda _: clock.now_s)
+    monkeypatch.setattr(Dispatcher, "now_s", lambda _: clock.now_s)
     monkeypatch.setattr("loadtest.dispatcher.gevent", SimpleNamespace(sleep=sleep))
     with standin("base") as url, make_client(url) as client:
-        player = Player(Scenario(url=url, duration_s=20), plan, ["hi"], client, 0, rows.append)
-        player.play_open(0, lambda: False)
+        player = Dispatcher(Scenario(url=url, duration_s=20), plan, ["hi"], client, 0, rows.append)
+        player.run_open(0, lambda: False)
         player.drain()
 
     assert sorted((row.id, row.outcome) for row in rows) == [(2, "ok"), (3, "ok"), (4, "ok")]
@@ -177,16 +177,16 @@ def test_a_plan_that_is_gone_through_again_has_new_prompts(monkeypatch):
     plan = [Arrival(n, 0.0, "base", (n,), 2, 0.0, None, ()) for n in range(2)]
     clock = SimpleNamespace(now_s=0.0)
 
-    def now_s(_: Player) -> float:
+    def now_s(_: Dispatcher) -> float:
         clock.now_s += 1
         return clock.now_s
 
-    monkeypatch.setattr(Player, "now_s", now_s)
+    monkeypatch.setattr(Dispatcher, "now_s", now_s)
     with standin("base") as url, make_client(url) as client:
-        player = Player(
+        player = Dispatcher(
             Scenario(url=url, arrivals="closed", concurrency=1), plan, ["a", "b"], client, 0, lambda _: None
         )
-        player.play_closed(lambda: False)
+        player.run_closed(lambda: False)
         with urllib.request.urlopen(url.replace("/v1", "/arrived")) as response:
             texts = [text for _, text in json.load(response)["arrived"]]
 
@@ -246,14 +246,14 @@ from loadtest.collector import Collector
 there = SimpleNamespace(process_exit_code=None, runner=SimpleNamespace(quit=lambda: None), web_ui=None)
 collector = Collector(there, Path(sys.argv[1]), 1)
 collector.restart()
-report = {"worker": 0, "seconds": [], "done": 1, "failed": 0, "tokens": 1, "due": 1, "in_flight": 0, "bugs": [],
+report = {"worker": 0, "seconds": [], "done": 1, "failed": 0, "tokens": 1, "due": 1, "in_flight": 0, "tracebacks": [],
           "finished": False}
-collector.take({**report, "rows": ['{"id": 1}']})
+collector.take({**report, "records": ['{"id": 1}']})
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (15, hard))
-collector.take({**report, "rows": ['{"id": 2}']})
+collector.take({**report, "records": ['{"id": 2}']})
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-collector.take({**report, "rows": ['{"id": 3}']})
+collector.take({**report, "records": ['{"id": 3}']})
 """
 
 
@@ -281,7 +281,7 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port,
         until(lambda: len(seen(url)["requests"]) == 2)
         until(lambda: max(seen(url)["requests"].values()) > 10)
         run.send_signal(signal.SIGINT)
-        wait_for_line(run, "running requests may finish")
+        wait_for_line(run, "waiting for running requests")
         # Passing takes no such second: a drain that gave up what is held needs it, to be seen.
         time.sleep(1)
         urllib.request.urlopen(url.replace("/v1", "/release")).close()
@@ -290,9 +290,9 @@ def test_ctrl_c_in_mid_run_keeps_what_came_and_is_invalid(tmp_path, start, port,
 
     assert run.returncode == 4, err
     summary = json.loads(out.strip().split("\n")[-1])
-    rows = read_rows(tmp_path / "out/requests.jsonl")
+    rows = read_records(tmp_path / "out/requests.jsonl")
     assert any("sent_share" in reason for reason in summary["invalid"])
-    assert web or "it was ended by Ctrl-C" in summary["invalid"]
+    assert web or "it was stopped with Ctrl-C" in summary["invalid"]
     assert {row.outcome for row in rows} == {"ok"}
     assert Counter(row.model for row in rows) == counted["requests"]
     assert max(counted["requests"].values()) > 10
@@ -311,5 +311,5 @@ def test_a_full_disk_ends_the_run_and_is_said(tmp_path, start):
 
     assert run.returncode == 1, err
     assert "requests.jsonl': File too large; free some space" in err
-    assert err.strip().split("\n")[-1].startswith("error: the run in out was given up")
+    assert err.strip().split("\n")[-1].startswith("error: the run in out was aborted")
     assert "Traceback" not in err

@@ -13,7 +13,7 @@ import httpx2
 import openai
 import pytest
 
-from loadtest.records import OUTCOMES, Row
+from loadtest.records import OUTCOMES, RequestRecord
 from loadtest.scenario import Scenario
 from loadtest.stream import Limits, ask, make_client, request_body, sse_data
 from tests.sse_server import Behaviour, delta, standin
@@ -36,15 +36,17 @@ def url() -> Iterator[str]:
         yield address
 
 
-def asked(url: str, model: str, tokens: int = 10, limits: Limits = PATIENT) -> tuple[Row, str]:
+def asked(url: str, model: str, tokens: int = 10, limits: Limits = PATIENT) -> tuple[RequestRecord, str]:
     """One request through the load test's path."""
     with make_client(url) as client:
-        row = Row(0, 0, model, 0, 0.0)
+        row = RequestRecord(0, 0, model, 0, 0.0)
         body = request_body(Scenario(), model, [{"role": "user", "content": "hi"}], tokens)
         return row, ask(client, body, row, time.monotonic(), limits)
 
 
-def told(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, dict]], limits: Limits = PATIENT) -> Row:
+def told(
+    monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, dict]], limits: Limits = PATIENT
+) -> RequestRecord:
     """The row of a reply whose chunks come after so many seconds each, on a clock that nothing else moves."""
     clock = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
     monkeypatch.setattr("loadtest.stream.time", clock)
@@ -57,7 +59,7 @@ def told(monkeypatch: pytest.MonkeyPatch, script: Sequence[tuple[float, dict]], 
 
     canned = httpx2.MockTransport(lambda request: httpx2.Response(200, content=chunks()))
     with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=httpx2.Client(transport=canned)) as client:
-        row = Row(0, 0, "base", 0, 0.0)
+        row = RequestRecord(0, 0, "base", 0, 0.0)
         ask(client, request_body(Scenario(), "base", [], 10), row, 99.0, limits)
     return row
 
@@ -168,7 +170,7 @@ def test_json_that_is_no_chunk_is_a_server_error(document):
     """Whatever a server sends in a 200 stream is counted; none of it may end the load test."""
     canned = httpx2.MockTransport(lambda request: httpx2.Response(200, content=f"data: {document}\n\n".encode()))
     with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=httpx2.Client(transport=canned)) as client:
-        row = Row(0, 0, "base", 0, 0.0)
+        row = RequestRecord(0, 0, "base", 0, 0.0)
         ask(client, request_body(Scenario(), "base", [], 1), row, time.monotonic(), PATIENT)
 
     assert (row.outcome, row.status) == ("server_error", 200)
@@ -341,7 +343,7 @@ def test_a_limit_holds_while_nothing_comes(monkeypatch, limits, outcome, before)
 
     http = httpx2.Client(transport=httpx2.MockTransport(answer))
     with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=http) as client:
-        row = Row(0, 0, "base", 0, 0.0)
+        row = RequestRecord(0, 0, "base", 0, 0.0)
         ask(client, request_body(Scenario(), "base", [], 10), row, 99.0, limits, timer)
 
     assert (row.outcome, row.end_s) == (outcome, pytest.approx(1.4))
@@ -360,7 +362,7 @@ def test_a_reply_that_goes_silent_is_a_timeout():
 
     http = httpx2.Client(transport=httpx2.MockTransport(answer))
     with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=http) as client:
-        row = Row(0, 0, "base", 0, 0.0)
+        row = RequestRecord(0, 0, "base", 0, 0.0)
         ask(client, request_body(Scenario(), "base", [], 10), row, time.monotonic(), Limits(None, 600, 5))
 
     assert (row.outcome, row.status, row.ok) == ("timeout", 200, False)
@@ -374,7 +376,7 @@ def test_connections_are_used_again_unless_told_not_to(reuse, connections, monke
     with standin("base", "x.status-503") as url:
         with make_client(url, reuse) as client:
             for model in ("base", "x.status-503", "base", "base", "x.status-503", "base"):
-                ask(client, request_body(Scenario(), model, [], 3), Row(0, 0, model, 0, 0.0), 0.0, PATIENT)
+                ask(client, request_body(Scenario(), model, [], 3), RequestRecord(0, 0, model, 0, 0.0), 0.0, PATIENT)
         assert seen(url)["connections"] == connections
 
 
@@ -390,7 +392,7 @@ def test_the_clients_own_work_is_no_time_of_the_server(monkeypatch):
             return made(*given, **named)
 
         monkeypatch.setattr(client, "_build_request", slowly)
-        row = Row(0, 0, "base", 0, due_s=1.0)
+        row = RequestRecord(0, 0, "base", 0, due_s=1.0)
         ask(client, request_body(Scenario(), "base", [], 3), row, 99.0, PATIENT)
 
     assert (row.outcome, row.sent_s, row.lag_s) == ("ok", pytest.approx(1.03), pytest.approx(0.03))

@@ -13,15 +13,15 @@ from counsel.errors import UserError
 from counsel.files import read_json, write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
 from loadtest.arrivals import due_times, rate_knots
-from loadtest.records import Row, append_rows
+from loadtest.records import RequestRecord, append_records
 from loadtest.results import read_results
 from loadtest.scenario import Scenario
-from loadtest.verdict import conclude
+from loadtest.verdict import summarize_run
 from loadtest.workload import Arrival
 from tests.sse_server import standin
 from tests.test_loadtest_metrics import failure, reply
 
-Reply = Callable[[int, float], Row]
+Reply = Callable[[int, float], RequestRecord]
 
 
 def every(e2e_s: float, ttft_s: float = 0.1, tokens: int = 11) -> Reply:
@@ -37,7 +37,7 @@ def queued(slots: int, service_s: float) -> Reply:
     """A server that works on so many at once, first come first served."""
     free = [0.0] * slots
 
-    def answer(n: int, due_s: float) -> Row:
+    def answer(n: int, due_s: float) -> RequestRecord:
         begin_s = max(due_s, min(free))
         free[free.index(min(free))] = begin_s + service_s
         return reply(n, due_s, ttft_s=begin_s - due_s + service_s / 2, tokens=11, tpot_s=service_s / 20)
@@ -45,7 +45,7 @@ def queued(slots: int, service_s: float) -> Reply:
     return answer
 
 
-def judged(folder: Path, rows: Sequence[Row], asked: Sequence[str] = ("base",), seconds: float | None = None,
+def judged(folder: Path, rows: Sequence[RequestRecord], asked: Sequence[str] = ("base",), seconds: float | None = None,
            planned: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
     """The summary of a run with these rows and a calm client."""
     scenario = Scenario(**{"arrivals": "constant", **options})
@@ -57,19 +57,19 @@ def judged(folder: Path, rows: Sequence[Row], asked: Sequence[str] = ("base",), 
     ]
     missing = (planned or len(arrivals)) - len(arrivals)
     arrivals += [arrivals[-1]._replace(id=len(arrivals) + n) for n in range(missing)]
-    write_jsonl(folder / "plan.jsonl", (arrival.to_row() for arrival in arrivals))
+    write_jsonl(folder / "plan.jsonl", (arrival.to_json() for arrival in arrivals))
     last_s = max(row.end_s for row in rows) if seconds is None else seconds
     calm = {"worker": 0, "due": 0, "in_flight": 0, "hub_lag_s": 0.0, "cpu": 0.1}
     write_jsonl(folder / "client.jsonl", ({**calm, "t_s": float(t)} for t in range(1, int(last_s) + 2)))
     write_jsonl(folder / "server.jsonl", ())
     (folder / "requests.jsonl").unlink(missing_ok=True)
-    append_rows(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
-    summary = conclude(read_results(folder))
+    append_records(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
+    summary = summarize_run(read_results(folder))
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def played(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[Row]:
+def played(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[RequestRecord]:
     """The rows of a plan whose replies are what `answer` says."""
     return [answer(n, due_s) for n, due_s in enumerate(due_times(process, rate_knots(rate, duration_s), 1.0, 0))]
 
@@ -173,7 +173,7 @@ def test_a_closed_loop_has_the_rate_of_its_clients(tmp_path, straggler):
     assert found["requests_per_s"] == pytest.approx(8.0, rel=0.01)
 
 
-def hanging_up(row: Row, after_s: float) -> Row:
+def hanging_up(row: RequestRecord, after_s: float) -> RequestRecord:
     """The same request by a client that hangs up, unless the reply is quicker."""
     row.tags = ("hangs_up",)
     if row.end_s - row.sent_s > after_s:
@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_is_judged_by_its_rows(tmp_path, capsys):
     assert "it did not come to its end" in summary["invalid"]
     assert summary["all"]["requests_per_s"] == pytest.approx(4.0, rel=0.02)
     assert (tmp_path / "report.html").is_file()
-    # Judged once more, it is what it was.
+    # ObjectiveResult once more, it is what it was.
     assert main("loadtest", COMMANDS, ["report", str(tmp_path)]) == 4
 
 
