@@ -32,7 +32,7 @@ from loadtest.slo import ObjectiveResult, min_requests, parse_objective, percent
 
 _MIN_REQUESTS = 20
 _SLOW_CLIENT = "lower the rate, add --workers, or test from another machine"
-# What a failed check means, and what to do.
+# What a failed check means and what to do, by the first word of its name.
 _ADVICE = {
     "requests": "too few to judge; run longer",
     "sent_share": f"the plan was not sent in time; let the run end by itself, or {_SLOW_CLIENT}",
@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
     def explain(self) -> str:
         """Why this check makes a run invalid, in one line."""
-        advice = _ADVICE.get(self.name, "too few to judge; run longer")
+        advice = _ADVICE[self.name.split()[0]]
         return f"{self.name} is {self.value:.3g}, must be {self.sign} {self.bound:.3g}: {advice}"
 
 

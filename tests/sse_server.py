@@ -1,13 +1,13 @@
-"""A loopback stand-in that streams OpenAI chat chunks: known content, counts and times, and faults on request.
+"""A stand-in server on loopback that streams OpenAI chat chunks: known content, counts and times, faults on request.
 
     python tests/sse_server.py --models base,gentle,base.first-200.half       prints its port, serves until killed
 
-It is no model: a reply is `max_tokens` times the word "w ", so a test knows what must come back. The first model is
+There is no model: a reply is the word "w " `max_tokens` times, so a test knows what must come back. The first model is
 the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
-It is plain asyncio with bytes made beforehand, because it must outrun the client it measures.
-GET /seen counts what came: {"requests": {model: n}, "hung_up": n, "connections": n}, connections that asked something.
-GET /arrived says when, by the clock that all processes of a machine share: [[seconds, last message], ...]. GET /release
-lets go what `holds` holds.
+It is plain asyncio with prepared bytes, because it must be faster than the client that it measures.
+GET /counts counts requests: {"requests": {model: n}, "hung_up": n, "connections": n}; only connections with a request.
+GET /arrivals says when they arrived, on the monotonic clock that all processes of a machine share: [[seconds, last
+message], ...]. GET /release lets the requests of `holds` continue.
 """
 
 import argparse
@@ -18,11 +18,13 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-# Faults that happen half-way through a reply.
+# Faults halfway through a reply.
 MIDWAY = ("half", "reset", "eof", "comment", "garbage", "shape", "midway", "die")
 
 
@@ -31,14 +33,14 @@ class Behaviour:
     """How a model's replies go.
 
     `first-200`: the first chunk after 200 ms. `gap-10`: 10 ms between chunks. `burst`: all chunks in one write.
-    `slots-4`: at most four replies at once, from the first chunk's wait to the last chunk; the others queue, so the
-    capacity is 4 over the time of one reply. `together-3`: no reply before three requests wait for one, which then all
-    get theirs. `holds-10`: the first ten are answered, the others when told. `status-503`: answers that status with a
-    JSON error. Half-way through the reply, `half` closes the connection for sending, `reset` breaks it off, `eof` ends
-    the body as if whole, `comment` sends nothing but keep-alive comments, `garbage` sends a line
-    that is no JSON, `shape` JSON that is no chunk, `midway` an error object, `die` ends the process. `dies-30` ends the
-    process at its 30th request, when the 29 before it have their replies. `drop` closes before any answer; `nousage`
-    leaves the usage out, `nonsense` counts in words; `mute` sends a whole reply without text.
+    `slots-4`: at most four replies at once, from the wait for the first chunk to the last chunk; the others queue, so
+    the capacity is 4 over the time of one reply. `together-3`: no reply until three requests wait, which are then all
+    answered. `holds-10`: ten requests are answered, the others after GET /release. `status-503`: that status, with a
+    JSON error. Halfway through the reply, `half` closes the connection for sending, `reset` resets it, `eof` ends the
+    body as if it were complete, `comment` sends only keep-alive comments, `garbage` sends a line that is not JSON,
+    `shape` JSON that is not a chunk, `midway` an error object, `die` ends the process. `dies-30` ends it at the 30th
+    request, once the 29 before are answered. `drop` closes the connection before any response, `nousage`
+    leaves out the usage, `nonsense` has words for counts, and `mute` sends a complete reply without text.
     """
 
     first_s: float = 0.0
@@ -52,18 +54,18 @@ class Behaviour:
 
     @classmethod
     def of(cls, model: str) -> "Behaviour":
-        found = cls()
+        behaviour = cls()
         for word in model.split(".")[1:]:
             name, _, value = word.partition("-")
             if name == "first":
-                found.first_s = int(value) / 1000
+                behaviour.first_s = int(value) / 1000
             elif name == "gap":
-                found.gap_s = int(value) / 1000
+                behaviour.gap_s = int(value) / 1000
             elif name in ("status", "slots", "together", "holds", "dies"):
-                setattr(found, name, int(value))
+                setattr(behaviour, name, int(value))
             else:
-                found.fault = name
-        return found
+                behaviour.fault = name
+        return behaviour
 
 
 def event(document: dict) -> bytes:
@@ -84,21 +86,21 @@ def delta(model: str, content: dict, finish: str | None = None) -> dict:
 
 
 class Standin(asyncio.Protocol):
-    """One connection: requests one after the other, each answered by a task that a hang-up cancels."""
+    """One connection: requests in sequence, each answered by a task that is cancelled if the client hangs up."""
 
     models: tuple[str, ...]
     requests: Counter
     slots: dict[str, asyncio.Semaphore]
     waiting: dict[str, list[asyncio.Future]]
-    whole: Counter
+    complete: Counter
     released: asyncio.Event
     hung_up = connections = 0
-    arrived: list[tuple[float, str]]
+    arrivals: list[tuple[float, str]]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
         self.buffer = b""
-        self.asked = False
+        self.counted = False
         self.reply: asyncio.Task | None = None
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -122,10 +124,10 @@ class Standin(asyncio.Protocol):
             return
         body = json.loads(rest[:length])
         Standin.requests[body["model"]] += 1
-        Standin.connections += not self.asked
-        self.asked = True
+        Standin.connections += not self.counted
+        self.counted = True
         if body.get("messages"):
-            self.arrived.append((time.monotonic(), body["messages"][-1]["content"]))
+            self.arrivals.append((time.monotonic(), body["messages"][-1]["content"]))
         self.reply = asyncio.ensure_future(self.stream(body, Standin.requests[body["model"]]))
 
     def get(self, path: str) -> tuple[int, dict | str]:
@@ -134,10 +136,10 @@ class Standin(asyncio.Protocol):
             cards = [{"id": base, "object": "model", "created": 1, "owned_by": "tests", "parent": None}]
             cards += [{**cards[0], "id": name, "parent": base} for name in adapters]
             return 200, {"object": "list", "data": cards}
-        if path == "/seen":
+        if path == "/counts":
             return 200, {"requests": dict(self.requests), "hung_up": self.hung_up, "connections": self.connections}
-        if path == "/arrived":
-            return 200, {"arrived": self.arrived}
+        if path == "/arrivals":
+            return 200, {"arrivals": self.arrivals}
         if path == "/release":
             self.released.set()
             return 200, {}
@@ -157,12 +159,12 @@ class Standin(asyncio.Protocol):
         self.transport.write(head.encode() + text.encode())
 
     async def stream(self, body: dict, number: int) -> None:
-        """Answer the model's request of that number, from 1."""
+        """Answer the request with that number, counted from 1 for each model."""
         model, n = body["model"], body["max_tokens"]
         how = Behaviour.of(model)
         if how.dies and number >= how.dies:
-            # Many requests may be read at once: the earlier ones are answered first, the later ones never.
-            while number > how.dies or self.whole[model] < how.dies - 1:
+            # Many requests may be read at once: the earlier ones are answered first, the later ones never are.
+            while number > how.dies or self.complete[model] < how.dies - 1:
                 await asyncio.sleep(0.001)
             os._exit(1)
         if how.fault == "drop":
@@ -172,7 +174,7 @@ class Standin(asyncio.Protocol):
             self.answer(how.status, {"error": {"message": "as asked", "type": "standin", "code": how.status}})
             return
         if how.together:
-            await self.gathered(model, how.together)
+            await self.wait_together(model, how.together)
         if how.holds is not None and number > how.holds:
             await self.released.wait()
         if not how.slots:
@@ -181,8 +183,8 @@ class Standin(asyncio.Protocol):
         async with self.slots.setdefault(model, asyncio.Semaphore(how.slots)):
             await self.reply_to(model, n, how)
 
-    async def gathered(self, model: str, n: int) -> None:
-        """Return when `n` requests wait here."""
+    async def wait_together(self, model: str, n: int) -> None:
+        """Return once `n` requests wait here."""
         waiting, turn = self.waiting.setdefault(model, []), asyncio.get_running_loop().create_future()
         waiting.append(turn)
         if len(waiting) == n:
@@ -217,7 +219,7 @@ class Standin(asyncio.Protocol):
         write(http_chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         while self.transport.get_write_buffer_size():
             await asyncio.sleep(0.001)
-        Standin.whole[model] += 1
+        Standin.complete[model] += 1
 
     async def fail(self, fault: str) -> None:
         if fault == "half":
@@ -226,7 +228,7 @@ class Standin(asyncio.Protocol):
             self.transport.abort()
         elif fault == "comment":
             while True:
-                self.transport.write(http_chunk(b": still there\n\n"))
+                self.transport.write(http_chunk(b": keep-alive\n\n"))
                 await asyncio.sleep(0.02)
         elif fault == "shape":
             self.transport.write(http_chunk(b"data: [1]\n\n") + b"0\r\n\r\n")
@@ -242,13 +244,25 @@ class Standin(asyncio.Protocol):
 
 @contextlib.contextmanager
 def standin(*models: str) -> Iterator[str]:
-    """Run a stand-in for `models` in a process of its own; yield its base URL."""
+    """Run a stand-in for `models` in a separate process; yield its base URL."""
     with subprocess.Popen([sys.executable, __file__, "--models", ",".join(models)], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
         finally:
             process.kill()
+
+
+def counts(url: str) -> dict[str, Any]:
+    """What the stand-in at `url` has counted (see the module's docstring)."""
+    with urllib.request.urlopen(url.replace("/v1", "/counts")) as response:
+        return json.load(response)
+
+
+def arrivals(url: str) -> dict[str, float]:
+    """When each message arrived at the stand-in at `url`, by its text."""
+    with urllib.request.urlopen(url.replace("/v1", "/arrivals")) as response:
+        return {text: at_s for at_s, text in json.load(response)["arrivals"]}
 
 
 async def serve(port: int) -> None:
@@ -265,8 +279,8 @@ if __name__ == "__main__":
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--models", default="base,gentle,brief")
     options = parser.parse_args()
-    Standin.models, Standin.requests, Standin.whole = tuple(options.models.split(",")), Counter(), Counter()
-    Standin.slots, Standin.waiting, Standin.arrived = {}, {}, []
+    Standin.models, Standin.requests, Standin.complete = tuple(options.models.split(",")), Counter(), Counter()
+    Standin.slots, Standin.waiting, Standin.arrivals = {}, {}, []
     import uvloop
 
     uvloop.run(serve(options.port))

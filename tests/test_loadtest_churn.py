@@ -1,4 +1,4 @@
-"""New versions published while the load runs, from a real store beside the stand-in."""
+"""New versions are published to a real store while the stand-in is under load."""
 
 import shutil
 import urllib.request
@@ -19,13 +19,13 @@ from tests.tiny import tiny_adapter
 
 @pytest.fixture
 def base(tiny_model: Base, tmp_path: Path) -> Base:
-    """A base of this test's own, so that it can be taken away."""
+    """A base for this test alone, so that the test can remove it."""
     return resolve(str(shutil.copytree(tiny_model.path, tmp_path / "base")))
 
 
 @pytest.fixture
 def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict]:
-    """A run beside which new versions are published, and whose replies of the base are held until there were `n`."""
+    """A run during which new versions are published; replies of the base are held until there are `n`."""
 
     def run(n: int) -> dict:
         (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
@@ -52,7 +52,7 @@ def churned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], 
 
 
 def test_each_adapter_in_turn_gets_new_versions(base, tmp_path, churned):
-    """Two adapters, something new every 0.2 s: they take turns, and no content comes twice."""
+    """Two adapters, a new version every 0.2 s: they alternate, and no content is published twice."""
     store = tmp_path / "store"
     for name, system in (("gentle", "you are kind"), ("calm", "")):
         adapter_store.publish(store, name, tiny_adapter(base.path, tmp_path / name, seed=1), base, system=system)
@@ -67,8 +67,8 @@ def test_each_adapter_in_turn_gets_new_versions(base, tmp_path, churned):
     assert not any("churn" in reason for reason in summary["invalid"])
 
 
-def test_a_churn_that_cannot_go_on_makes_the_run_invalid(base, tmp_path, churned):
-    """The base is gone when the first version is to be published: the load is played and reported, and says why."""
+def test_a_failed_churn_makes_the_run_invalid(base, tmp_path, churned):
+    """The base is gone before the first version is published: the load is sent and reported, with the reason."""
     adapter_store.publish(tmp_path / "store", "gentle", tiny_adapter(base.path, tmp_path / "gentle", seed=1), base)
     shutil.rmtree(base.path)
     summary = churned(1)

@@ -1,4 +1,4 @@
-"""Two finished runs held against each other, their rows written here: what differs is found, and nothing else."""
+"""Two finished runs with scripted records are compared: what differs is found, and nothing else."""
 
 import heapq
 import json
@@ -16,17 +16,17 @@ from loadtest.records import RequestRecord
 from loadtest.scenario import Scenario
 from loadtest.window import Window, open_window
 from tests.test_loadtest_metrics import failure, reply
-from tests.test_loadtest_truth import every, judged, played, queued
+from tests.test_loadtest_truth import every, judged, queued, recorded
 
 
 def run(ttft_s: float, seed: int) -> list[RequestRecord]:
-    """A run of 200 s with one request a second, TTFT around `ttft_s`."""
+    """A run of 200 s with one request per second and a TTFT around `ttft_s`."""
     noise = random.Random(seed)
     return [reply(n, n, ttft_s=ttft_s * noise.uniform(0.8, 1.2)) for n in range(200)]
 
 
-def over(rows: list[RequestRecord], duration_s: float) -> RunData:
-    return RunData(rows, Window(0, duration_s), open_window(rows, 0, duration_s))
+def over(records: list[RequestRecord], duration_s: float) -> RunData:
+    return RunData(records, Window(0, duration_s), open_window(records, 0, duration_s))
 
 
 def shown(
@@ -42,38 +42,38 @@ def shown(
 
 
 def test_a_slower_run_is_worse_and_a_faster_one_better():
-    """TTFT up by half: worse; the other way round: better; its throughput is not touched by either."""
+    """A TTFT up by half is worse, and the reverse is better; throughput does not change."""
     assert shown(run(0.4, 1), run(0.6, 2))["ttft_p50_s"] == "worse"
     assert shown(run(0.6, 2), run(0.4, 1))["ttft_p50_s"] == "better"
     assert shown(run(0.4, 1), run(0.6, 2))["tokens_per_s"] == "-"
 
 
 def test_two_runs_of_the_same_server_show_no_difference():
-    """Only the noise differs: no metric of latency is called better or worse."""
+    """Only the noise differs, so no latency is better or worse."""
     assert set(shown(run(0.4, 1), run(0.4, 7)).values()) == {"-"}
 
 
 def test_a_difference_below_the_margin_does_not_count():
-    """Every request 3 % slower is shown beyond doubt, and is no reason to call the run worse unless one says so."""
-    rows = run(0.4, 1)
-    slower = [reply(row.id, row.due_s, ttft_s=1.03 * row.ttft_s) for row in rows]
+    """Every request 3 % slower can be shown, but is only worse with a smaller margin."""
+    records = run(0.4, 1)
+    slower = [reply(record.id, record.due_s, ttft_s=1.03 * record.ttft_s) for record in records]
 
-    assert shown(rows, slower)["ttft_p50_s"] == "-"
-    assert shown(rows, slower, margin=0.0)["ttft_p50_s"] == "-"  # its noise is wider than that
-    # Request by request there is no such noise.
-    assert shown(rows, slower, margin=0.0, paired=True)["ttft_p50_s"] == "worse"
-    assert shown(rows, slower, paired=True)["ttft_p50_s"] == "-"
+    assert shown(records, slower)["ttft_p50_s"] == "-"
+    assert shown(records, slower, margin=0.0)["ttft_p50_s"] == "-"  # the noise is larger
+    # Paired, the noise cancels out.
+    assert shown(records, slower, margin=0.0, paired=True)["ttft_p50_s"] == "worse"
+    assert shown(records, slower, paired=True)["ttft_p50_s"] == "-"
     even = [reply(n, n, ttft_s=0.4) for n in range(200)]
     later = [reply(n, n, ttft_s=0.412) for n in range(200)]
     assert shown(even, later)["ttft_p50_s"] == "-"
     assert shown(even, later, margin=0.0)["ttft_p50_s"] == "worse"
 
 
-def test_errors_are_compared_where_there_is_no_ratio_too():
-    """One request in ten fails where none did, or one: worse. One where none did may be chance. And the way back."""
+def test_errors_are_compared_even_without_a_ratio():
+    """One failure in ten is worse than none or one; one against none may be chance. The reverse is better."""
 
     def failing(which: set[int], seed: int) -> list[RequestRecord]:
-        return [failure(row.id, row.due_s) if row.id in which else row for row in run(0.4, seed)]
+        return [failure(record.id, record.due_s) if record.id in which else record for record in run(0.4, seed)]
 
     tenth = set(range(0, 200, 10))
 
@@ -83,9 +83,9 @@ def test_errors_are_compared_where_there_is_no_ratio_too():
     assert shown(failing(tenth, 1), failing(set(), 2))["error_rate"] == "better"
 
 
-def test_throughput_is_of_what_came_back_when():
-    """Of 24 requests/s due, a server of 25 gives 24 and one of 12 gives 12: half, though all come back in the end."""
-    a, b = (played(queued(slots, 0.5), "24", 60) for slots in (13, 6))
+def test_throughput_is_over_replies_in_the_window():
+    """Of 24 requests/s, a server for 26 gives 24 and one for 12 gives 12, though all replies come back in the end."""
+    a, b = (recorded(queued(slots, 0.5), "24", 60) for slots in (13, 6))
     found = differences(over(a, 60), over(b, 60), None, 0.05, 0)
     tokens = next(each for each in found if each.metric == "tokens_per_s")
 
@@ -94,39 +94,39 @@ def test_throughput_is_of_what_came_back_when():
 
 
 def near_saturation(seed: int) -> list[RequestRecord]:
-    """Four servers of 0.5 s on average, asked at nine tenths of what they can do for 200 s, all by chance."""
+    """Four slots of 0.5 s on average, at nine tenths of their capacity for 200 s, all at random."""
     draw = np.random.default_rng(seed)
     due_s = np.sort(draw.uniform(0, 200, draw.poisson(7.2 * 200)))
-    free, rows = [0.0] * 4, []
+    free, records = [0.0] * 4, []
     for n, due in enumerate(due_s.tolist()):
         begin_s = max(due, heapq.heappop(free))
         service_s = 0.5 * draw.lognormal(-0.125, 0.5)
         heapq.heappush(free, begin_s + service_s)
-        rows.append(reply(n, due, ttft_s=begin_s - due + service_s / 2, tokens=11, tpot_s=service_s / 20))
-    return rows
+        records.append(reply(n, due, ttft_s=begin_s - due + service_s / 2, tokens=11, tpot_s=service_s / 20))
+    return records
 
 
-def test_one_server_near_saturation_is_not_called_two():
-    """Four runs of a server and its slowest one: none is called different; with blocks of 5 s, most are."""
+def test_runs_of_one_server_near_saturation_do_not_differ():
+    """Four runs of a server against its slowest run: none differs. With blocks of 5 s, most would."""
     slow, *others = (near_saturation(seed) for seed in (4, 0, 1, 3, 5))
 
-    def alarms(block_s: float | None) -> int:
+    def differing(block_s: float | None) -> int:
         return sum(bool({"better", "worse"} & set(shown(other, slow, block_s=block_s).values())) for other in others)
 
-    assert alarms(None) == 0
-    assert alarms(5) >= 2
+    assert differing(None) == 0
+    assert differing(5) >= 2
 
 
-def test_a_run_that_is_too_short_to_tell_says_so():
-    """One long good and one long bad spell are two independent blocks at most, however many requests they hold."""
+def test_a_run_that_is_too_short_shows_a_question_mark():
+    """One long good spell and one long bad one are at most two independent blocks, however many requests they hold."""
     spells = [reply(n, n / 5, ttft_s=0.2 if n < 500 else 2.0) for n in range(1000)]
 
     assert shown(spells, spells)["ttft_p50_s"] == "?"
     assert shown(spells, spells)["tokens_per_s"] == "-"
 
 
-def test_dependence_is_the_autocorrelation_time():
-    """Of an autoregressive series with coefficient 0.8 it is (1 + 0.8) / (1 - 0.8) = 9; of noise and constants 1."""
+def test_the_autocorrelation_time_of_known_series():
+    """An autoregressive series with coefficient 0.8 has (1 + 0.8) / (1 - 0.8) = 9, noise and constants have 1."""
     draw = np.random.default_rng(3)
     series = np.zeros(10_000)
     for n in range(1, len(series)):
@@ -137,23 +137,23 @@ def test_dependence_is_the_autocorrelation_time():
     assert autocorrelation_time(np.full(64, 0.3)) == 1
 
 
-@pytest.mark.parametrize("figure", [Statistic(50), Statistic(90), Statistic(mean=True), Statistic()])
-def test_a_resample_is_the_figure_of_the_blocks_that_were_drawn(figure):
-    """Eight blocks of five values, drawn again: the same as joining the blocks drawn, by numpy."""
+@pytest.mark.parametrize("statistic", [Statistic(50), Statistic(90), Statistic(mean=True), Statistic()])
+def test_a_resample_is_the_statistic_of_the_drawn_blocks(statistic):
+    """Eight blocks of five values: the same as numpy's result for the joined blocks."""
     draw = np.random.default_rng(0)
     values = Values(np.arange(40) + 0.5, draw.uniform(0, 1, 40), 40.0)
     picks = draw.integers(8, size=(20, 8))
-    joined = [np.concatenate([values.value[5 * block : 5 * block + 5] for block in row]) for row in picks]
-    of = np.mean if figure.mean else (lambda v: v.sum() / 40) if figure.percent is None else (
-        lambda v: np.percentile(v, figure.percent)
+    joined = [np.concatenate([values.value[5 * block : 5 * block + 5] for block in record]) for record in picks]
+    of = np.mean if statistic.mean else (lambda v: v.sum() / 40) if statistic.percent is None else (
+        lambda v: np.percentile(v, statistic.percent)
     )  # fmt: skip
 
-    assert resampled(values, figure, picks) == pytest.approx([of(each) for each in joined])
-    assert point(values, figure) == pytest.approx(of(values.value))
+    assert resampled(values, statistic, picks) == pytest.approx([of(each) for each in joined])
+    assert point(values, statistic) == pytest.approx(of(values.value))
 
 
-def test_a_block_holds_two_requests_at_least():
-    """Twenty requests are ten blocks at most, and ten are too few to be compared."""
+def test_a_block_holds_at_least_two_requests():
+    """Twenty requests are at most ten blocks, and ten requests are too few to compare."""
     few = Values(np.arange(20.0), np.ones(20), 20.0)
 
     assert number_of_blocks([few, few], Statistic(50), paired=False) == 10
@@ -161,10 +161,10 @@ def test_a_block_holds_two_requests_at_least():
     assert MIN_BLOCKS == 8
 
 
-def test_what_is_left_of_a_schedule_that_was_cut_off_is_no_time(tmp_path):
-    """Of 100 s, 40 requests are all due in 10: 4 a second in both, and no block of silence."""
+def test_the_rest_of_a_limited_schedule_does_not_count(tmp_path):
+    """40 requests of a schedule of 100 s are all due in 10 s: 4 per second in both runs, without empty blocks."""
     for name, answer in (("a", every(0.3)), ("b", every(0.6))):
-        judged(tmp_path / name, played(answer, "4", 100)[:40], rate="4", duration_s=100, requests=40)
+        judged(tmp_path / name, recorded(answer, "4", 100)[:40], rate="4", duration_s=100, requests=40)
     document = compared(tmp_path, "a", "b")[1]
     by_metric = {each["metric"]: each for each in document["differences"]}
 
@@ -191,17 +191,17 @@ def compared(folder: Path, *words: str) -> tuple[int, dict]:
 
 
 def test_runs_of_different_loads_are_not_judged(tmp_path):
-    """Twice the rate and half as fast: no word of the server, and the load's difference by name."""
-    judged(tmp_path / "a", played(every(0.3), "4", 40), rate="4", duration_s=40)
-    judged(tmp_path / "b", played(every(0.6), "8", 40), rate="8", duration_s=40)
+    """Twice the rate and half as fast: no verdict on the server, and the difference is named."""
+    judged(tmp_path / "a", recorded(every(0.3), "4", 40), rate="4", duration_s=40)
+    judged(tmp_path / "b", recorded(every(0.6), "8", 40), rate="8", duration_s=40)
     status, document = compared(tmp_path, "a", "b")
 
     assert (status, document["verdict"]) == (4, "different loads")
     assert "rate is '4' in A and '8' in B" in document["text"]
 
 
-def test_only_what_makes_the_load_is_a_different_load():
-    """Where it goes, who is asked, with which seed and for how long: not the load. A ramp's length is."""
+def test_only_keys_of_the_load_make_a_different_load():
+    """Where it goes, to which models, the seed and the duration are not the load. The duration of a ramp is."""
     a = Scenario()
 
     assert (
@@ -211,13 +211,13 @@ def test_only_what_makes_the_load_is_a_different_load():
     assert different_load(Scenario(rate="ramp(1, 2)"), Scenario(rate="ramp(1, 2)", duration_s=90))
 
 
-def test_one_plan_is_compared_request_by_request(tmp_path):
-    """The same arrivals, each reply a tenth slower: told, though replies of one run differ by ten times that."""
+def test_runs_of_one_plan_are_compared_block_by_block(tmp_path):
+    """The same arrivals, each reply a tenth slower: shown, though replies of one run differ by ten times that."""
     noise = random.Random(5)
     times = [noise.uniform(0.2, 3.0) for _ in range(400)]
     for name, factor in (("a", 1.0), ("b", 1.1)):
-        rows = played(lambda n, due_s, factor=factor: every(factor * times[n])(n, due_s), "4", 100)
-        judged(tmp_path / name, rows, rate="4", duration_s=100)
+        records = recorded(lambda n, due_s, factor=factor: every(factor * times[n])(n, due_s), "4", 100)
+        judged(tmp_path / name, records, rate="4", duration_s=100)
     status, document = compared(tmp_path, "a", "b")
 
     assert (document["paired"], document["verdict"], status) == (True, "worse", 3)

@@ -1,4 +1,4 @@
-"""Verdicts as a user gets them, on a server whose capacity and speed are known, seen by a client that is never late."""
+"""Verdicts as a user gets them, for a server of known capacity and speed and a client that is never late."""
 
 import heapq
 import json
@@ -19,10 +19,10 @@ from tests.sse_server import Behaviour, standin
 COMMON = ("--arrivals", "constant", "--output-tokens", "4")
 
 
-def reckoned(scenario: Scenario, directory: Path) -> None:
-    """Leave what Locust leaves of a plan: when the stand-in's replies come, reckoned from its models' names."""
+def scripted_locust(scenario: Scenario, directory: Path) -> None:
+    """Write what Locust would write for a plan: the replies of the stand-in, computed from the models' names."""
     free: dict[str, list[float]] = {}
-    rows = []
+    records = []
     plan = read_jsonl(directory / "plan.jsonl")
     for arrival in plan:
         model, due_s = arrival["model"], arrival["due_s"]
@@ -32,16 +32,16 @@ def reckoned(scenario: Scenario, directory: Path) -> None:
         gaps_s = [how.gap_s] * (arrival["max_tokens"] - 1)
         last_s = first_s + sum(gaps_s)
         heapq.heappush(slots, last_s)
-        rows.append(
+        records.append(
             RequestRecord(
                 id=arrival["id"], turn=0, model=model, worker=0, due_s=due_s, sent_s=due_s, first_s=first_s,
                 content_s=first_s, last_s=last_s, end_s=last_s, gaps_s=gaps_s, prompt_tokens=7,
                 completion_tokens=len(gaps_s) + 1, finish="stop", outcome="ok", status=200,
             )
         )  # fmt: skip
-    append_records(directory / "requests.jsonl", rows)
+    append_records(directory / "requests.jsonl", records)
     calm = {"worker": 0, "due": 0, "in_flight": 0, "hub_lag_s": 0.0, "cpu": 0.1}
-    write_jsonl(directory / "client.jsonl", [{**calm, "t_s": float(t)} for t in range(1, int(rows[-1].end_s) + 1)])
+    write_jsonl(directory / "client.jsonl", [{**calm, "t_s": float(t)} for t in range(1, int(records[-1].end_s) + 1)])
     write_json(directory / "start.json", {"mono_s": time.monotonic(), "unix_s": time.time()})
 
 
@@ -49,13 +49,13 @@ def reckoned(scenario: Scenario, directory: Path) -> None:
 def loadtest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, dict[str, Any], str]]:
-    """`python -m loadtest`, all but Locust, in a folder with one question: its status, its JSON line, the text before.
+    """`python -m loadtest` without Locust, in a folder with one question: its status, its JSON line, the text before.
 
-    What a client on a crowded machine would add to these times is not what is judged here.
+    Delays of a busy machine would change these times, and are not what is tested.
     """
     (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("loadtest.run.run_locust", reckoned)
+    monkeypatch.setattr("loadtest.run.run_locust", scripted_locust)
 
     def run(*words: str) -> tuple[int, dict[str, Any], str]:
         capsys.readouterr()
@@ -66,8 +66,8 @@ def loadtest(
     return run
 
 
-def test_a_missed_objective_is_exit_status_3_and_an_unbelievable_run_4(loadtest):
-    """A server of 300 ms holds a TTFT of 400 ms and misses 100 ms; the same run with two rows is not judged at all."""
+def test_a_missed_objective_is_exit_status_3_and_an_invalid_run_4(loadtest):
+    """A server with a TTFT of 300 ms meets 400 ms and misses 100 ms. The same run with two requests is invalid."""
     with standin("base.first-300") as url:
         load = ("--prompts", "q.jsonl", *COMMON, "--url", url, "--rate", "15", "--duration-s", "3")
         held, _, _ = loadtest(*load, "--slo", "ttft_p50_s <= 0.4", "--out", "held")
@@ -80,7 +80,7 @@ def test_a_missed_objective_is_exit_status_3_and_an_unbelievable_run_4(loadtest)
 
 
 def test_the_capacity_found_is_that_of_the_server(tmp_path, loadtest):
-    """Ten slots of half a second serve 20 requests/s: 19 hold a first token within 0.65 s, 24 leave a growing queue."""
+    """Ten slots of half a second serve 20 requests/s: 19 keep the first token within 0.65 s, 24 make the queue grow."""
     with standin("base.slots-10.first-500") as url:
         status, found, text = loadtest(
             "find-capacity", "--prompts", "q.jsonl", *COMMON, "--url", url, "--duration-s", "4", "--lowest", "9.5",
@@ -104,7 +104,7 @@ def test_the_capacity_found_is_that_of_the_server(tmp_path, loadtest):
 @pytest.mark.parametrize(
     ("b", "verdict", "status"), [("same", "no difference", 0), ("slow", "worse", 3)], ids=["same", "slow"]
 )
-def test_two_runs_are_told_apart_by_what_differs_only(loadtest, b, verdict, status):
+def test_compare_shows_only_what_differs(loadtest, b, verdict, status):
     """Equal servers: no difference, exit 0. Half as slow again: worse in TTFT and e2e, not in throughput, exit 3."""
     models = {"a": "base.gap-40.first-200", "same": "base.gap-40.first-200", "slow": "base.gap-40.first-300"}
     with standin(*sorted(set(models.values()))) as url:

@@ -1,4 +1,4 @@
-"""From rows to figures, objectives and validity. Expected values are worked by hand."""
+"""From records to metrics, objectives and validity. Expected values are worked out by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def reply(
     tpot_s: float = 0.1,
     lag_s: float = 0.0,
 ) -> RequestRecord:
-    """A whole reply: due, sent `lag_s` later, first token after `ttft_s`, then one every `tpot_s`."""
+    """A complete reply: due, sent `lag_s` later, first token after `ttft_s`, then one every `tpot_s`."""
     first_s = due_s + lag_s + ttft_s
     last_s = first_s + tpot_s * (tokens - 1)
     return RequestRecord(
@@ -44,9 +44,9 @@ def anything(_: RequestRecord) -> bool:
     return True
 
 
-def summarize(rows: list[RequestRecord], warmup_s: float, good: Callable[[RequestRecord], bool]) -> dict[str, Any]:
-    """The figures of these rows, with rates over 100 s."""
-    return summarize_in(rows, (), warmup_s, Window(0, 100), good)
+def summarize(records: list[RequestRecord], warmup_s: float, good: Callable[[RequestRecord], bool]) -> dict[str, Any]:
+    """The metrics of these records, with rates over 100 s."""
+    return summarize_in(records, (), warmup_s, Window(0, 100), good)
 
 
 def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1, **more: float) -> list[dict]:
@@ -56,23 +56,23 @@ def seconds(n: int, hub_lag_s: float = 0.001, cpu: float = 0.1, **more: float) -
 
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2.5), (90, 3.7), (100, 4)])
 def test_percentiles_interpolate_between_ranks(percent, value):
-    """Of 4, 1, 3, 2 the median is 2.5 and the 90th percentile 3.7; of nothing there is none."""
+    """Of 4, 1, 3, 2 the median is 2.5 and the 90th percentile 3.7. Without values there is none."""
     assert percentile([4, 1, 3, 2], percent) == pytest.approx(value)
     assert percentile([], percent) is None
 
 
-def test_latencies_count_from_sending_and_from_being_due():
-    """Sent 0.2 s late, first token 0.5 s later, ten more at 0.1 s: the two views differ by the lag."""
-    row = reply(0, due_s=3.0, lag_s=0.2)
+def test_latencies_count_from_sending_and_from_due():
+    """Sent 0.2 s late, first token 0.5 s later, ten more every 0.1 s: both views differ by the lag."""
+    record = reply(0, due_s=3.0, lag_s=0.2)
 
-    assert (row.ttft_s, row.ttft_due_s) == pytest.approx((0.5, 0.7))
-    assert (row.e2e_s, row.e2e_due_s) == pytest.approx((1.5, 1.7))
-    assert row.tpot_s == pytest.approx(0.1)
+    assert (record.ttft_s, record.ttft_due_s) == pytest.approx((0.5, 0.7))
+    assert (record.e2e_s, record.e2e_due_s) == pytest.approx((1.5, 1.7))
+    assert record.tpot_s == pytest.approx(0.1)
     assert reply(0, 0.0, tokens=1).tpot_s is None
 
 
 def test_failures_are_counted_and_never_timed():
-    """Two replies and two failures: error rate one half, latencies over the two only."""
+    """Two replies and two failures: the error rate is one half, and latencies are over the two replies."""
     found = summarize([reply(0, 0), failure(1, 1), reply(2, 2, ttft_s=1.5), failure(3, 3)], 0, anything)["all"]
 
     assert (found["n"], found["ok"], found["errors"], found["error_rate"]) == (4, 2, 2, 0.5)
@@ -80,39 +80,39 @@ def test_failures_are_counted_and_never_timed():
     assert (found["ttft_s"]["n"], found["ttft_s"]["p50"]) == (2, pytest.approx(1.0))
 
 
-def test_the_warm_up_is_in_no_latency_and_no_count():
-    """Of replies due at 0, 4 and 6, the second slow, a warm-up of 5 s leaves one."""
+def test_requests_of_the_warm_up_are_left_out():
+    """Of replies due at 0, 4 and 6, the second one slow, a warm-up of 5 s leaves one."""
     found = summarize([reply(0, 0), reply(1, 4, ttft_s=9), reply(2, 6)], 5, anything)["all"]
 
     assert (found["n"], found["ok"]) == (1, 1)
     assert (found["ttft_s"]["n"], found["ttft_s"]["mean"]) == (1, pytest.approx(0.5))
 
 
-def test_rates_are_of_what_ended_in_the_window():
-    """Of replies of 11 tokens that end at 1.5, 10.5 and 21.5 s, two end from 10 to 30 s, one of them too slow."""
-    rows = [reply(0, 0), reply(1, 9), reply(2, 19, ttft_s=1.5)]
-    found = summarize_in(rows, (), 0, Window(10, 30), lambda row: row.ttft_s < 1)["all"]
+def test_rates_are_over_replies_that_ended_in_the_window():
+    """Replies of 11 tokens end at 1.5, 10.5 and 21.5 s. Two end between 10 and 30 s, one of them too slow."""
+    records = [reply(0, 0), reply(1, 9), reply(2, 19, ttft_s=1.5)]
+    found = summarize_in(records, (), 0, Window(10, 30), lambda record: record.ttft_s < 1)["all"]
 
     assert (found["requests_per_s"], found["tokens_per_s"], found["goodput_per_s"]) == (0.1, 1.1, 0.05)
 
 
-def test_goodput_counts_whole_replies_within_every_limit():
-    """Of four, one is too slow to start and one failed: half are good; those who hung up are left out."""
+def test_goodput_counts_complete_replies_within_every_limit():
+    """Of four requests one starts too slowly and one fails, so half are good. Those that hung up are left out."""
     limits = [parse_limit("ttft_s <= 1"), parse_limit("tpot_s<=0.2")]
-    gone = reply(4, 4)
-    gone.outcome = "cancelled"
-    rows = [reply(0, 0), reply(1, 1, ttft_s=1.2), failure(2, 2), reply(3, 3, tokens=1), gone]
-    found = summarize(rows, 0, lambda row: within_limits(row, limits))["all"]
+    hung_up = reply(4, 4)
+    hung_up.outcome = "cancelled"
+    records = [reply(0, 0), reply(1, 1, ttft_s=1.2), failure(2, 2), reply(3, 3, tokens=1), hung_up]
+    found = summarize(records, 0, lambda record: within_limits(record, limits))["all"]
 
     assert found["goodput_share"] == 0.5
 
 
 def test_objectives_are_judged_overall_and_per_model():
-    """A slow adapter misses its own objective while the whole run holds."""
-    rows = [reply(n, n, ttft_s=0.5) for n in range(9)] + [reply(9, 9, "gentle", ttft_s=3)]
-    summary = summarize(rows, 0, anything)
+    """A slow adapter misses its own objective, while the run as a whole meets it."""
+    records = [reply(n, n, ttft_s=0.5) for n in range(9)] + [reply(9, 9, "gentle", ttft_s=3)]
+    summary = summarize(records, 0, anything)
     texts = ["ttft_p50_s <= 1", "gentle: ttft_p50_s <= 1", "*: error_rate <= 0", "tokens_per_s >= 1e6"]
-    judged = judge_objectives([parse_objective(text) for text in texts], summary, rows)
+    judged = judge_objectives([parse_objective(text) for text in texts], summary, records)
 
     assert [(item.scope, item.value, item.held) for item in judged[:2]] == [
         ("all", pytest.approx(0.5), True),
@@ -122,110 +122,116 @@ def test_objectives_are_judged_overall_and_per_model():
     assert not judged[4].held
 
 
-def test_an_objective_without_rows_is_missed():
-    """Nothing to judge is no pass."""
-    rows = [failure(0, 0)]
-    judged = judge_objectives([parse_objective("ttft_p50_s <= 1")], summarize(rows, 0, anything), rows)
+def test_an_objective_without_replies_is_missed():
+    """No data does not pass."""
+    records = [failure(0, 0)]
+    judged = judge_objectives([parse_objective("ttft_p50_s <= 1")], summarize(records, 0, anything), records)
 
     assert (judged[0].value, judged[0].held) == (None, False)
 
 
 def test_a_percentile_counts_the_requests_that_have_it():
-    """Of ten requests seven hung up and one had a single token: two or three values are no tenth of anything."""
-    rows = [reply(0, 0), reply(1, 1), reply(2, 2, tokens=1), *(failure(n, n) for n in range(3, 10))]
-    for row in rows[3:]:
-        row.outcome = "cancelled"
+    """Of ten requests seven hung up and one had a single token: two or three values do not make a percentile."""
+    records = [reply(0, 0), reply(1, 1), reply(2, 2, tokens=1), *(failure(n, n) for n in range(3, 10))]
+    for record in records[3:]:
+        record.outcome = "cancelled"
     texts = ["ttft_p50_s <= 1", "tpot_p50_s <= 1", "error_rate <= 0"]
-    judged = judge_objectives([parse_objective(text) for text in texts], summarize(rows, 0, anything), rows)
+    judged = judge_objectives([parse_objective(text) for text in texts], summarize(records, 0, anything), records)
 
     assert [item.n for item in judged] == [3, 2, 3]
     assert [check.held for check in check_objectives(judged)] == [False, False, False]
+    assert check_objectives(judged)[0].explain() == (
+        "requests to all for ttft_p50_s is 3, must be >= 4: too few to judge; run longer"
+    )
 
 
 def test_failed_requests_are_slower_than_any_bound():
-    """Of ten, two failed: the median is that of ten, between the 5th and 6th, and the 90th is beyond every bound.
+    """Two of ten failed: the median lies between the 5th and 6th of ten, and the p90 is beyond every bound.
 
-    Those who hung up are nobody's failure: with the two gone instead, both percentiles are held.
+    A client that hung up is not a failure: if the two had hung up instead, both percentiles would be met.
     """
-    rows = [reply(n, n, ttft_s=0.1 * (n + 1)) for n in range(8)] + [failure(8, 8), failure(9, 9)]
+    records = [reply(n, n, ttft_s=0.1 * (n + 1)) for n in range(8)] + [failure(8, 8), failure(9, 9)]
     texts = ["ttft_p50_s <= 1", "ttft_p90_s <= 1"]
 
-    def judged(rows: list[RequestRecord]) -> list[tuple[float | None, bool]]:
-        found = judge_objectives([parse_objective(text) for text in texts], summarize(rows, 0, anything), rows)
+    def judged(records: list[RequestRecord]) -> list[tuple[float | None, bool]]:
+        found = judge_objectives([parse_objective(text) for text in texts], summarize(records, 0, anything), records)
         return [(item.value, item.held) for item in found]
 
-    assert judged(rows) == [(pytest.approx(0.55), True), (None, False)]
-    for row in rows[8:]:
-        row.outcome = "cancelled"
-    assert judged(rows) == [(pytest.approx(0.45), True), (pytest.approx(0.73), True)]
+    assert judged(records) == [(pytest.approx(0.55), True), (None, False)]
+    for record in records[8:]:
+        record.outcome = "cancelled"
+    assert judged(records) == [(pytest.approx(0.45), True), (pytest.approx(0.73), True)]
 
 
 @pytest.mark.parametrize(("failed", "held"), [(9, True), (10, True), (11, False)])
-def test_a_tenth_may_fail_where_nine_tenths_must_hold(failed, held):
-    """Of a hundred requests ten fail: ninety had their first token in time, which is what a p90 says."""
-    rows = [failure(n, n) if n < failed else reply(n, n, ttft_s=0.5) for n in range(100)]
-    found = judge_objectives([parse_objective("ttft_p90_s <= 0.5")], summarize(rows, 0, anything), rows)[0]
+def test_a_tenth_may_fail_for_a_p90(failed, held):
+    """Ten of a hundred requests fail: ninety had their first token in time, which is what a p90 means."""
+    records = [failure(n, n) if n < failed else reply(n, n, ttft_s=0.5) for n in range(100)]
+    found = judge_objectives([parse_objective("ttft_p90_s <= 0.5")], summarize(records, 0, anything), records)[0]
 
     assert (found.held, found.value) == (held, pytest.approx(0.5) if held else None)
 
 
-def results(rows: list[RequestRecord], watched: list[dict], planned: int, **scenario: Any) -> Results:
-    """A run of 40 s with these rows and the client's seconds, of so many planned arrivals."""
+def results(records: list[RequestRecord], seconds: list[dict], planned: int, **scenario: Any) -> Results:
+    """A run of 40 s with these records and the client's seconds, and the given number of planned arrivals."""
     plan = [Arrival(n, float(n), "base", (0,), 11, 0.0, None, ()) for n in range(planned)]
-    return Results(Path(), Scenario(duration_s=40, **scenario), {}, plan, rows, watched, (), ())
+    return Results(Path(), Scenario(duration_s=40, **scenario), {}, plan, records, seconds, (), ())
 
 
-def broken(rows: list[RequestRecord], watched: list[dict], planned: int | None = None, **scenario: Any) -> set[str]:
-    """The names of the checks that fail."""
+def failed_checks(
+    records: list[RequestRecord], seconds: list[dict], planned: int | None = None, **scenario: Any
+) -> set[str]:
+    """The names of the failed checks."""
     ttft_s = {"p50": 0.1, "p95": 0.1, "p99": 0.1}
-    found = check_client(results(rows, watched, planned or len(rows), **scenario), ttft_s)
-    return {check.name for check in found if not check.held}
+    checks = check_client(results(records, seconds, planned or len(records), **scenario), ttft_s)
+    assert all(check.explain().startswith(f"{check.name} is ") for check in checks)
+    return {check.name for check in checks if not check.held}
 
 
-def test_a_client_that_keeps_its_promises_is_believed():
-    """Forty rows on time, a calm hub and an idle processor break no check."""
-    assert broken([reply(n, n, lag_s=0.001) for n in range(40)], seconds(40)) == set()
+def test_a_client_within_every_bound_is_valid():
+    """Forty requests on time, a calm hub and an idle processor fail no check."""
+    assert failed_checks([reply(n, n, lag_s=0.001) for n in range(40)], seconds(40)) == set()
 
 
-def test_each_broken_promise_makes_a_run_invalid():
-    """Too few rows, late sending, arrivals never sent, a stalled hub, a full core, a vanished worker: each by name."""
+def test_each_check_can_make_a_run_invalid():
+    """Too few requests, late sending, unsent arrivals, a stalled hub, a full core, a lost worker: each by name."""
     good = [reply(n, n) for n in range(40)]
 
-    assert broken(good[:5], seconds(6)) == {"requests"}
-    assert broken([reply(n, n, lag_s=0.03) for n in range(40)], seconds(40)) == {"schedule_lag_s"}
-    assert broken(good, seconds(40), planned=50) == {"sent_share"}
-    # Twenty arrivals sent twice are no forty.
-    assert broken([reply(n % 20, n) for n in range(40)], seconds(40)) == {"sent_share"}
-    assert broken(good, seconds(40, hub_lag_s=0.06)) == {"hub_lag_s"}
-    assert broken(good, seconds(40, hub_lag_p50_s=0.006)) == {"hub_lag_p50_s"}
-    assert broken(good, seconds(40, cpu=0.97)) == {"client_cpu"}
-    assert broken(good, seconds(40, clock_error_s=0.03)) == {"clock_error_s"}
-    assert broken(good, seconds(40), workers=2) == {"workers"}
+    assert failed_checks(good[:5], seconds(6)) == {"requests"}
+    assert failed_checks([reply(n, n, lag_s=0.03) for n in range(40)], seconds(40)) == {"schedule_lag_s"}
+    assert failed_checks(good, seconds(40), planned=50) == {"sent_share"}
+    # Twenty arrivals sent twice do not count as forty.
+    assert failed_checks([reply(n % 20, n) for n in range(40)], seconds(40)) == {"sent_share"}
+    assert failed_checks(good, seconds(40, hub_lag_s=0.06)) == {"hub_lag_s"}
+    assert failed_checks(good, seconds(40, hub_lag_p50_s=0.006)) == {"hub_lag_p50_s"}
+    assert failed_checks(good, seconds(40, cpu=0.97)) == {"client_cpu"}
+    assert failed_checks(good, seconds(40, clock_error_s=0.03)) == {"clock_error_s"}
+    assert failed_checks(good, seconds(40), workers=2) == {"workers"}
 
 
-def test_one_bad_process_of_many_is_seen():
-    """Of thirty processes one has no processor left, or wakes late: a thirtieth of all seconds, and it is named."""
+def test_one_bad_process_of_many_is_noticed():
+    """One of thirty processes has no processor left, or wakes late: only a thirtieth of all seconds, but it counts."""
     good = [reply(n, n) for n in range(40)]
 
-    def crowd(**bad: float) -> list[dict]:
+    def processes(**bad: float) -> list[dict]:
         return [second for worker in range(30) for second in seconds(40, worker=worker, **(bad if worker == 7 else {}))]
 
-    assert broken(good, crowd(cpu=0.97)) == {"client_cpu"}
-    assert broken(good, crowd(hub_lag_s=0.06)) == {"hub_lag_s"}
-    assert broken(good, crowd()) == set()
+    assert failed_checks(good, processes(cpu=0.97)) == {"client_cpu"}
+    assert failed_checks(good, processes(hub_lag_s=0.06)) == {"hub_lag_s"}
+    assert failed_checks(good, processes()) == set()
 
 
-def test_the_client_is_watched_as_far_out_as_objectives_look():
-    """Late in one of forty seconds: it cannot move a 95th percentile, and a 99th it can."""
+def test_the_client_is_checked_as_far_out_as_the_objectives_look():
+    """Late in one of forty seconds: that does not move a 95th percentile, but a 99th."""
     good = [reply(n, n) for n in range(40)]
     watched = [*seconds(39), {**seconds(40)[-1], "hub_lag_s": 0.9}]
 
-    assert broken(good, watched, slo=("ttft_p95_s <= 1",)) == set()
-    assert broken(good, watched, slo=("ttft_p99_s <= 1",)) == {"hub_lag_s"}
+    assert failed_checks(good, watched, slo=("ttft_p95_s <= 1",)) == set()
+    assert failed_checks(good, watched, slo=("ttft_p99_s <= 1",)) == {"hub_lag_s"}
 
 
 def test_a_fast_server_needs_a_quick_client():
-    """20 ms late in reading is nothing to a TTFT of 2 s, and all of one of 20 ms."""
+    """Reading 20 ms late does not matter for a TTFT of 2 s, and is all of one of 20 ms."""
     good = [reply(n, n) for n in range(40)]
 
     def held(ttft_s: float) -> bool:
@@ -237,31 +243,31 @@ def test_a_fast_server_needs_a_quick_client():
     assert not held(0.02)
 
 
-def test_a_cap_that_a_slow_server_fills_is_no_fault_of_the_client():
-    """Thirty of forty arrivals are dropped in time, since ten never come back: the run may be judged, and is missed."""
-    rows = [reply(n, n) for n in range(10)]
-    rows += [RequestRecord(n, 0, "base", 0, n, end_s=n, outcome="dropped") for n in range(10, 40)]
+def test_requests_dropped_because_of_a_slow_server_do_not_make_a_run_invalid():
+    """Ten of forty arrivals never end, so thirty are dropped in time: the run is valid, and misses its objective."""
+    records = [reply(n, n) for n in range(10)]
+    records += [RequestRecord(n, 0, "base", 0, n, end_s=n, outcome="dropped") for n in range(10, 40)]
 
-    assert broken(rows, seconds(40)) == set()
-    judged = judge_objectives([parse_objective("ttft_p90_s <= 9")], summarize(rows, 0, anything), rows)
+    assert failed_checks(records, seconds(40)) == set()
+    judged = judge_objectives([parse_objective("ttft_p90_s <= 9")], summarize(records, 0, anything), records)
     assert (judged[0].held, judged[0].n) == (False, 40)
 
 
-def test_a_closed_run_that_was_ended_early_is_not_believed():
-    """Forty replies in eight of forty seconds, or forty of the fifty requests asked for."""
+def test_a_closed_loop_that_stopped_early_is_invalid():
+    """Forty replies in eight of forty seconds, or forty of fifty requests."""
     quick = [reply(n, n / 5, tokens=2) for n in range(40)]
 
-    assert broken(quick, seconds(9), arrivals="closed") == {"completed_share"}
-    assert broken(quick, seconds(9), arrivals="closed", requests=50) == {"completed_share"}
-    assert broken(quick, seconds(9), arrivals="closed", requests=40) == set()
-    assert broken(quick, seconds(41), arrivals="closed") == set()
+    assert failed_checks(quick, seconds(9), arrivals="closed") == {"completed_share"}
+    assert failed_checks(quick, seconds(9), arrivals="closed", requests=50) == {"completed_share"}
+    assert failed_checks(quick, seconds(9), arrivals="closed", requests=40) == set()
+    assert failed_checks(quick, seconds(41), arrivals="closed") == set()
 
 
-def test_rows_survive_the_file(tmp_path):
-    """A row written and read again is the same to the microsecond."""
+def test_records_survive_the_file(tmp_path):
+    """A record that is written and read again is the same, to the microsecond."""
     append_records(tmp_path / "requests.jsonl", [reply(0, 1.25), failure(1, 2.5)])
 
     again = read_records(tmp_path / "requests.jsonl")
 
-    assert [(row.id, row.outcome, row.ttft_s) for row in again] == [(0, "ok", 0.5), (1, "http_error", None)]
+    assert [(record.id, record.outcome, record.ttft_s) for record in again] == [(0, "ok", 0.5), (1, "http_error", None)]
     assert again[0].gaps_s == [0.1] * 10

@@ -1,4 +1,4 @@
-"""The pure half of the load test: arrivals, mixes, plans. Expected values are worked by hand."""
+"""The pure functions of the load test: arrivals, mixes, plans. Expected values are worked out by hand."""
 
 import itertools
 from collections import Counter
@@ -19,7 +19,7 @@ def times(process: str, rate: str, duration_s: float, burstiness: float = 1.0, s
 
 
 def test_constant_arrivals_are_evenly_spaced():
-    """At 4 requests/s for 2 s there are eight, a quarter second apart, the first half a gap in."""
+    """At 4 requests/s for 2 s there are eight, a quarter of a second apart; the first is half a gap in."""
     assert times("constant", "4", 2) == pytest.approx([0.125, 0.375, 0.625, 0.875, 1.125, 1.375, 1.625, 1.875])
 
 
@@ -28,8 +28,8 @@ def test_constant_arrivals_follow_a_ramp():
     assert times("constant", "ramp(0, 2)", 2) == pytest.approx([1.0, 3**0.5])
 
 
-def test_rates_add_up_to_the_requests_they_promise():
-    """The area under each form, by hand: 10 s of 3; a ramp from 1 to 5; 2, 4, 8 for 4 s each; a spike."""
+def test_the_number_of_requests_is_the_area_under_the_rate():
+    """By hand: 10 s of 3; a ramp from 1 to 5; 2, 4, 8 for 4 s each; a spike."""
     assert expected_count(rate_knots("3", 10)) == 30
     assert expected_count(rate_knots("ramp(1, 5)", 10)) == 30
     assert expected_count(rate_knots("steps(2, 4, 8)", 12)) == 56
@@ -37,7 +37,7 @@ def test_rates_add_up_to_the_requests_they_promise():
     assert expected_count(rate_knots("spike(1, 11)", 10)) == pytest.approx(30)
 
 
-def test_steps_change_the_rate_where_they_say():
+def test_steps_divide_the_duration_evenly():
     """steps(2, 8) over 4 s: four arrivals in the first half, sixteen in the second."""
     due = times("constant", "steps(2, 8)", 4)
 
@@ -46,7 +46,7 @@ def test_steps_change_the_rate_where_they_say():
 
 @pytest.mark.parametrize(("process", "burstiness", "variation"), [("poisson", 1.0, 1.0), ("gamma", 0.25, 2.0)])
 def test_random_arrivals_have_the_rate_and_the_irregularity(process, burstiness, variation):
-    """Gaps average 1/rate, and their standard deviation over their mean is 1 (Poisson) or 1/sqrt(shape)."""
+    """Gaps are 1/rate on average, and their relative standard deviation is 1 (Poisson) or 1/sqrt(shape)."""
     due = times(process, "50", 1000, burstiness)
     gaps = [b - a for a, b in itertools.pairwise(due)]
     mean = sum(gaps) / len(gaps)
@@ -60,15 +60,15 @@ def test_random_arrivals_have_the_rate_and_the_irregularity(process, burstiness,
 
 @pytest.mark.parametrize("burstiness", [0.0625, 0.25, 1.0, 4.0])
 def test_bursts_do_not_raise_the_rate(burstiness):
-    """Over 2,000 plans of 24 arrivals each there are 24 on average, however they come in bursts."""
+    """2,000 plans of a rate of 24 arrivals have 24 on average, however bursty they are."""
     counts = [len(times("gamma", "2", 12, burstiness, seed)) for seed in range(2000)]
     spread = (sum((n - 24) ** 2 for n in counts) / len(counts)) ** 0.5
 
     assert sum(counts) / len(counts) == pytest.approx(24, abs=3.5 * spread / 2000**0.5)
 
 
-def test_a_trace_that_is_cut_off_is_said(tmp_path, capsys):
-    """Of stamps over 100 s a run of 60 s plays a part, and says how much."""
+def test_a_trace_that_is_cut_off_is_reported(tmp_path, capsys):
+    """Of timestamps over 100 s, a run of 60 s uses a part, and prints how many."""
     (tmp_path / "t.jsonl").write_text("".join(f'{{"timestamp": {n}}}\n' for n in range(100)))
     plan, _ = build_plan(
         Scenario(arrivals="trace", trace=str(tmp_path / "t.jsonl")), Models(("base",), "base"), QUESTIONS
@@ -79,13 +79,13 @@ def test_a_trace_that_is_cut_off_is_said(tmp_path, capsys):
 
 
 def test_arrivals_repeat_with_their_seed_only():
-    """The same seed gives the same times, another seed others."""
+    """The same seed gives the same times, another seed gives others."""
     assert times("poisson", "5", 20, seed=3) == times("poisson", "5", 20, seed=3)
     assert times("poisson", "5", 20, seed=3) != times("poisson", "5", 20, seed=4)
 
 
 def test_a_trace_is_shifted_scaled_and_cut():
-    """Stamps 100, 104, 101 at double speed fall at 0, 0.5, 2; a run of 1 s keeps two."""
+    """Timestamps 100, 104, 101 at double speed are due at 0, 0.5, 2; a run of 1 s keeps two."""
     assert trace_times([100.0, 104.0, 101.0], 10, 2) == [0.0, 0.5, 2.0]
     assert trace_times([100.0, 104.0, 101.0], 1, 2) == [0.0, 0.5]
 
@@ -104,20 +104,20 @@ def test_the_base_share_is_taken_first():
 
 
 def test_models_are_drawn_by_their_shares():
-    """30,000 draws come within two in a hundred of each share, and a share of nothing is never drawn."""
+    """30,000 draws are within 0.02 of each share, and a model with share 0 is never drawn."""
     counts = Counter(choose_models({"a": 0.5, "b": 0.3, "c": 0.2, "d": 0.0}, 30_000, seed=1))
 
     assert {name: n / 30_000 for name, n in counts.items()} == pytest.approx({"a": 0.5, "b": 0.3, "c": 0.2}, abs=0.02)
 
 
-def test_a_cold_request_goes_to_the_adapter_left_alone_longest():
-    """All cold: the adapters take turns, those never used first. None cold: nothing changes."""
+def test_a_cold_request_goes_to_the_least_recently_used_adapter():
+    """All cold: the adapters take turns, unused ones first. None cold: nothing changes."""
     assert with_cold_requests(["a"] * 5, ["a", "b", "c"], 1.0, seed=0) == [(name, True) for name in "abcab"]
     assert with_cold_requests(["a", "base"], ["a", "b"], 0.0, seed=0) == [("a", False), ("base", False)]
 
 
 def test_a_plan_repeats_and_is_numbered_by_due_time():
-    """The same scenario gives the same plan; each question comes once before any comes again."""
+    """The same scenario gives the same plan, and each question is used once before any is repeated."""
     scenario = Scenario(rate="3", duration_s=10, unique_prompts=False, output_tokens="uniform(5, 9)")
     plan, texts = build_plan(scenario, Models(("base", "x"), "base"), QUESTIONS)
 
@@ -129,7 +129,7 @@ def test_a_plan_repeats_and_is_numbered_by_due_time():
 
 
 def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
-    """Long prompts have the words asked for; those who hang up have a time; both about as often as asked."""
+    """Long prompts have the given number of words, clients that hang up a time, both in their share."""
     scenario = Scenario(
         rate="100", duration_s=20, long_share=0.25, long_words=40, cancel_share=0.5, cancel_after_s="2", turns="2"
     )
@@ -161,7 +161,7 @@ def test_shares_of_long_prompts_and_hang_ups_reach_the_plan():
     ],
 )
 def test_a_wrong_scenario_is_one_line_that_says_what_is_allowed(option, says):
-    """Every mistake names the value and the way out."""
+    """Every error names the value and what is allowed."""
     with pytest.raises(UserError, match=says) as caught:
         Scenario(**option)
 

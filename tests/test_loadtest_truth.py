@@ -1,4 +1,4 @@
-"""Finished runs whose every time is written here, judged from their files: each figure is what was scripted."""
+"""Finished runs with scripted times, judged from their files: each metric is what was scripted."""
 
 import json
 import random
@@ -25,7 +25,7 @@ Reply = Callable[[int, float], RequestRecord]
 
 
 def every(e2e_s: float, ttft_s: float = 0.1, tokens: int = 11) -> Reply:
-    """Each reply whole after `e2e_s`."""
+    """Each reply is complete after `e2e_s`."""
     return lambda n, due_s: reply(n, due_s, ttft_s=ttft_s, tokens=tokens, tpot_s=(e2e_s - ttft_s) / (tokens - 1))
 
 
@@ -34,7 +34,7 @@ def mostly(usual: Reply, other: Reply, which: Callable[[int], bool]) -> Reply:
 
 
 def queued(slots: int, service_s: float) -> Reply:
-    """A server that works on so many at once, first come first served."""
+    """A server with this many slots, first come first served."""
     free = [0.0] * slots
 
     def answer(n: int, due_s: float) -> RequestRecord:
@@ -45,36 +45,44 @@ def queued(slots: int, service_s: float) -> Reply:
     return answer
 
 
-def judged(folder: Path, rows: Sequence[RequestRecord], asked: Sequence[str] = ("base",), seconds: float | None = None,
-           planned: int | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
-    """The summary of a run with these rows and a calm client."""
+def judged(
+    folder: Path,
+    records: Sequence[RequestRecord],
+    models: Sequence[str] = ("base",),
+    seconds: float | None = None,
+    planned: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The summary of a run with these records and a client within every bound."""
     scenario = Scenario(**{"arrivals": "constant", **options})
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", scenario.to_json())
-    write_json(folder / "target.json", {"models": list(asked), "asked": list(asked), "base": asked[0]})
+    write_json(folder / "target.json", {"models": list(models), "asked": list(models), "base": models[0]})
     arrivals = [
-        Arrival(row.id, row.due_s, row.model, (0,), 11, 0.0, None, tuple(row.tags)) for row in rows if not row.turn
+        Arrival(record.id, record.due_s, record.model, (0,), 11, 0.0, None, tuple(record.tags))
+        for record in records
+        if not record.turn
     ]
     missing = (planned or len(arrivals)) - len(arrivals)
     arrivals += [arrivals[-1]._replace(id=len(arrivals) + n) for n in range(missing)]
     write_jsonl(folder / "plan.jsonl", (arrival.to_json() for arrival in arrivals))
-    last_s = max(row.end_s for row in rows) if seconds is None else seconds
+    last_s = max(record.end_s for record in records) if seconds is None else seconds
     calm = {"worker": 0, "due": 0, "in_flight": 0, "hub_lag_s": 0.0, "cpu": 0.1}
     write_jsonl(folder / "client.jsonl", ({**calm, "t_s": float(t)} for t in range(1, int(last_s) + 2)))
     write_jsonl(folder / "server.jsonl", ())
     (folder / "requests.jsonl").unlink(missing_ok=True)
-    append_records(folder / "requests.jsonl", sorted(rows, key=lambda row: row.end_s))
+    append_records(folder / "requests.jsonl", sorted(records, key=lambda record: record.end_s))
     summary = summarize_run(read_results(folder))
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def played(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[RequestRecord]:
-    """The rows of a plan whose replies are what `answer` says."""
+def recorded(answer: Reply, rate: str, duration_s: float, process: str = "constant") -> list[RequestRecord]:
+    """The records of a plan whose replies are what `answer` returns."""
     return [answer(n, due_s) for n, due_s in enumerate(due_times(process, rate_knots(rate, duration_s), 1.0, 0))]
 
 
-# answer, rate, duration, warm-up: what the server did, in replies a second, by hand.
+# answer, rate, duration, warm-up: the replies per second of the server, worked out by hand.
 RATES = {
     "slow without a queue": (every(5.0), "5", 10, 0, 5.0),
     "slow, with a warm-up": (every(5.0), "5", 20, 5, 5.0),
@@ -93,105 +101,107 @@ RATES = {
 
 @pytest.mark.parametrize("case", RATES)
 def test_rates_are_those_of_the_server(tmp_path, case):
-    """Neither the filling at the start nor the draining at the end is in them; tokens are 11 times the requests."""
+    """Neither the filling at the start nor the drain at the end counts; tokens are 11 times the requests."""
     answer, rate, duration_s, warmup_s, true = RATES[case]
-    rows = played(answer, rate, duration_s)
-    found = judged(tmp_path, rows, rate=rate, duration_s=duration_s, warmup_s=warmup_s)["all"]
+    records = recorded(answer, rate, duration_s)
+    found = judged(tmp_path, records, rate=rate, duration_s=duration_s, warmup_s=warmup_s)["all"]
 
     assert found["requests_per_s"] == pytest.approx(true, rel=0.01)
     assert found["tokens_per_s"] == pytest.approx(11 * true, rel=0.01)
     assert found["goodput_per_s"] == pytest.approx(true, rel=0.01)
 
 
-def test_slow_replies_without_a_queue_hold_their_rate(tmp_path):
-    """Five a second come back five a second, if each takes 5 s."""
+def test_slow_replies_without_a_queue_have_the_offered_rate(tmp_path):
+    """Five requests per second come back at five per second, though each takes 5 s."""
     slo = ("requests_per_s >= 4.9", "tokens_per_s >= 54")
-    summary = judged(tmp_path, played(every(5.0), "5", 10), rate="5", duration_s=10, slo=slo)
+    summary = judged(tmp_path, recorded(every(5.0), "5", 10), rate="5", duration_s=10, slo=slo)
 
     assert summary["verdict"] == "passed"
 
 
 def test_random_arrivals_come_back_at_their_own_rate(tmp_path):
-    """Of Poisson arrivals and replies of random length, the rate is that of the plan, within what edges may hold."""
+    """Poisson arrivals and replies of random length: the rate is that of the plan, apart from the edges."""
     noise = random.Random(1)
-    rows = played(lambda n, due_s: every(noise.uniform(0.3, 1.2))(n, due_s), "20", 120, "poisson")
-    found = judged(tmp_path, rows, rate="20", duration_s=120)["all"]
+    records = recorded(lambda n, due_s: every(noise.uniform(0.3, 1.2))(n, due_s), "20", 120, "poisson")
+    found = judged(tmp_path, records, rate="20", duration_s=120)["all"]
 
-    assert found["requests_per_s"] == pytest.approx(len(rows) / 120, rel=0.01)
+    assert found["requests_per_s"] == pytest.approx(len(records) / 120, rel=0.01)
 
 
 def test_a_conversation_counts_every_turn(tmp_path):
-    """Two a second of three turns, 1 s each with 2 s between: 6 replies a second, though turns come 3 and 6 s later."""
-    rows = [
+    """Two conversations per second of three turns, 1 s each with 2 s between: 6 replies per second."""
+    records = [
         reply(n, due_s + 3 * turn, ttft_s=0.5, tokens=11, tpot_s=0.05)
         for n, due_s in enumerate(due_times("constant", rate_knots("2", 40), 1.0, 0))
         for turn in range(3)
     ]
-    for number, row in enumerate(rows):
-        row.turn = number % 3
-    found = judged(tmp_path, rows, rate="2", duration_s=40)["all"]
+    for number, record in enumerate(records):
+        record.turn = number % 3
+    found = judged(tmp_path, records, rate="2", duration_s=40)["all"]
 
     assert found["requests_per_s"] == pytest.approx(6.0, rel=0.01)
 
 
-def test_a_run_of_so_many_requests_ends_with_them(tmp_path):
-    """Twenty of a schedule that goes on for a minute are due in 5 s, and come back in 5 s."""
-    rows = played(every(0.3), "4", 60)[:20]
-    found = judged(tmp_path, rows, rate="4", duration_s=60, requests=20)["all"]
+def test_a_limited_number_of_requests_ends_the_window(tmp_path):
+    """The schedule is a minute, but its first twenty requests are due, and come back, in 5 s."""
+    records = recorded(every(0.3), "4", 60)[:20]
+    found = judged(tmp_path, records, rate="4", duration_s=60, requests=20)["all"]
 
     assert found["requests_per_s"] == pytest.approx(4.0, rel=0.01)
 
 
-def test_a_run_that_was_ended_has_the_rates_until_then(tmp_path):
-    """Ended after 30 of 600 s: it is invalid, and says 4 requests/s, not a twentieth of that."""
-    rows = [row for row in played(every(0.3), "4", 600) if row.due_s < 30]
-    found = judged(tmp_path, rows, rate="4", duration_s=600, seconds=29, planned=2400)
+def test_a_run_that_was_stopped_has_the_rates_until_then(tmp_path):
+    """Stopped after 30 of 600 s: the run is invalid, and its rate is 4 requests/s, not a twentieth of that."""
+    records = [record for record in recorded(every(0.3), "4", 600) if record.due_s < 30]
+    found = judged(tmp_path, records, rate="4", duration_s=600, seconds=29, planned=2400)
 
     assert found["verdict"] == "invalid"
     assert found["all"]["requests_per_s"] == pytest.approx(4.0, rel=0.02)
 
 
-def test_what_was_given_up_at_the_end_of_the_drain_is_no_time(tmp_path):
-    """Replies of 5 s, and 1 s to wait for them: those of the last 4 s never end, and the rate is still 5."""
-    rows = played(every(5.0), "5", 20)
-    for row in rows:
-        if row.end_s > 21:
-            row.outcome, row.last_s, row.end_s, row.finish = "unfinished", None, 21.0, None
-    found = judged(tmp_path, rows, rate="5", duration_s=20)["all"]
+def test_requests_cut_off_by_the_drain_do_not_lower_the_rate(tmp_path):
+    """Replies take 5 s and the drain 1 s: those of the last 4 s never end, and the rate is still 5."""
+    records = recorded(every(5.0), "5", 20)
+    for record in records:
+        if record.end_s > 21:
+            record.outcome, record.last_s, record.end_s, record.finish = "unfinished", None, 21.0, None
+    found = judged(tmp_path, records, rate="5", duration_s=20)["all"]
 
     assert found["requests_per_s"] == pytest.approx(5.0, rel=0.03)
 
 
 @pytest.mark.parametrize("straggler", [False, True])
 def test_a_closed_loop_has_the_rate_of_its_clients(tmp_path, straggler):
-    """Four clients that each wait 0.5 s ask 8 a second; one reply of 20 s at the end makes no difference."""
-    rows = [reply(4 * n + client, n / 2, ttft_s=0.1, tokens=11, tpot_s=0.04) for n in range(40) for client in range(4)]
+    """Four clients that each wait 0.5 s ask 8 times per second; one reply of 20 s at the end does not change it."""
+    records = [
+        reply(4 * n + client, n / 2, ttft_s=0.1, tokens=11, tpot_s=0.04) for n in range(40) for client in range(4)
+    ]
     if straggler:
-        rows[-1] = every(20.0)(rows[-1].id, rows[-1].due_s)
-    found = judged(tmp_path, rows, arrivals="closed", concurrency=4, duration_s=20)["all"]
+        records[-1] = every(20.0)(records[-1].id, records[-1].due_s)
+    found = judged(tmp_path, records, arrivals="closed", concurrency=4, duration_s=20)["all"]
 
     assert found["requests_per_s"] == pytest.approx(8.0, rel=0.01)
 
 
-def hanging_up(row: RequestRecord, after_s: float) -> RequestRecord:
+def hanging_up(record: RequestRecord, after_s: float) -> RequestRecord:
     """The same request by a client that hangs up, unless the reply is quicker."""
-    row.tags = ("hangs_up",)
-    if row.end_s - row.sent_s > after_s:
-        row.outcome, row.last_s, row.finish, row.end_s = "cancelled", None, None, row.sent_s + after_s
-        row.first_s = row.first_s if row.first_s < row.end_s else None
-    return row
+    record.tags = ("hangs_up",)
+    if record.end_s - record.sent_s > after_s:
+        record.outcome, record.last_s, record.finish, record.end_s = "cancelled", None, None, record.sent_s + after_s
+        record.first_s = record.first_s if record.first_s < record.end_s else None
+    return record
 
 
-def test_clients_that_hang_up_hide_no_slow_reply(tmp_path):
-    """Fifteen of a hundred replies take 3 s, half of the clients wait 1 s: nine in ten are not whole within 1 s.
+def test_clients_that_hang_up_do_not_hide_slow_replies(tmp_path):
+    """Fifteen of a hundred replies take 3 s, and half of the clients wait 1 s: the p90 of 1 s is missed.
 
-    Of those who stay one in five is slow; of those who hang up all that is whole is quick.
+    Of the clients that stay one in five is slow; of those that hang up every complete reply is quick.
     """
     answer = mostly(every(0.2), every(3.0, ttft_s=2.9), lambda n: n % 20 in (0, 6, 13))
-    rows = played(answer, "10", 40)
-    rows = [hanging_up(row, 1.0) if n % 2 else row for n, row in enumerate(rows)]
+    records = recorded(answer, "10", 40)
+    records = [hanging_up(record, 1.0) if n % 2 else record for n, record in enumerate(records)]
     slo = ("ttft_p90_s <= 1", "e2e_p90_s <= 1")
-    summary = judged(tmp_path, rows, rate="10", duration_s=40, slo=slo)
+    summary = judged(tmp_path, records, rate="10", duration_s=40, slo=slo)
 
     assert summary["verdict"] == "missed"
     assert summary["all"]["ttft_s"]["n"] == summary["all"]["stayed"] == 200
@@ -199,35 +209,37 @@ def test_clients_that_hang_up_hide_no_slow_reply(tmp_path):
 
 
 @pytest.mark.parametrize("slo", [(), ("error_rate <= 0.01",), ("ttft_p90_s <= 100",), ("requests_per_s >= 0",)])
-def test_a_server_that_answers_nobody_passes_nothing(tmp_path, slo):
-    """Every client hangs up and none had a reply: no verdict but a miss, or that it cannot be judged."""
-    rows = [hanging_up(row, 1.0) for row in played(every(900.0, ttft_s=899), "5", 20)]
-    summary = judged(tmp_path, rows, rate="5", duration_s=20, slo=slo)
+def test_a_server_without_any_reply_does_not_pass(tmp_path, slo):
+    """Every client hangs up before its reply: the verdict is missed or invalid."""
+    records = [hanging_up(record, 1.0) for record in recorded(every(900.0, ttft_s=899), "5", 20)]
+    summary = judged(tmp_path, records, rate="5", duration_s=20, slo=slo)
 
     assert summary["all"]["ok"] == 0
     assert summary["verdict"] in ("missed", "invalid")
 
 
-def test_failures_of_clients_that_stay_are_a_share_of_those(tmp_path):
-    """Half hang up before anything can fail; of the other hundred ten fail: one in ten."""
-    rows = played(every(0.5), "10", 20)
-    for n, row in enumerate(rows):
+def test_the_error_rate_is_over_the_clients_that_stay(tmp_path):
+    """Half of the clients hang up before anything can fail. Of the other hundred, ten fail: one in ten."""
+    records = recorded(every(0.5), "10", 20)
+    for n, record in enumerate(records):
         if n % 2:
-            hanging_up(row, 0.05)
+            hanging_up(record, 0.05)
         elif n % 20 == 0:
-            rows[n] = failure(n, row.due_s)
-    found = judged(tmp_path, rows, rate="10", duration_s=20)["all"]
+            records[n] = failure(n, record.due_s)
+    found = judged(tmp_path, records, rate="10", duration_s=20)["all"]
 
     assert (found["n"], found["stayed"], found["errors"]) == (200, 100, 10)
     assert found["error_rate"] == pytest.approx(0.1)
 
 
-def test_every_model_is_judged_also_one_without_rows(tmp_path):
-    """Three models were to be asked, one never was: its objective is not held, and the run is no pass."""
-    rows = played(every(0.5), "5", 20)
-    for n, row in enumerate(rows):
-        row.model = ("base", "gentle")[n % 2]
-    summary = judged(tmp_path, rows, ("base", "gentle", "calm"), rate="5", duration_s=20, slo=("*: ttft_p50_s <= 9",))
+def test_a_model_without_requests_is_judged_too(tmp_path):
+    """Three models were planned and one got no request: its objective is missed, and the run does not pass."""
+    records = recorded(every(0.5), "5", 20)
+    for n, record in enumerate(records):
+        record.model = ("base", "gentle")[n % 2]
+    summary = judged(
+        tmp_path, records, ("base", "gentle", "calm"), rate="5", duration_s=20, slo=("*: ttft_p50_s <= 9",)
+    )
 
     assert {item["scope"]: (item["n"], item["held"]) for item in summary["slo"]} == {
         "base": (50, True), "calm": (0, False), "gentle": (50, True)
@@ -238,21 +250,23 @@ def test_every_model_is_judged_also_one_without_rows(tmp_path):
 
 
 def test_gaps_of_failed_requests_are_slower_than_any_bound(tmp_path):
-    """A fifth fails: nine in ten gaps are not within any bound, and the median is."""
-    rows = [failure(row.id, row.due_s) if row.id % 5 == 0 else row for row in played(every(0.5), "10", 20)]
+    """A fifth of the requests fail: the p90 of the gaps is beyond any bound, the median is not."""
+    records = [
+        failure(record.id, record.due_s) if record.id % 5 == 0 else record for record in recorded(every(0.5), "10", 20)
+    ]
     slo = ("itl_p50_s <= 0.05", "itl_p90_s <= 99")
-    summary = judged(tmp_path, rows, rate="10", duration_s=20, slo=slo)
+    summary = judged(tmp_path, records, rate="10", duration_s=20, slo=slo)
 
     assert [(item["held"], item["n"]) for item in summary["slo"]] == [(True, 200), (False, 200)]
 
 
-def test_a_run_that_was_killed_is_judged_by_its_rows(tmp_path, capsys):
-    """No summary, no samples of the server, torn last lines: `report` makes table and page, and it is no pass."""
-    rows = played(every(0.3), "4", 40)[:100]
-    judged(tmp_path, rows, rate="4", duration_s=40, seconds=24, planned=160, slo=("error_rate <= 1",))
+def test_a_run_that_was_killed_is_judged_by_its_records(tmp_path, capsys):
+    """No summary, no server samples, last lines cut off: `report` makes table and page, and it does not pass."""
+    records = recorded(every(0.3), "4", 40)[:100]
+    judged(tmp_path, records, rate="4", duration_s=40, seconds=24, planned=160, slo=("error_rate <= 1",))
     for name in ("summary.json", "server.jsonl"):
         (tmp_path / name).unlink()
-    # What was being written when it was killed: each file ends in half a line, here within a character.
+    # What a kill leaves: each file ends in half a line, here within a character.
     (tmp_path / "churn.jsonl").write_text("")
     for name in ("requests.jsonl", "client.jsonl", "churn.jsonl"):
         with (tmp_path / name).open("ab") as file:
@@ -264,12 +278,12 @@ def test_a_run_that_was_killed_is_judged_by_its_rows(tmp_path, capsys):
     assert "it did not come to its end" in summary["invalid"]
     assert summary["all"]["requests_per_s"] == pytest.approx(4.0, rel=0.02)
     assert (tmp_path / "report.html").is_file()
-    # ObjectiveResult once more, it is what it was.
+    # Judging it again gives the same.
     assert main("loadtest", COMMANDS, ["report", str(tmp_path)]) == 4
 
 
-def test_a_results_folder_that_cannot_be_is_one_line(tmp_path, capsys):
-    """The folder above is a file, as good as a disk that is full or may only be read."""
+def test_a_results_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    """Its parent is a file, which fails like a full or read-only disk."""
     (tmp_path / "q.jsonl").write_text('{"question": "How are you?"}\n')
     with standin("base") as url:
         words = ["--prompts", str(tmp_path / "q.jsonl"), "--out", str(tmp_path / "q.jsonl/out"), "--url", url]
@@ -284,10 +298,10 @@ OLDER = {"good": "goodput_slo", "bare": "no_system_prompt", "unique": "unique_pr
 
 @pytest.mark.parametrize("command", [["report", "a"], ["compare", "a", "b"], ["compare", "b", "a"]])
 def test_results_of_an_older_version_say_which_keys_to_rename(tmp_path, monkeypatch, capsys, command):
-    """One line names the file, its old keys and their new names; once renamed, the results can be read."""
+    """One line names the file, its old keys and their new names; with those, the results can be read."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        judged(tmp_path / name, played(every(0.3), "4", 40), rate="4", duration_s=40)
+        judged(tmp_path / name, recorded(every(0.3), "4", 40), rate="4", duration_s=40)
     config = read_json(tmp_path / "a/config.json")
     old_keys = {new: old for old, new in OLDER.items()}
     write_json(tmp_path / "a/config.json", {old_keys.get(key, key): value for key, value in config.items()})
@@ -301,9 +315,9 @@ def test_results_of_an_older_version_say_which_keys_to_rename(tmp_path, monkeypa
     assert main("loadtest", COMMANDS, command) == 0
 
 
-def test_results_with_a_key_that_nobody_knows_are_from_another_version(tmp_path):
-    """There is no name to give, only the way out."""
-    judged(tmp_path, played(every(0.3), "4", 40), rate="4", duration_s=40)
+def test_results_with_an_unknown_key_are_from_another_version(tmp_path):
+    """There is no new name to give, only what to do."""
+    judged(tmp_path, recorded(every(0.3), "4", 40), rate="4", duration_s=40)
     write_json(tmp_path / "config.json", {**read_json(tmp_path / "config.json"), "from_the_future": 1})
 
     with pytest.raises(UserError, match="from_the_future; use the version it is from, or run the load test again"):
