@@ -1,1 +1,1 @@
-"""Load-test a LoRA server with Locust: open-loop arrivals, skewed adapter mixes, per-request rows, verdicts."""
+"""Load-test a LoRA server with Locust: open-loop arrivals, skewed adapter mixes, a record per request, a verdict."""
