@@ -40,7 +40,7 @@ from counsel.files import read_json, write_jsonl
 from loadtest.records import RequestRecord, read_records
 from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
-from loadtest.stream import Limits, ask, make_client, rehearse, request_body
+from loadtest.stream import RequestLimits, ask, make_stream_client, rehearse, request_body
 from serve.config import ServeConfig
 from serve.server import Server
 from tests.sse_server import standin
@@ -53,12 +53,12 @@ def chunk_rate(replies: int = 40, tokens: int = 2000) -> list[float]:
     scenario = Scenario()
     rehearse(scenario)
     rates = []
-    with standin("base.burst") as url, make_client(url) as client:
+    with standin("base.burst") as url, make_stream_client(url) as client:
         body = request_body(scenario, "base.burst", [{"role": "user", "content": "w"}], tokens)
         for _ in range(replies):
             row = RequestRecord(0, 0, "base.burst", 0, 0.0)
             begun = time.process_time()
-            ask(client, body, row, time.monotonic(), Limits(None, 60, 60))
+            ask(client, body, row, time.monotonic(), RequestLimits(None, 60, 60))
             spent_s = time.process_time() - begun
             assert row.ok, row.error
             rates.append((len(row.gaps_s) + 1) / spent_s)

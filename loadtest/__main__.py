@@ -89,7 +89,7 @@ COMMANDS = {
     ),
     "compare": Command(
         "loadtest.compare:Compare",
-        "loadtest.compare:compare",
+        "loadtest.compare:compare_runs",
         "say whether run B is better or worse than run A, with intervals",
     ),
     "report": Command(ReportOptions, _report, "judge a finished or interrupted run again, and write its report"),

@@ -49,7 +49,7 @@ class ComparedMetric(NamedTuple):
     less_is_better: bool
 
 
-class Difference(NamedTuple):
+class MetricDifference(NamedTuple):
     """A metric in both runs, B/A with its interval, and what that shows: better, worse, neither ("-") or "?".
 
     `blocks` is the number of blocks that each run was cut into; fewer than 8 show nothing.
@@ -86,7 +86,7 @@ class Compare:
     seed: int = option(0, "seed of the bootstrap")
 
 
-def compare(options: Compare) -> Result:
+def compare_runs(options: Compare) -> Result:
     """Print each metric of both runs. Exit 0 if B is not worse in any, 3 if it is, 4 if that cannot be told."""
     if options.block_s is not None and options.block_s <= 0:
         raise UserError(f"block_s is {options.block_s:g}; it must be above 0")
@@ -137,25 +137,27 @@ def different_load(a: Scenario, b: Scenario) -> list[str]:
 
 def differences(
     a: RunData, b: RunData, block_s: float | None, margin: float, seed: int, *, paired: bool = False
-) -> list[Difference]:
+) -> list[MetricDifference]:
     """Every metric of METRICS, compared. `paired`: requests due at the same time in both runs belong together."""
     return [_difference(metric, a, b, block_s, margin, seed, paired) for metric in METRICS]
 
 
 def _difference(
     metric: ComparedMetric, a: RunData, b: RunData, block_s: float | None, margin: float, seed: int, paired: bool
-) -> Difference:
+) -> MetricDifference:
     values = (_values(metric, a), _values(metric, b))
     value_a, value_b = point(values[0], metric.statistic), point(values[1], metric.statistic)
     if value_a is None or value_b is None:
         # One run has no complete reply, so there is nothing to compare.
-        return Difference(metric.name, value_a, value_b, None, None, None, "-", 0)
+        return MetricDifference(metric.name, value_a, value_b, None, None, None, "-", 0)
     if block_s is None:
         n = number_of_blocks(values, metric.statistic, paired=paired)
     else:
         n = int(min(each.length_s for each in values) / block_s + 1e-9)
     if n < MIN_BLOCKS:
-        return Difference(metric.name, value_a, value_b, value_b / value_a if value_a else None, None, None, "?", n)
+        return MetricDifference(
+            metric.name, value_a, value_b, value_b / value_a if value_a else None, None, None, "?", n
+        )
     random = np.random.default_rng(seed)
     picks_a = random.integers(n, size=(_RESAMPLES, n))
     picks_b = picks_a if paired else random.integers(n, size=(_RESAMPLES, n))
@@ -164,16 +166,16 @@ def _difference(
     )
     drawn = drawn[:, ~np.isnan(drawn).any(axis=0)]
     if drawn.shape[1] < 0.95 * _RESAMPLES:
-        return Difference(metric.name, value_a, value_b, None, None, None, "-", n)
+        return MetricDifference(metric.name, value_a, value_b, None, None, None, "-", n)
     in_a, in_b = drawn
     higher = _interval(in_b - (1 + margin) * in_a, value_b - (1 + margin) * value_a, n)[0] > 0
     lower = _interval(in_b - (1 - margin) * in_a, value_b - (1 - margin) * value_a, n)[1] < 0
     shows = "-" if not (higher or lower) else "better" if lower == metric.less_is_better else "worse"
     if not in_a.all() or not value_a:
-        return Difference(metric.name, value_a, value_b, None, None, None, shows, n)
+        return MetricDifference(metric.name, value_a, value_b, None, None, None, shows, n)
     ratio = value_b / value_a
     low, high = _interval(in_b / in_a, ratio, n)
-    return Difference(metric.name, value_a, value_b, ratio, max(low, 0.0), high, shows, n)
+    return MetricDifference(metric.name, value_a, value_b, ratio, max(low, 0.0), high, shows, n)
 
 
 def _interval(drawn: "np.ndarray", value: float, n: int) -> tuple[float, float]:
@@ -221,7 +223,7 @@ METRICS = (
 )
 
 
-def _verdict(compared: Sequence[Difference]) -> str:
+def _verdict(compared: Sequence[MetricDifference]) -> str:
     shown = {difference.shows for difference in compared}
     if "worse" in shown:
         return "worse"
@@ -233,7 +235,7 @@ def _load_shape(plan: Sequence[Arrival]) -> list[tuple[Any, ...]]:
     return [(each.due_s, len(each.prompts), each.max_tokens, each.think_s, each.cancel_s) for each in plan]
 
 
-def _cells(compared: Sequence[Difference]) -> list[tuple[str, ...]]:
+def _cells(compared: Sequence[MetricDifference]) -> list[tuple[str, ...]]:
     lines: list[tuple[str, ...]] = [("metric", "A", "B", "B/A", "from", "to", "blocks", "B is")]
     for difference in compared:
         numbers = (f"{value:.4g}" if isinstance(value, float | int) else "-" for value in difference[1:6])

@@ -19,7 +19,7 @@ import openai
 from counsel.chat import prompt_messages
 from loadtest.records import RequestRecord
 from loadtest.scenario import Scenario
-from loadtest.stream import Limits, ask, request_body
+from loadtest.stream import RequestLimits, ask, request_body
 from loadtest.workload import Arrival
 
 # How far a repeated share is shifted, as a fraction of the run: the golden ratio spreads any number of repeats.
@@ -127,7 +127,7 @@ class Dispatcher:
             key = id(record)
             self._running[key] = record
             body = request_body(self.scenario, arrival.model, messages, arrival.max_tokens)
-            limits = Limits(arrival.cancel_s, self.scenario.request_timeout_s, self.scenario.idle_timeout_s)
+            limits = RequestLimits(arrival.cancel_s, self.scenario.request_timeout_s, self.scenario.idle_timeout_s)
             reply = ask(self._client, body, record, self.start_s, limits, Timeout)
             del self._running[key]
             self._sink(record)

@@ -34,7 +34,7 @@ from loadtest.clock import Clock
 from loadtest.collector import Collector, Outbox
 from loadtest.dispatcher import Dispatcher
 from loadtest.scenario import read_scenario
-from loadtest.stream import make_client, rehearse
+from loadtest.stream import make_stream_client, rehearse
 from loadtest.workload import Arrival
 
 # One line per request otherwise.
@@ -62,7 +62,7 @@ class Sender:
 
     def __init__(self, environment: Environment, worker: int) -> None:
         self.dispatcher = Dispatcher(
-            SCENARIO, PLAN, PROMPTS, make_client(SCENARIO.url, SCENARIO.reuse), worker,
+            SCENARIO, PLAN, PROMPTS, make_stream_client(SCENARIO.url, SCENARIO.reuse), worker,
             lambda record: self.outbox.add(record),
         )  # fmt: skip
         self.outbox = Outbox(environment, self.dispatcher, deliver)
@@ -130,7 +130,7 @@ class ArrivalSource(User):
 
 
 @events.init.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
+def set_up_process(environment: Environment, **_: Any) -> None:
     """Register the messages of the table above, and make the collector unless this is a worker."""
     runner = environment.runner
     gevent.spawn(end_with_parent, os.getppid())
@@ -237,7 +237,7 @@ def record_bug(exception: Exception, **_: Any) -> None:
 def send_last_report(environment: Environment, **_: Any) -> None:
     """Let running requests end, and report them."""
     runner = environment.runner
-    assert runner is not None, "there is a runner since `prepare`"
+    assert runner is not None, "there is a runner since `set_up_process`"
     runner.stop()
     if STATE.sender:
         STATE.sender.outbox.flush()

@@ -15,7 +15,7 @@ from loadtest.arrivals import due_times, rate_knots, trace_times
 from loadtest.mix import choose_models, shares, with_cold_requests
 from loadtest.scenario import Scenario
 from loadtest.slo import parse_objective
-from loadtest.stream import make_client
+from loadtest.stream import make_stream_client
 from loadtest.workload import Arrival, Prompts, Workload, make_plan
 
 # A closed loop has no schedule; its clients repeat a plan of this many requests.
@@ -29,7 +29,7 @@ class Models(NamedTuple):
     base: str | None
 
 
-def prepare(scenario: Scenario) -> Path:
+def prepare_run(scenario: Scenario) -> Path:
     """Make the results directory with config.json, target.json, prompts.jsonl and plan.jsonl; return its path.
 
     Raises UserError for an unreachable server, an unknown model, a missing run, or a plan without requests.
@@ -80,7 +80,7 @@ def target_models(scenario: Scenario) -> Models:
     """The models that the scenario names, or all that the server lists by name."""
     import openai
 
-    client = make_client(scenario.url)
+    client = make_stream_client(scenario.url)
     try:
         cards = client.with_options(timeout=10).models.list().data
     except openai.APIStatusError as error:

@@ -8,7 +8,7 @@ from counsel.errors import UserError
 from counsel.files import read_json, write_json
 from loadtest.churn import churning
 from loadtest.launch import run_locust
-from loadtest.prepare import prepare
+from loadtest.prepare import prepare_run
 from loadtest.report import write_report
 from loadtest.results import read_results
 from loadtest.scenario import Scenario
@@ -24,7 +24,7 @@ def run_load_test(scenario: Scenario) -> dict[str, Any]:
     Ctrl-C stops the run but not the report: running requests finish, and the run is invalid.
     """
     try:
-        directory = prepare(scenario)
+        directory = prepare_run(scenario)
         print(f"results in {directory}", file=sys.stderr)
         with Scraper(scenario.url) as scraper, churning(scenario, directory):
             stopped = run_locust(scenario, directory) and not scenario.web

@@ -96,7 +96,7 @@ class _Reply(httpx2.SyncByteStream):
                 closed()
 
 
-def make_client(url: str, reuse: bool = True) -> openai.OpenAI:
+def make_stream_client(url: str, reuse: bool = True) -> openai.OpenAI:
     """The client of a process, for all its requests. It does not retry, which would hide errors and add latency.
 
     `reuse`: send on a connection that an earlier request left open, if there is one.
@@ -119,7 +119,7 @@ def rehearse(scenario: Scenario) -> None:
     canned = httpx2.MockTransport(lambda request: httpx2.Response(200, content=reply))
     with openai.OpenAI(base_url=scenario.url, api_key="none", http_client=httpx2.Client(transport=canned)) as client:
         body = request_body(scenario, "canned", [{"role": "user", "content": "w"}], 1)
-        ask(client, body, RequestRecord(0, 0, "canned", 0, 0.0), time.monotonic(), Limits(None, 10.0, 10.0))
+        ask(client, body, RequestRecord(0, 0, "canned", 0, 0.0), time.monotonic(), RequestLimits(None, 10.0, 10.0))
 
 
 def request_body(
@@ -139,7 +139,7 @@ def request_body(
     return body
 
 
-class Limits(NamedTuple):
+class RequestLimits(NamedTuple):
     """Seconds after sending: when the client hangs up (None: never), the longest request, the longest silence."""
 
     cancel_s: float | None
@@ -156,7 +156,7 @@ def _no_timer(seconds: float, error: BaseException) -> contextlib.AbstractContex
 
 
 def ask(
-    client: openai.OpenAI, body: Mapping[str, Any], record: RequestRecord, start_s: float, limits: Limits,
+    client: openai.OpenAI, body: Mapping[str, Any], record: RequestRecord, start_s: float, limits: RequestLimits,
     timer: Callable[[float, BaseException], contextlib.AbstractContextManager[Any]] = _no_timer,
 ) -> str:  # fmt: skip
     """Send one request, fill in `record` from the response, and return the text of the reply.

@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 
 from counsel.files import read_jsonl
-from loadtest.prepare import prepare
+from loadtest.prepare import prepare_run
 from loadtest.records import read_records
 from loadtest.scenario import Scenario
 from loadtest.verdict import EXIT_STATUS
@@ -83,7 +83,7 @@ def test_no_two_runs_send_the_same_prompt_unless_asked_to(tmp_path):
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in QUESTIONS))
     with standin("base") as url:
         runs = [
-            prepare(
+            prepare_run(
                 Scenario(url=url, prompts=str(tmp_path / "q.jsonl"), out=str(tmp_path / name), unique_prompts=unique)
             )
             for name, unique in (("a", True), ("b", True), ("c", False), ("d", False))

@@ -24,7 +24,7 @@ from loadtest.dispatcher import Dispatcher
 from loadtest.launch import worker_argv
 from loadtest.records import RequestRecord, read_records
 from loadtest.scenario import Scenario
-from loadtest.stream import make_client
+from loadtest.stream import make_stream_client
 from loadtest.verdict import EXIT_STATUS
 from loadtest.workload import Arrival
 from tests.sse_server import arrivals, counts, standin
@@ -159,7 +159,7 @@ def test_a_source_that_joins_late_does_not_catch_up(monkeypatch):
     # Only these sleeps move the clock.
     monkeypatch.setattr(Dispatcher, "now_s", lambda _: clock.now_s)
     monkeypatch.setattr("loadtest.dispatcher.gevent", SimpleNamespace(sleep=sleep))
-    with standin("base") as url, make_client(url) as client:
+    with standin("base") as url, make_stream_client(url) as client:
         dispatcher = Dispatcher(Scenario(url=url, duration_s=20), plan, ["hi"], client, 0, records.append)
         dispatcher.run_open(0, lambda: False)
         dispatcher.drain()
@@ -178,7 +178,7 @@ def test_a_plan_that_is_repeated_has_new_prompts(monkeypatch):
         return clock.now_s
 
     monkeypatch.setattr(Dispatcher, "now_s", now_s)
-    with standin("base") as url, make_client(url) as client:
+    with standin("base") as url, make_stream_client(url) as client:
         dispatcher = Dispatcher(
             Scenario(url=url, arrivals="closed", concurrency=1), plan, ["a", "b"], client, 0, lambda _: None
         )

@@ -12,10 +12,10 @@ import pytest
 
 from loadtest.records import RequestRecord
 from loadtest.scenario import Scenario
-from loadtest.stream import Limits, ask, make_client, request_body
+from loadtest.stream import RequestLimits, ask, make_stream_client, request_body
 from tests.sse_server import delta, standin
 
-NO_LIMITS = Limits(None, 600, 600)
+NO_LIMITS = RequestLimits(None, 600, 600)
 ROLE, WORD, END = delta("base", {"content": ""}), delta("base", {"content": "w "}), delta("base", {}, "stop")
 USAGE = {**delta("base", {}), "choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 10}}
 
@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def reply(clock: SimpleNamespace) -> Callable[..., RequestRecord]:
     """The record of a reply: each chunk arrives the given seconds after the one before."""
 
-    def record_of(script: Sequence[tuple[float, dict]], limits: Limits = NO_LIMITS) -> RequestRecord:
+    def record_of(script: Sequence[tuple[float, dict]], limits: RequestLimits = NO_LIMITS) -> RequestRecord:
         def chunks() -> Iterator[bytes]:
             for wait_s, document in script:
                 clock.now_s += wait_s
@@ -130,7 +130,7 @@ def test_any_output_of_the_model_can_be_the_first_token(reply, output):
 
 
 LIMITS = pytest.mark.parametrize(
-    ("limits", "outcome"), [(Limits(None, 0.4, 600), "timeout"), (Limits(0.4, 600, 600), "cancelled")]
+    ("limits", "outcome"), [(RequestLimits(None, 0.4, 600), "timeout"), (RequestLimits(0.4, 600, 600), "cancelled")]
 )
 
 
@@ -176,7 +176,7 @@ def test_a_limit_applies_while_nothing_comes(clock, limits, outcome, before):
 
 def test_the_clients_own_work_is_not_the_servers_time(clock, monkeypatch):
     """Building the request takes 30 ms here. It is sent after that, so TTFT is 0 and the lag is 30 ms."""
-    with standin("base") as url, make_client(url) as client:
+    with standin("base") as url, make_stream_client(url) as client:
         build = client._build_request
 
         def slowly(*given: Any, **named: Any) -> Any:

@@ -12,11 +12,11 @@ import pytest
 
 from loadtest.records import OUTCOMES, RequestRecord
 from loadtest.scenario import Scenario
-from loadtest.stream import Limits, ask, make_client, request_body, sse_data
+from loadtest.stream import RequestLimits, ask, make_stream_client, request_body, sse_data
 from tests.sse_server import Behaviour, counts, delta, standin
 from tests.waiting import until
 
-NO_LIMITS = Limits(None, 600, 600)
+NO_LIMITS = RequestLimits(None, 600, 600)
 OUTCOME_OF = {
     "half": ("broken_stream", 200), "reset": ("broken_stream", 200), "eof": ("broken_stream", 200),
     "comment": ("timeout", 200), "garbage": ("server_error", 200),
@@ -33,9 +33,9 @@ def url() -> Iterator[str]:
         yield address
 
 
-def request(url: str, model: str, tokens: int = 10, limits: Limits = NO_LIMITS) -> tuple[RequestRecord, str]:
+def request(url: str, model: str, tokens: int = 10, limits: RequestLimits = NO_LIMITS) -> tuple[RequestRecord, str]:
     """The record and the text of one request."""
-    with make_client(url) as client:
+    with make_stream_client(url) as client:
         record = RequestRecord(0, 0, model, 0, 0.0)
         body = request_body(Scenario(), model, [{"role": "user", "content": "hi"}], tokens)
         return record, ask(client, body, record, time.monotonic(), limits)
@@ -74,7 +74,7 @@ def test_the_standin_reads_its_behaviour_from_the_model_name():
 
 def test_the_fast_path_equals_the_typed_path(url):
     """The typed iterator gives the same text, finish reason, usage and number of chunks with text."""
-    with make_client(url) as client:
+    with make_stream_client(url) as client:
         stream = client.chat.completions.create(
             model="base", messages=[{"role": "user", "content": "hi"}], max_tokens=17, stream=True,
             stream_options={"include_usage": True},
@@ -97,7 +97,7 @@ def test_every_fault_has_an_outcome(url, fault, monkeypatch):
     limits = NO_LIMITS
     if fault == "comment":
         monkeypatch.setattr("loadtest.stream.time", Ticking())
-        limits = Limits(None, 60, 600)
+        limits = RequestLimits(None, 60, 600)
     record, _ = request(url, f"x.gap-1.{fault}", limits=limits)
 
     assert (record.outcome, record.status) == OUTCOME_OF[fault]
@@ -142,7 +142,7 @@ def test_a_refused_connection_is_an_outcome():
 
 def test_a_client_hangs_up_before_the_first_chunk(url):
     """The server does not answer before the client hangs up: the outcome is cancelled, which is not a failure."""
-    record, _ = request(url, "x.holds-0", limits=Limits(0.1, 600, 600))
+    record, _ = request(url, "x.holds-0", limits=RequestLimits(0.1, 600, 600))
 
     assert (record.outcome, record.status, record.first_s) == ("cancelled", None, None)
     assert record.end_s - record.sent_s >= 0.1
@@ -152,7 +152,7 @@ def test_a_client_hangs_up_in_the_middle_of_a_reply(monkeypatch):
     """The outcome is cancelled, the times so far are kept, and the connection is closed."""
     monkeypatch.setattr("loadtest.stream.time", Ticking())
     with standin("x.gap-1.comment") as url:
-        record, _ = request(url, "x.gap-1.comment", limits=Limits(60, 600, 600))
+        record, _ = request(url, "x.gap-1.comment", limits=RequestLimits(60, 600, 600))
         until(lambda: counts(url)["hung_up"] == 1)
 
     assert (record.outcome, record.status) == ("cancelled", 200)
@@ -174,7 +174,7 @@ def test_a_reply_that_goes_silent_is_a_timeout():
     http = httpx2.Client(transport=httpx2.MockTransport(respond))
     with openai.OpenAI(base_url="http://x/v1", api_key="x", http_client=http) as client:
         record = RequestRecord(0, 0, "base", 0, 0.0)
-        ask(client, request_body(Scenario(), "base", [], 10), record, time.monotonic(), Limits(None, 600, 5))
+        ask(client, request_body(Scenario(), "base", [], 10), record, time.monotonic(), RequestLimits(None, 600, 5))
 
     assert (record.outcome, record.status, record.ok) == ("timeout", 200, False)
     assert record.sent_s < record.first_s <= record.end_s
@@ -185,7 +185,7 @@ def test_connections_are_reused_unless_told_not_to(reuse, connections, monkeypat
     """Six requests in sequence, some of which fail, use one connection, or each its own."""
     monkeypatch.setattr("loadtest.stream._IDLE_S", 600.0)  # a busy machine may leave a free connection idle for long
     with standin("base", "x.status-503") as url:
-        with make_client(url, reuse) as client:
+        with make_stream_client(url, reuse) as client:
             for model in ("base", "x.status-503", "base", "base", "x.status-503", "base"):
                 ask(client, request_body(Scenario(), model, [], 3), RequestRecord(0, 0, model, 0, 0.0), 0.0, NO_LIMITS)
         assert counts(url)["connections"] == connections
@@ -198,7 +198,7 @@ def test_requests_are_not_retried(url):
     request(url, model)
 
     assert counts(url)["requests"][model] == before + 1
-    assert isinstance(make_client(url), openai.OpenAI)
+    assert isinstance(make_stream_client(url), openai.OpenAI)
 
 
 @pytest.mark.parametrize(
