@@ -169,14 +169,16 @@ def test_the_models_route_has_parent_version_and_state(server):
     assert server.client().models.retrieve("calm").model_dump()["root"] == f"calm@{version}"
 
 
-def test_a_timed_reply_counts_what_the_server_counts(server):
-    """The shared client's reply has the text, the exact version, the server's token counts and ordered times."""
-    reply = timed_reply(server.client(), "calm", ASK, N_TOKENS, temperature=0, extra_body={"ignore_eos": True})
-    whole = server.client().chat.completions.create(model="calm", messages=ASK, **GREEDY)
-    assert reply.text == whole.choices[0].message.content
-    assert reply.model == adapter_store.find(server.store, "calm").id
-    assert (reply.completion_tokens, reply.finish_reason) == (N_TOKENS, "length")
-    assert 0 < reply.ttft_s == reply.chunk_s[0] <= reply.chunk_s[-1] <= reply.duration_s
+def test_the_shared_reader_of_models_knows_what_is_listed(server):
+    """Base, adapters by name, and for each name its exact version."""
+    models = list_models(server.client())
+    manifest = adapter_store.find(server.store, "calm")
+    assert models.base == server.base.name
+    assert "calm" in models.adapters
+    assert manifest.id not in models.names
+    assert models.exact("calm") == models.exact(manifest.id) == manifest.id
+    assert models.exact(models.base) == models.base
+    assert models.max_model_len == server.client().models.retrieve("calm").model_dump()["max_model_len"]
 
 
 def test_admins_load_and_unload_as_in_vllm(server):
