@@ -1,4 +1,4 @@
-"""The tables a run ends with, as cells that the terminal and the report share; times in milliseconds."""
+"""The tables that end a run, as cells that the terminal and the report share; times in milliseconds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,29 +10,31 @@ def table(summary: Mapping[str, Any]) -> str:
     """The per-model table of a summary, for a terminal."""
     begin_s, end_s = summary["window"]["begin_s"], summary["window"]["end_s"]
     return (
-        f"{aligned(model_cells(summary))}\ntimes in ms, from sending; n counts every request due after the warm-up; "
-        f"rates count what ended from {begin_s:.1f} s to {end_s:.1f} s"
+        f"{aligned(model_cells(summary))}\n"
+        "Times in ms, from sending. n: every request due after the warm-up.\n"
+        f"Rates count the replies that ended between {begin_s:.1f} s and {end_s:.1f} s. A model's tokens/s and "
+        "requests/s\nfollow its share of the requests: compare models by TTFT and TPOT."
     )
 
 
 def model_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One line per model, the whole run last; a dash where there is no value."""
     lines: list[tuple[str, ...]] = [_HEAD]
-    for name, found in [*summary["models"].items(), ("all", summary["all"])]:
-        cells = [name, str(found["n"]), str(found["errors"])]
+    for name, figures in [*summary["models"].items(), ("all", summary["all"])]:
+        cells = [name, str(figures["n"]), str(figures["errors"])]
         for latency in ("ttft_s", "tpot_s", "e2e_s"):
-            cells += [_ms(found[latency]["p50"]), _ms(found[latency]["p90"])]
-        lines.append((*cells, _plain(found["tokens_per_s"]), _plain(found["requests_per_s"])))
+            cells += [milliseconds(figures[latency]["p50"]), milliseconds(figures[latency]["p90"])]
+        lines.append((*cells, _plain(figures["tokens_per_s"]), _plain(figures["requests_per_s"])))
     return lines
 
 
 def objective_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One line per objective that was judged."""
+    """One line per objective."""
     lines: list[tuple[str, ...]] = [("objective", "over", "n", "value", "")]
     for item in summary["slo"]:
         text = f"{item['metric']} {item['sign']} {item['bound']:g}"
         value = "-" if item["value"] is None else f"{item['value']:.4g}"
-        lines.append((text, item["scope"], str(item["n"]), value, "held" if item["held"] else "MISSED"))
+        lines.append((text, item["scope"], str(item["n"]), value, "met" if item["held"] else "MISSED"))
     return lines
 
 
@@ -40,20 +42,21 @@ def verdict_text(summary: Mapping[str, Any]) -> str:
     """The objectives one by one, then the verdict and, when the run is invalid, why."""
     lines = [aligned(objective_cells(summary))] if summary["slo"] else []
     if not summary["all"]["ok"]:
-        lines.append("no request got a whole reply")
+        lines.append("no request got a complete reply")
     lines += [f"not to be believed: {reason}" for reason in summary["invalid"]]
     return "\n".join([*lines, f"verdict: {summary['verdict']}"])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns, the first to the left, the others to the right."""
+    """Cells in columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
     )
 
 
-def _ms(seconds: float | None) -> str:
+def milliseconds(seconds: float | None) -> str:
+    """Whole milliseconds from 100 ms up, one decimal below; a dash for None."""
     return "-" if seconds is None else f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.1f}"
 
 

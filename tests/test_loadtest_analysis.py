@@ -246,7 +246,7 @@ def test_a_report_needs_nothing_from_outside(tmp_path):
     page = write_report(results, summary).read_text()
 
     assert summary["verdict"] == "passed"
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "&lt;b&gt;" in page
     assert "<td><b></td>" not in page
     assert "src=" not in page

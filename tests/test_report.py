@@ -1,0 +1,167 @@
+"""The pages: what others wrote is text, a page needs no other file, and everybody can read its charts."""
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from markupsafe import Markup
+
+from counsel.chat import NOTICE
+from counsel.report import answers, numeric, page, section
+from counsel.report import charts as report_charts
+from counsel.report.charts import RED, SERIES, chart
+from loadtest.charts import curves, latencies, timeline
+from tests.test_loadtest_metrics import anything, failure, reply, summarize
+
+HOSTILE = '<script>alert("$x_1$")</script>'
+STYLE = (Path(report_charts.__file__).parent / "style.css").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The tags, ids and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def names(self) -> list[str]:
+        return [tag for tag, _ in self.tags]
+
+    @property
+    def ids(self) -> list[str]:
+        return [str(attributes["id"]) for _, attributes in self.tags if "id" in attributes]
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Page:
+    """A page on which every value that is not the project's own is a script."""
+    rows = [reply(0, 0, HOSTILE), reply(1, 1), failure(2, 2, HOSTILE)]
+    sections = [
+        section(HOSTILE, [(HOSTILE, HOSTILE), (HOSTILE, HOSTILE)], HOSTILE),
+        section("charts", latencies(summarize(rows, 0, anything)["models"])),
+        section("timeline", timeline(rows, [{"t_s": 1, "running": 1, "waiting": 0, "kv_used": 0.5}], 1)),
+        answers("Answers", [(HOSTILE, [(HOSTILE, HOSTILE)])]),
+    ]
+    return Page(page(HOSTILE, sections, finding=HOSTILE, warnings=[HOSTILE]))
+
+
+def test_what_others_wrote_is_text(hostile: Page) -> None:
+    """A question, an answer, a model's name and a path hold a script: none of them becomes one."""
+    assert "script" not in hostile.names
+    assert sum(text.strip() == HOSTILE for text in hostile.texts) >= 12
+
+
+def test_a_page_fetches_nothing(hostile: Page) -> None:
+    """No script, style sheet, font or picture comes from elsewhere."""
+    addresses = [
+        value
+        for tag, attributes in hostile.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset", "action") and value
+    ]
+    assert "link" not in hostile.names
+    assert all(value.startswith(("#", "data:image/png;base64,")) for value in addresses)
+    assert not re.search(r"@import|url\((?!#)", STYLE)
+
+
+def test_every_page_says_what_it_is_not() -> None:
+    """The notice is on a page without any section too."""
+    assert NOTICE in page("Empty", [])
+
+
+def test_a_chart_has_a_name_and_a_description(hostile: Page) -> None:
+    """A screen reader finds both by the ids that the SVG names, and no id is there twice."""
+    charts = [attributes for tag, attributes in hostile.tags if tag == "svg"]
+
+    assert len(charts) == 3
+    for attributes in charts:
+        assert attributes["role"] == "img"
+        named = str(attributes["aria-labelledby"]).split()
+        assert len(named) == 2
+        assert set(named) <= set(hostile.ids)
+    assert len(hostile.ids) == len(set(hostile.ids))
+
+
+def test_a_chart_takes_its_text_color_from_the_page() -> None:
+    """No black is left that a dark page would hide: text, axes and grid are `currentColor`."""
+    text = latencies(summarize([reply(0, 0), reply(1, 1)], 0, anything)["models"])
+
+    assert "currentColor" in text
+    assert report_charts.INK not in text
+    assert not re.search(r"#000000|stroke: ?black|fill: ?black", text)
+
+
+def test_the_same_figures_give_the_same_chart() -> None:
+    """No date, no random id: a report that is made again is the same file."""
+    points = [
+        {"offered": rate, "achieved": rate, "ttft_p50_s": 0.1, "ttft_p90_s": None, "tpot_p50_s": 0.02,
+         "tokens_per_s": 20.0, "goodput_share": 1.0} for rate in (1.0, 2.0)
+    ]  # fmt: skip
+
+    assert curves(points) == curves(points)
+    assert "p90: no value at 1/s" in curves(points)
+
+
+def test_an_empty_run_has_charts() -> None:
+    """Nothing came back: empty axes, no error."""
+    assert timeline([], [], 0).count("<svg") == 1
+    assert latencies({"base": {"ttft_s": {"p50": None}, "tpot_s": {"p50": None}}}).count("<svg") == 2
+
+
+def test_the_letters_of_a_chart_are_twelve_pixels_or_more() -> None:
+    """At the least width that the style sheet gives a chart, one unit of its drawing is at least one pixel."""
+    for wide in (False, True):
+        text = chart(lambda axes: None, title="t", description="d", height=2, wide=wide)
+        width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])  # type: ignore[index]
+        least = re.search(rf"svg\.{'wide' if wide else 'narrow'} {{[^}}]*min-width: (\d+)px", STYLE)
+        assert least
+        assert 0.995 * width <= int(least[1])
+        assert all(float(size) >= 12 for size in re.findall(r"font(?:-size)?: (\d+)px", text))
+
+
+def test_no_letter_of_a_page_is_smaller_than_twelve_pixels() -> None:
+    """Sizes in the style sheet, of the 16 px of its body."""
+    assert all(float(size) * 16 >= 12 for size in re.findall(r"font-size: ([\d.]+)rem", STYLE))
+    assert not [size for size in re.findall(r"font(?:-size)?: (\d+)px", STYLE) if int(size) < 12]
+
+
+def backgrounds() -> Iterator[str]:
+    yield from re.findall(r"--(?:paper|card): (#\w{6})", STYLE)
+
+
+@pytest.mark.parametrize("background", sorted(set(backgrounds())))
+@pytest.mark.parametrize("color", [*SERIES, RED])
+def test_series_can_be_told_from_light_and_dark_pages(color: str, background: str) -> None:
+    """A contrast of 3:1 with every background: WCAG's bound for graphics."""
+    light, dark = sorted((luminance(color), luminance(background)), reverse=True)
+
+    assert (light + 0.05) / (dark + 0.05) >= 3
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_numbers_are_told_from_words() -> None:
+    """A column of numbers, intervals, p values and dashes is right-aligned; a word makes it text."""
+    cells = [
+        ("name", "value", "p", "note"),
+        ("a", "0.5 [0.4, 0.6]", "<0.001", "1"),
+        ("b", "-", "(0.5)", "met"),
+        ("c", Markup("<b>+1.0</b>"), "", "2"),
+    ]
+    assert numeric(cells) == [False, True, True, False]
