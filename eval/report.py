@@ -1,4 +1,4 @@
-"""The findings as text: a table per adapter beside the base for the terminal, and report.md."""
+"""The findings as text: for the terminal and report.md; and the tables that the page shares with them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,69 +7,98 @@ from eval.judge.rubric import HOLD_FOR_NOISE, RUBRIC
 from eval.metrics import METRICS, PRIMARY
 from eval.summary import DIVERSITY_WORDS
 
-_ARROWS = {"higher": "↑", "lower": "↓", "": " "}
+_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+TEST_NOTE = (
+    "p: paired permutation test over questions. Those of the primary metrics are Holm-corrected together; others are "
+    "uncorrected, in parentheses. ↑ and ↓: the better direction."
+)
+ARMS_NOTE = (
+    "Yardsticks are not models. human: one counselor against the others. retrieval: the answer to the nearest training "
+    "question. shuffled, echo, canned: a counselor's answer to another question, the question itself, one reply for "
+    "every question. A metric is informative if it puts a model above the last three and near human."
+)
+COUNTS_NOTE = (
+    "Failed rows and empty answers are not scored. distinct-2 of all answers: distinct word pairs in an arm's first "
+    f"{DIVERSITY_WORDS} words; low when the replies are alike."
+)
+
+
+def finding(summary: Mapping[str, Any]) -> str:
+    """What the primary metrics show, in one sentence per adapter."""
+    base = base_of(summary)
+    sentences = [_finding(changes, name, str(base)) for name, changes in compared(summary).items()]
+    return " ".join(sentences) or "No adapter was compared with the base."
+
+
+def _finding(changes: Sequence[Mapping[str, Any]], name: str, base: str) -> str:
+    by_result: dict[str, list[str]] = {"better": [], "worse": [], "": []}
+    for change in changes:
+        if change["metric"] in PRIMARY:
+            by_result[result(change)].append(METRICS[change["metric"]].title)
+    n = sum(map(len, by_result.values()))
+    if not n:
+        return f"No primary metric of {name} was measured."
+    parts = [
+        f"{words} {len(titles)} ({'; '.join(titles)})"
+        for words, titles in (
+            ("better on", by_result["better"]),
+            ("worse on", by_result["worse"]),
+            ("not significantly different on", by_result[""]),
+        )
+        if titles
+    ]
+    listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    return f"Of {n} primary metrics, {name} is {listed}, compared with {base}."
 
 
 def terminal(summary: Mapping[str, Any]) -> str:
-    """What a person reads when an evaluation ends."""
+    """The text that ends an evaluation."""
     blocks = [
-        f"{summary['questions']} held-out questions of {summary['run']}, values with 95 % intervals over questions"
+        f"{summary['questions']} held-out questions of {summary['run']}. Brackets: 95 % intervals over questions."
     ]
-    arms = summary["arms"]
-    base = next((name for name, arm in arms.items() if arm["kind"] == "base"), None)
-    for name, arm in arms.items():
-        if arm["kind"] == "adapter" and base is not None:
-            blocks.append(table(_beside(summary, base, name)))
-    blocks.append(table(_all_arms(summary)))
+    blocks += [table(beside(summary, name)) for name in compared(summary)]
+    blocks.append(table(all_arms(summary)))
     if any(row["p_holm"] is not None for row in summary["differences"]):
         blocks.append(
-            "p: paired permutation test, Holm-corrected over the primary metrics (" + ", ".join(PRIMARY) + ").\n"
-            "↑ ↓ say which way is better. human: one counsellor against the others; shuffled, echo, canned: floors."
+            f"p: paired permutation test, Holm-corrected over the primary metrics ({', '.join(PRIMARY)}); others are "
+            "uncorrected,\nin parentheses. ↑ ↓: the better direction. human: one counselor against the others; "
+            "shuffled, echo, canned: floors."
         )
+        blocks.append(finding(summary))
     blocks += [f"! {warning}" for warning in summary["warnings"]]
     return "\n\n".join(blocks)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
-    """The same findings, every metric's weakness, and how they were made."""
-    arms = summary["arms"]
-    base = next((name for name, arm in arms.items() if arm["kind"] == "base"), None)
-    parts = [
-        f"# Evaluation of {summary['run']}",
-        f"{summary['questions']} held-out questions, {summary['samples_per_question']} answer(s) each, "
-        f"{summary['references']} reference answers. Values carry 95 % intervals over questions.",
-    ]
+    """The same findings, the limits of every metric, and how they were measured."""
+    parts = [f"# Evaluation of {summary['run']}", finding(summary), lead(summary)]
     if summary["warnings"]:
-        parts.append(
-            "## Before you believe a number\n\n" + "\n".join(f"- {warning}" for warning in summary["warnings"])
-        )
-    for name, arm in arms.items():
-        if arm["kind"] == "adapter" and base is not None:
-            parts.append(f"## {name} beside {base}\n\n" + _pipes(_beside(summary, base, name)))
-    parts.append("## Every arm\n\n" + _pipes(_all_arms(summary)))
-    counted = ("rows", "errors", "empty", "cut", "retries", "tokens")
-    counts = [["arm", "answers", "errors", "empty", "cut by length", "retries", "tokens", "distinct-2 of all answers"]]
-    for name, arm in arms.items():
-        numbers = ["" if arm["kind"] == "yardstick" else str(arm[key]) for key in counted]
-        counts.append([name, *numbers, "" if arm["diversity"] is None else f"{arm['diversity']:.3f}"])
+        parts.append("## Limits of this evaluation\n\n" + "\n".join(f"- {warning}" for warning in summary["warnings"]))
+    for name in compared(summary):
+        parts.append(f"## {name} compared with {base_of(summary)}\n\n" + _pipes(beside(summary, name)))
+    parts.append(f"## Every arm\n\n{ARMS_NOTE}\n\n" + _pipes(all_arms(summary)))
+    parts.append(f"## Counts\n\n{COUNTS_NOTE}\n\n" + _pipes(counts(summary)))
     parts.append(
-        "## What was counted\n\nErrors and empty answers are never scored. distinct-2 of all answers: distinct word "
-        f"pairs in an arm's first {DIVERSITY_WORDS} words; one reply for everyone makes it small.\n\n" + _pipes(counts)
+        "## What each metric does not show\n\n"
+        + "\n".join(f"- **{label(name)}**: {metric.note}." for name, metric in METRICS.items())
     )
     parts.append(
-        "## What each metric cannot say\n\n"
-        + "\n".join(f"- **{metric.title}** {_ARROWS[metric.better]}: {metric.note}." for metric in METRICS.values())
-    )
-    parts.append(
-        "p values come from a paired permutation test over questions; those of the primary metrics "
-        f"({', '.join(METRICS[name].title for name in PRIMARY)}) are Holm-corrected together. "
+        f"{TEST_NOTE} Primary metrics: {', '.join(METRICS[name].title for name in PRIMARY)}. "
         "No expert rated these answers."
     )
     return "\n\n".join(parts) + "\n"
 
 
+def lead(summary: Mapping[str, Any]) -> str:
+    """What was asked."""
+    return (
+        f"{summary['questions']} held-out questions, {summary['samples_per_question']} answer(s) each, "
+        f"{summary['references']} reference answers. Brackets hold 95 % intervals over questions."
+    )
+
+
 def judged_terminal(judged: Mapping[str, Any]) -> str:
-    """What a person reads when a judging ends."""
+    """The text that ends a judging."""
     return "\n\n".join([judged_lead(judged), *(f"! {warning}" for warning in judged["warnings"]),
                         *(table(rows) for rows in judged_tables(judged))])  # fmt: skip
 
@@ -87,16 +116,16 @@ def judged_markdown(judged: Mapping[str, Any]) -> str:
 
 
 def judged_tables(judged: Mapping[str, Any]) -> list[list[list[str]]]:
-    """The preference and the rubric as tables of text, and the agreement with people where there are labels."""
-    (first, second), found, criteria = judged["arms"], judged["preference"], judged["rubric"]
+    """The tables of preference and rubric, and of agreement with people when there are labels."""
+    (first, second), shares, criteria = judged["arms"], judged["preference"], judged["rubric"]
     preference = [
         [f"{second} against {first}", "", "questions"],
         *(
-            [title, with_interval(found[key], 3), str(found[key]["n"]) if found[key] else ""]
+            [title, with_interval(shares[key], 3), str(shares[key]["n"]) if shares[key] else ""]
             for title, key in (
-                ("win rate (tie: one half)", "win_rate"),
+                ("win rate (a tie counts one half)", "win_rate"),
                 ("same verdict in both orders", "consistency"),
-                ("verdicts for the answer shown first (no bias: 0.5)", "first_chosen"),
+                ("verdicts for the answer shown first (0.5: no position bias)", "first_chosen"),
                 ("decided pairs won by the longer answer", "longer_wins"),
                 (f"pairs in which {second} is longer", "second_longer"),
             )
@@ -136,13 +165,13 @@ def judged_tables(judged: Mapping[str, Any]) -> list[list[list[str]]]:
 
 def judged_lead(judged: Mapping[str, Any]) -> str:
     """Who won, in a few sentences, and how it was judged."""
-    (first, second), found, counts = judged["arms"], judged["preference"], judged["counts"]
-    p = "" if found["p"] is None else f" (p {'<0.001' if found['p'] < 0.001 else format(found['p'], '.3f')})"
+    (first, second), pairs, asked = judged["arms"], judged["preference"], judged["counts"]
+    p = "" if pairs["p"] is None else f" (p {'<0.001' if pairs['p'] < 0.001 else format(pairs['p'], '.3f')})"
     return (
         f"{judged['judge']} ({_validated(judged, 'preference')} on preference): {second} against {first} wins "
-        f"{found['wins']}, ties {found['ties']}, loses {found['losses']} of {found['judged']} pairs{p}. Each pair is "
-        f"judged in both orders; verdicts that differ are a tie. {counts['asked']} judgements, {counts['failed']} "
-        f"failed, {counts['unreadable']} unreadable. † holds for text without sense too: read it beside coherent."
+        f"{pairs['wins']}, ties {pairs['ties']}, loses {pairs['losses']} of {pairs['judged']} pairs{p}. Each pair is "
+        f"judged in both orders; verdicts that differ are a tie. {asked['asked']} judgements, {asked['failed']} "
+        f"failed, {asked['unreadable']} unreadable. † is also met by text without meaning: read it beside coherent."
     )
 
 
@@ -150,17 +179,33 @@ def _validated(judged: Mapping[str, Any], name: str) -> str:
     return "validated" if judged["agreement"].get(name, {}).get("validated") else "not validated"
 
 
-def _beside(summary: Mapping[str, Any], base: str, adapter: str) -> list[list[str]]:
-    rows = [["", base, adapter, "difference", "p", "human"]]
-    changes = {row["metric"]: row for row in summary["differences"] if (row["arm"], row["against"]) == (adapter, base)}
-    for name, metric in METRICS.items():
-        if name not in changes:
-            continue
-        change = changes[name]
+def base_of(summary: Mapping[str, Any]) -> str | None:
+    """The arm that is the base; None when it was not asked."""
+    return next((name for name, arm in summary["arms"].items() if arm["kind"] == "base"), None)
+
+
+def compared(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Each adapter with its differences from the base; empty without a base."""
+    base = base_of(summary)
+    if base is None:
+        return {}
+    return {
+        name: [row for row in summary["differences"] if (row["arm"], row["against"]) == (name, base)]
+        for name, arm in summary["arms"].items()
+        if arm["kind"] == "adapter"
+    }
+
+
+def beside(summary: Mapping[str, Any], adapter: str) -> list[list[str]]:
+    """One adapter next to the base: a line per metric."""
+    base = str(base_of(summary))
+    rows = [["metric", base, adapter, "difference", "p", "human"]]
+    for change in compared(summary)[adapter]:
+        name, metric = change["metric"], METRICS[change["metric"]]
         human = summary["arms"].get("human", {}).get("metrics", {}).get(name)
         rows.append(
             [
-                f"{metric.title} {_ARROWS[metric.better]}",
+                label(name),
                 with_interval(summary["arms"][base]["metrics"].get(name), metric.digits),
                 with_interval(summary["arms"][adapter]["metrics"].get(name), metric.digits),
                 with_interval(change, metric.digits, sign="+"),
@@ -171,9 +216,22 @@ def _beside(summary: Mapping[str, Any], base: str, adapter: str) -> list[list[st
     return rows
 
 
-def _all_arms(summary: Mapping[str, Any]) -> list[list[str]]:
+def label(metric: str) -> str:
+    """The title of a metric with an arrow for the better direction."""
+    return METRICS[metric].title + _ARROWS[METRICS[metric].better]
+
+
+def result(change: Mapping[str, Any]) -> str:
+    """ "better" or "worse" for a significant difference of a primary metric, else empty."""
+    if change["p_holm"] is None or change["p_holm"] >= 0.05:
+        return ""
+    return "better" if (change["value"] > 0) == (METRICS[change["metric"]].better == "higher") else "worse"
+
+
+def all_arms(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Every arm and yardstick with its main metrics."""
     columns = [*PRIMARY, "question_similarity", "words"]
-    rows = [["arm", *(f"{METRICS[name].title} {_ARROWS[METRICS[name].better]}".strip() for name in columns)]]
+    rows = [["arm", *(label(name) for name in columns)]]
     for name, arm in summary["arms"].items():
         cells = [arm["metrics"].get(column) for column in columns]
         rows.append(
@@ -182,8 +240,18 @@ def _all_arms(summary: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def counts(summary: Mapping[str, Any]) -> list[list[str]]:
+    """What was counted for every arm."""
+    keys = ("rows", "errors", "empty", "cut", "retries", "tokens")
+    rows = [["arm", "answers", "errors", "empty", "cut by length", "retries", "tokens", "distinct-2 of all answers"]]
+    for name, arm in summary["arms"].items():
+        numbers = ["" if arm["kind"] == "yardstick" else str(arm[key]) for key in keys]
+        rows.append([name, *numbers, "" if arm["diversity"] is None else f"{arm['diversity']:.3f}"])
+    return rows
+
+
 def with_interval(cell: Mapping[str, Any] | None, digits: int, sign: str = "") -> str:
-    """`0.652 [0.641, 0.663]`; without the brackets where there is no interval; empty where there is no value."""
+    """`0.652 [0.641, 0.663]`; without brackets when there is no interval; empty when there is no value."""
     if cell is None:
         return ""
     value = f"{cell['value']:{sign}.{digits}f}"
@@ -193,7 +261,7 @@ def with_interval(cell: Mapping[str, Any] | None, digits: int, sign: str = "") -
 
 
 def p_text(change: Mapping[str, Any]) -> str:
-    """The corrected p of a primary metric with a star below 0.05; the plain p in brackets of any other."""
+    """The corrected p of a primary metric, with a star below 0.05; any other p in parentheses."""
     p = change["p"] if change["p_holm"] is None else change["p_holm"]
     if p is None:
         return ""

@@ -63,7 +63,7 @@ def curves(points: Sequence[Mapping[str, Any]]) -> "Markup":
             for key, label, color in lines:
                 style = ":" if key == "offered" else "o-"
                 axes[0].plot(offered, [point[key] for point in points], style, color=color, label=label)
-            axes[0].set_ylim(bottom=0)
+            axes[0].set_ylim(0, 1.05 * axes[0].get_ylim()[1])
             axes[0].set_xlabel("offered requests/s")
             head(axes[0], title, None if len(lines) > 1 else ())
 
@@ -104,7 +104,9 @@ def per_second(rows: Sequence[RequestRecord]) -> tuple[list[int], list[int], lis
     return list(range(n)), counts, tokens
 
 
-def _draw_requests(axis: "Axes", rows: Sequence[RequestRecord], models: Sequence[str], failed: Sequence[RequestRecord]) -> None:
+def _draw_requests(
+    axis: "Axes", rows: Sequence[RequestRecord], models: Sequence[str], failed: Sequence[RequestRecord]
+) -> None:
     # More models than colors would make the legend ambiguous: then all are drawn alike.
     groups = {model: {model} for model in models} if len(models) <= len(SERIES) else {f"{len(models)} models": models}
     for (label, members), color, marker in zip(groups.items(), SERIES, MARKERS, strict=False):

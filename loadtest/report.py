@@ -19,14 +19,14 @@ def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
     scenario = results.scenario
     sections = [
         *([section("Objectives", objective_cells(summary))] if summary["slo"] else []),
-        section("Latency per model", latencies(summary["models"]), "Bar: median. Line: 90th percentile."),
-        section("Models", model_cells(summary), _MODELS_NOTE),
+        section("Latency per model", latencies(summary["models"]), note="Bar: median. Line: 90th percentile."),
+        section("Models", model_cells(summary), note=_MODELS_NOTE),
         section("Timeline", timeline(results.records, results.server_samples, scenario.warmup_s)),
         *_curve(summary.get("steps", [])),
         *_cold(summary["cold"]),
-        section("Delay from being due", _due_cells(summary), _DUE_NOTE),
+        section("Delay from being due", _due_cells(summary), note=_DUE_NOTE),
         section("Outcomes", [("outcome", "n"), *_pairs(summary["all"]["outcomes"])]),
-        section("How it was measured", _check_cells(summary), _load(scenario)),
+        section("How it was measured", _check_cells(summary), note=_load(scenario)),
         section("Options", [("option", "value"), *_pairs(scenario.to_json())], folded=True),
         section("Server metrics", [("metric", "value"), *_pairs(summary["server"])], folded=True),
         section("Models and versions", [("key", "value"), *_pairs(results.target)], folded=True),
@@ -53,7 +53,7 @@ def finding(summary: Mapping[str, Any]) -> str:
     """The result in one sentence."""
     total, slo = summary["all"], summary["slo"]
     missed = [f"{item['metric']} {item['sign']} {item['bound']:g}" for item in slo if not item["held"]]
-    answered = f"{total['n']} requests, {total['errors']} failed"
+    answered = f"{total['n']} request{'' if total['n'] == 1 else 's'}, {total['errors']} failed"
     if total["ttft_s"]["p50"] is not None:
         p50, p90 = (milliseconds(total["ttft_s"][key]) for key in ("p50", "p90"))
         answered += f"; the first token took {p50} ms (median) and {p90} ms (90th percentile)"

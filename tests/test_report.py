@@ -1,9 +1,11 @@
 """The pages: what others wrote is text, a page needs no other file, and everybody can read its charts."""
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markupsafe import Markup
@@ -12,7 +14,12 @@ from counsel.chat import NOTICE
 from counsel.report import answers, numeric, page, section
 from counsel.report import charts as report_charts
 from counsel.report.charts import RED, SERIES, chart
+from eval.ask import Question
+from eval.metrics import METRICS, PRIMARY
+from eval.page import page as evaluation_page
+from eval.report import finding
 from loadtest.charts import curves, latencies, timeline
+from loadtest.report import finding as load_finding
 from tests.test_loadtest_metrics import anything, failure, reply, summarize
 
 HOSTILE = '<script>alert("$x_1$")</script>'
@@ -48,7 +55,7 @@ def hostile() -> Page:
     """A page on which every value that is not the project's own is a script."""
     rows = [reply(0, 0, HOSTILE), reply(1, 1), failure(2, 2, HOSTILE)]
     sections = [
-        section(HOSTILE, [(HOSTILE, HOSTILE), (HOSTILE, HOSTILE)], HOSTILE),
+        section(HOSTILE, [(HOSTILE, HOSTILE), (HOSTILE, HOSTILE)], note=HOSTILE),
         section("charts", latencies(summarize(rows, 0, anything)["models"])),
         section("timeline", timeline(rows, [{"t_s": 1, "running": 1, "waiting": 0, "kv_used": 0.5}], 1)),
         answers("Answers", [(HOSTILE, [(HOSTILE, HOSTILE)])]),
@@ -62,15 +69,102 @@ def test_what_others_wrote_is_text(hostile: Page) -> None:
     assert sum(text.strip() == HOSTILE for text in hostile.texts) >= 12
 
 
+def change(metric: str, value: float, p_holm: float | None, arm: str = "kind") -> dict[str, Any]:
+    """A difference from the base with an interval of 0.1 to either side."""
+    return {"arm": arm, "against": "base", "metric": metric, "value": value, "low": value - 0.1, "high": value + 0.1,
+            "n": 6, "p": 0.01, "d_z": 1.0 if value > 0 else -1.0, "mde": 0.2, "p_holm": p_holm}  # fmt: skip
+
+
+def evaluation(arm: str = "kind", differences: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """The summary of an evaluation of the base and one adapter."""
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 6}
+    counted = dict.fromkeys(("rows", "errors", "empty", "cut", "retries", "tokens"), 6) | {"diversity": None}
+    arms = {
+        name: {"kind": kind, "metrics": dict.fromkeys(METRICS, cell), **counted}
+        for name, kind in (("base", "base"), (arm, "adapter"), ("human", "yardstick"))
+    }
+    return {
+        "run": arm, "stamp": "20260101T000000Z", "questions": 6, "samples_per_question": 1, "references": 12,
+        "arms": arms, "differences": differences, "topics": {arm: {"base": {"similarity_max": cell}}},
+        "seen": {}, "warnings": [arm], "spec": {"config": {"url": "http://127.0.0.1:1/v1", "run": arm}},
+    }  # fmt: skip
+
+
+def test_an_evaluation_with_scripts_in_it_has_only_its_own() -> None:
+    """Question, answer, topic, adapter and path hold a script: the page has the two that it needs, and all answers."""
+    differences = [change(metric, 0.3, None, HOSTILE) for metric in METRICS]
+    rows = [{"arm": HOSTILE, "question_id": "q", "sample": 0, "text": HOSTILE, "scores": {}, "error": None}]
+    question = Question("q", HOSTILE, HOSTILE, (HOSTILE,))
+    text = evaluation_page(evaluation(HOSTILE, differences), [question], rows, None)
+    parsed = Page(text)
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+
+    assert parsed.names.count("script") == 2
+    assert data["scores"] == rows
+    assert data["questions"][0]["answers"] == [HOSTILE]
+    assert parsed.names.count("svg") == 2
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert NOTICE in text
+
+
+def test_the_finding_is_one_sentence_of_the_primary_metrics() -> None:
+    """Lower bits per byte and higher similarity are better, if significant; a secondary metric is not counted."""
+    primary = dict(zip(PRIMARY, ((-0.3, 0.01), (0.3, 0.01), (-0.3, 0.04), (0.3, 0.06)), strict=True))
+    differences = [change(metric, *value) for metric, value in primary.items()] + [change("rouge_2", 0.3, None)]
+
+    assert finding(evaluation(differences=differences)) == (
+        "Of 4 primary metrics, kind is better on 2 (bits per byte; similarity, best reference), worse on 1 (ROUGE-1) "
+        "and not significantly different on 1 (chrF), compared with base."
+    )
+    assert finding(evaluation(differences=[])) == "No primary metric of kind was measured."
+
+
+@pytest.mark.parametrize(
+    ("verdict", "slo", "sentence"),
+    [
+        ("passed", [True], "The server met its objective: 2 requests, 0 failed; the first token took 500 ms (median)"),
+        ("missed", [True, False], "The server missed 1 of 2 objectives (ttft_p90_s <= 1): 2 requests, 0 failed"),
+        ("unjudged", [], "No objectives were set: 2 requests"),
+        (
+            "invalid",
+            [True],
+            "This run measured its client as well as the server, so do not use its figures: 2 requests",
+        ),
+    ],
+)
+def test_the_finding_of_a_load_test_is_its_verdict(verdict: str, slo: list[bool], sentence: str) -> None:
+    """Objectives first, then how many requests and how fast; an invalid run is never said to have met anything."""
+    objectives = [{"metric": "ttft_p90_s", "sign": "<=", "bound": 1.0, "held": held} for held in slo]
+    summary = {**summarize([reply(0, 0), reply(1, 1)], 0, anything), "slo": objectives, "verdict": verdict}
+
+    assert load_finding(summary).startswith(sentence)
+
+
+def test_a_load_test_without_a_reply_says_so() -> None:
+    """No latency is made up."""
+    summary = {**summarize([failure(0, 0)], 0, anything), "slo": [], "verdict": "missed"}
+
+    assert load_finding(summary) == "The server completed no request: 1 request, 1 failed."
+
+
+def test_an_evaluation_without_intervals_has_no_forest() -> None:
+    """With one question no difference has an interval: tables, and no chart."""
+    alone = change("rouge_1", 0.3, None) | {"low": None, "high": None, "d_z": None, "p": None, "mde": None}
+    text = evaluation_page(evaluation(differences=[alone]), [], [], None)
+
+    assert "<svg" not in text
+    assert "kind compared with base" in text
+
+
 def test_a_page_fetches_nothing(hostile: Page) -> None:
-    """No script, style sheet, font or picture comes from elsewhere."""
+    """No script, style sheet, font or picture comes from elsewhere, and no chart brings a style of its own."""
     addresses = [
         value
         for tag, attributes in hostile.tags
         for name, value in attributes.items()
         if name in ("src", "href", "xlink:href", "srcset", "action") and value
     ]
-    assert "link" not in hostile.names
+    assert not {"link", "style"} & set(hostile.names[hostile.names.index("body") :])
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in addresses)
     assert not re.search(r"@import|url\((?!#)", STYLE)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 _HERE = Path(__file__).parent
-_NUMBER = re.compile(r"[-+(<]?\d.*|-?")
+_NUMBER = re.compile(r"[-+(<]*\d.*|-?")
 
 Cells = Sequence[Sequence[str]]
 
@@ -30,21 +30,23 @@ def page(
     return render("base.html", title=title, finding=finding, verdict=verdict, warnings=warnings, sections=sections)
 
 
-def section(title: str, content: "Markup | Cells", note: str = "", *, folded: bool = False) -> "Markup":
-    """A part of a page with a heading: charts (Markup), or the cells of a table, the first row as its head.
+def section(title: str, *contents: "Markup | Cells", note: str = "", folded: bool = False) -> "Markup":
+    """A part of a page with a heading: charts (Markup), or cells of a table, the first row as its head.
 
     `folded`: closed until a reader opens it.
     """
     parts: Any = _environment().get_template("parts.html").module
-    body = parts.charts(content) if isinstance(content, str) else parts.table(title, content)
-    result: Markup = parts.section(title, body, note, folded)
+    bodies = [
+        parts.charts(content) if isinstance(content, str) else parts.table(title, content) for content in contents
+    ]
+    result: Markup = parts.section(title, bodies, note, folded)
     return result
 
 
 def answers(title: str, examples: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> "Markup":
     """A section of questions, each with (name, answer) pairs side by side."""
     parts: Any = _environment().get_template("parts.html").module
-    result: Markup = parts.section(title, parts.answers(examples))
+    result: Markup = parts.section(title, [parts.answers(examples)])
     return result
 
 

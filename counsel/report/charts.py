@@ -8,6 +8,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,18 +77,24 @@ def chart(
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, dpi=144, metadata={"Date": None})
         pyplot.close(figure)
-    drawing = text.getvalue()
-    drawing = drawing[drawing.index("<svg") :].replace(INK, "currentColor")
-    drawing = re.sub(r"<metadata>.*?</metadata>", "", drawing, count=1, flags=re.DOTALL)
+    opening, drawing = text.getvalue().split("<svg ", 1)[1].split(">", 1)
+    box = re.findall(r'viewBox="([^"]*)"', opening)[0]
+    # A style inside an SVG would hold for the whole page.
+    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", drawing, flags=re.DOTALL)
+    drawing = drawing.replace(INK, "currentColor")
     # matplotlib numbers these ids from 1 in each drawing, and nothing refers to them.
     drawing = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", drawing)
-    drawing = re.sub(r"<svg [^>]*?viewBox=(\"[^\"]*\")[^>]*>", r"<svg viewBox=\1>", drawing, count=1)
-    opening = Markup(
-        '<svg class="{}" role="img" aria-labelledby="{}-t {}-d" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox'
-    ).format("wide" if wide else "narrow", key, key)
-    names = Markup('<title id="{}-t">{}</title><desc id="{}-d">{}</desc>').format(key, title, key, description)
-    head, rest = drawing.removeprefix("<svg viewBox").split(">", 1)
-    return Markup("{}{}>{}{}").format(opening, Markup(head), names, Markup(rest))
+    return Markup(
+        '<svg class="{size}" role="img" aria-labelledby="{key}-t {key}-d" viewBox="{box}">'
+        '<title id="{key}-t">{title}</title><desc id="{key}-d">{description}</desc>{drawing}'
+    ).format(
+        size="wide" if wide else "narrow",
+        key=key,
+        box=box,
+        title=title,
+        description=description,
+        drawing=Markup(drawing),
+    )
 
 
 def label_rows(axes: "Axes", labels: Sequence[str]) -> None:
@@ -111,3 +118,17 @@ def head(axes: "Axes", title: str, lines: Sequence[Any] | None = None, *, wide: 
     axes.legend(handles, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, columnspacing=1.2,
                 handlelength=1.4, borderpad=0, borderaxespad=0.4)  # fmt: skip
     axes.set_title(title, pad=8 + 18 * -(-len(names) // columns))
+
+
+def picture(draw: "Callable[[Axes], None]", path: Path, *, height: float) -> None:
+    """Write what `draw` puts on one axis as a PNG with a white ground, in the style of the pages."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(_STYLE):
+        figure, axes = pyplot.subplots(figsize=(WIDE, height), dpi=120, layout="constrained")
+        draw(axes)
+        figure.savefig(path)
+        pyplot.close(figure)
