@@ -1,64 +1,67 @@
-"""The whole story on one small real model, in the order a user would type it: `make demo`.
+"""The whole stack on one small real model, in the order a user would run it: `make demo`.
 
     serve the base -> fine-tune -> hot-load the adapter into the running server -> evaluate -> load-test -> report
 
-Everything goes through the four commands (`python -m train|eval|loadtest`, and serve's own context manager), so what
-is shown here is what users get. Safe to run twice: a finished training run is kept, and the demo says so.
+The demo runs the same commands that users do (`python -m train|eval|loadtest`) against a server from serve.server.
+It can be run again: a finished training run is kept.
 """
 
-import base64
-import html
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from counsel.chat import NOTICE
 from counsel.cli import exit_status
 from counsel.client import make_client
 from counsel.errors import UserError
-from counsel.files import read_json, read_jsonl, write_text
+from counsel.files import read_jsonl, write_text
+from counsel.report import answers, page, section
+from counsel.report.charts import chart
 from counsel.run import RUNS, Run
+from eval.report import finding, label, with_interval
+from loadtest.table import aligned, milliseconds
 from serve.config import ServeConfig
 from serve.server import Server
+from train.plot import draw_losses
 
 BASE, NAME = "smollm2-135m", "demo"
 RUN = Run(RUNS / NAME)
-SEEN_WITHIN_S = 30.0
+LISTED_WITHIN_S = 30.0
+LOAD_S = 20
 
 
 def main() -> int:
     started = time.monotonic()
     print(f"{NOTICE}\n")
-    step(f"1/5 serve {BASE}")
+    step(f"1/5 Serve {BASE}")
     with Server(ServeConfig(model=BASE, port=0)) as server:
-        step("2/5 fine-tune an adapter on the shipped conversations")
+        step("2/5 Fine-tune an adapter on the conversations that come with the project")
         train()
-        step("3/5 hot-load it into the running server")
+        step("3/5 Hot-load it into the running server")
         hot_load(server)
-        step("4/5 evaluate base and adapter on held-out questions")
+        step("4/5 Evaluate base and adapter on held-out questions")
         evaluation = command(
             "eval", "--run", NAME, "--url", server.base_url, "--models", f"base,{NAME}", "--no-baselines",
             "--questions", "14", "--max-tokens", "256", "--temperature", "0.3", "--references", "2",
         )  # fmt: skip
-        step("5/5 load-test both for 20 s")
+        step(f"5/5 Load-test both for {LOAD_S} s")
         load = command(
             "loadtest", "--run", NAME, "--url", server.base_url, "--models", f"{BASE},{NAME}",
-            "--duration-s", "20", "--rate", "1.5", "--output-tokens", "48",
+            "--duration-s", str(LOAD_S), "--rate", "1.5", "--output-tokens", "48",
             accept=(0, 4),
         )  # fmt: skip
-    rows = comparison(evaluation, load)
-    print("\n" + table(rows))
+    print(f"\n{finding(evaluation)}\n")
+    print(aligned([*quality(evaluation), *speed(load)[1:]]))
     for reason in load["invalid"]:
-        print(f"the load test is not to be trusted: {reason}")
+        print(f"the load test is not reliable: {reason}")
     report = RUN.path / "report.html"
-    write_text(report, page(rows, evaluation, load["invalid"]))
-    print(f"\nwhole demo: {time.monotonic() - started:.0f} s. Read the answers side by side in")
+    write_text(report, report_page(evaluation, load))
+    print(f"\nThe demo took {time.monotonic() - started:.0f} s. Read the answers side by side in")
     print(report.resolve())
-    print(f"next: python -m serve --model {BASE}, and in another terminal python -m serve chat {NAME}")
+    print(f"Next: python -m serve --model {BASE}, and in another terminal python -m serve chat {NAME}")
     return 0
 
 
@@ -67,143 +70,131 @@ def step(title: str) -> None:
 
 
 def train() -> None:
-    """Train, go on with training that was cut short, or say that it is done already."""
+    """Train, or resume training that was interrupted; a finished run is kept."""
     if RUN.complete:
-        print(f"skipped: {RUN.path} is a finished run (remove it to train again)")
+        print(f"skipped: {RUN.path} is a finished run; remove it to train again")
         return
     command("train", NAME, *(["--resume"] if (RUN.path / "config.json").is_file() else []))
 
 
 def hot_load(server: Server) -> None:
-    """Wait until the running server lists the adapter. Publishing was the last thing that training did."""
+    """Wait until the running server lists the adapter, which training has just published."""
     client = make_client(server.base_url)
     started = time.monotonic()
     while NAME not in (served := [model.id for model in client.models.list()]):
-        if time.monotonic() - started > SEEN_WITHIN_S:
-            raise UserError(f"{NAME!r} is not served after {SEEN_WITHIN_S:.0f} s, only {served}; see {server.log}")
+        if time.monotonic() - started > LISTED_WITHIN_S:
+            raise UserError(f"{NAME!r} is not served after {LISTED_WITHIN_S:.0f} s, only {served}; see {server.log}")
         time.sleep(0.2)
     print(f"no restart: /v1/models lists {', '.join(served)} ({time.monotonic() - started:.1f} s after publishing)")
 
 
 def command(package: str, *words: str, accept: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    """Run one of the stack's commands in front of the user; return the JSON document it ends with.
+    """Run one of the project's commands and show its output; return the JSON document on its last line.
 
-    A load test that ends with 2 measured something, but says that its figures are not to be trusted: the page says so.
+    `accept`: exit statuses that still leave a document. A load test that ends with 4 has figures, and says why they
+    are not reliable.
     """
     print(f"$ python -m {package} {' '.join(words)}", flush=True)
     argv = [sys.executable, "-m", package, *words]
-    held = ""
+    pending = ""
     with subprocess.Popen(argv, stdout=subprocess.PIPE, encoding="utf-8", bufsize=1) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            # Only what may be the document is held back, until a line behind it shows that it is not.
-            print(held, end="", flush=True)
-            held = line if line.startswith("{") else ""
-            if not held:
+            # A line that may be the document is printed only when another line follows it.
+            print(pending, end="", flush=True)
+            pending = line if line.startswith("{") else ""
+            if not pending:
                 print(line, end="", flush=True)
-    if process.returncode not in accept or not held:
-        raise UserError(f"python -m {package} ended with status {process.returncode}; what it said is above")
-    document: dict[str, Any] = json.loads(held)
+    if process.returncode not in accept or not pending:
+        raise UserError(f"python -m {package} ended with status {process.returncode}; its output is above")
+    document: dict[str, Any] = json.loads(pending)
     return document
 
 
-def comparison(evaluation: dict[str, Any], load: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, base, adapter) rows: quality from the evaluation, speed from the load test."""
+def quality(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table of held-out quality, with its head."""
+    cells = [("", BASE, NAME)]
+    for metric in ("bits_per_byte", "similarity_max", "similarity_mean"):
+        values = (evaluation["arms"][arm]["metrics"].get(metric) for arm in (BASE, NAME))
+        base, adapter = (with_interval(value, 3) or "-" for value in values)
+        cells.append((label(metric), base, adapter))
+    return cells
 
-    def quality(metric: str, arm: str) -> str:
-        found = evaluation["arms"][arm]["metrics"].get(metric)
-        return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if found else "-"
 
-    def speed(arm: str, figure: str, percentile: str | None, scale: float, digits: int) -> str:
-        found = load["models"].get(arm, {}).get(figure)
-        found = found[percentile] if found and percentile else found
-        return "-" if found is None else f"{found * scale:.{digits}f}"
+def speed(load: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The table of latencies, with its head.
 
-    rows = [
-        (title, quality(metric, BASE), quality(metric, NAME))
-        for title, metric in (
-            ("bits per byte of people's answers, lower is better", "bits_per_byte"),
-            ("similarity to people's answers, best of several", "similarity_max"),
-            ("similarity to people's answers, mean", "similarity_mean"),
-        )
-    ]
-    for title, figure, percentile, scale, digits in (
-        ("time to first token, p50 ms", "ttft_s", "p50", 1000, 0),
-        ("time to first token, p90 ms", "ttft_s", "p90", 1000, 0),
-        ("time per output token, p50 ms", "tpot_s", "p50", 1000, 1),
-        ("requests answered", "ok", None, 1, 0),
-        ("requests failed", "errors", None, 1, 0),
+    Tokens per second by model are left out: they are the share of the requests that each model got.
+    """
+    cells = [("", BASE, NAME)]
+    models = [load["models"].get(arm) for arm in (BASE, NAME)]
+    for title, key in (("requests answered", "ok"), ("requests failed", "errors")):
+        base, adapter = ("-" if figures is None else str(figures[key]) for figures in models)
+        cells.append((title, base, adapter))
+    for title, key, percentile in (
+        ("time to first token, median ms", "ttft_s", "p50"),
+        ("time to first token, p90 ms", "ttft_s", "p90"),
+        ("time per output token, median ms", "tpot_s", "p50"),
     ):
-        rows.append((title, *(speed(arm, figure, percentile, scale, digits) for arm in (BASE, NAME))))
-    return rows
+        base, adapter = ("-" if figures is None else milliseconds(figures[key][percentile]) for figures in models)
+        cells.append((title, base, adapter))
+    return cells
 
 
-def table(rows: list[tuple[str, str, str]]) -> str:
-    lines = [("", BASE, NAME), *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in lines)
-
-
-def page(rows: list[tuple[str, str, str]], evaluation: dict[str, Any], doubts: list[str]) -> str:
-    """The report: one HTML file that needs nothing beside it."""
-    summary = read_json(RUN.path / "train.json")
-    picture = base64.b64encode((RUN.path / "loss.png").read_bytes()).decode("ascii")
-    questions = {row["question_id"]: row["question"] for row in RUN.split("test")}
-    answers: dict[str, dict[str, str]] = {}
-    for row in read_jsonl(Path(evaluation["folder"]) / "samples.jsonl"):
-        text = row["text"] + (" … (cut at the longest length allowed)" if row["finish_reason"] == "length" else "")
-        answers.setdefault(row["question_id"], {}).setdefault(row["arm"], text)
-    shown = [key for key, arms in sorted(answers.items()) if {BASE, NAME} <= arms.keys()][:3]
-    return PAGE.substitute(
-        notice=html.escape(NOTICE),
-        base=BASE,
-        name=NAME,
-        steps=summary["steps"],
-        seconds=round(summary["wall_s"]),
-        tokens_per_s=round(summary["tokens_per_s"]),
-        picture=picture,
-        questions=evaluation["questions"],
-        doubts=html.escape(" ".join(f"Not to be trusted: {doubt}." for doubt in doubts)),
-        rows="".join(f"<tr><td>{html.escape(a)}<td>{html.escape(b)}<td>{html.escape(c)}" for a, b, c in rows),
-        answers="".join(
-            f"<h3>{html.escape(questions[key])}</h3><div class=pair>"
-            + "".join(f"<div><b>{arm}</b>{html.escape(answers[key][arm])}</div>" for arm in (BASE, NAME))
-            + "</div>"
-            for key in shown
+def report_page(evaluation: dict[str, Any], load: dict[str, Any]) -> str:
+    """The report: one HTML file that needs no other."""
+    summary = RUN.summary()
+    losses = chart(
+        lambda axes: draw_losses(axes[0], read_jsonl(RUN.path / "metrics.jsonl"), "Loss while training"),
+        title="Loss while training",
+        description=f"Training and validation loss over {summary['steps']} steps. Validation loss before training: "
+        f"{summary['val_loss_base']}; best: {summary['val_loss']}.",
+        height=4.4,
+        wide=True,
+    )
+    answered = sum((load["models"].get(arm) or {"ok": 0})["ok"] for arm in (BASE, NAME))
+    sections = [
+        section(
+            "Quality",
+            quality(evaluation),
+            note=f"{evaluation['questions']} held-out questions; brackets hold 95 % intervals over questions. "
+            "Similarity compares an answer with counselors' answers to the same question. The sample data set is "
+            "small: this shows that every step works, not how good an adapter can be.",
         ),
+        answers("Three held-out questions", examples(evaluation)),
+        section(
+            "Speed",
+            speed(load),
+            note=f"{LOAD_S} s of load on this machine, shared evenly between the two models: {answered} requests "
+            "answered. With so few, p90 is close to the slowest request.",
+        ),
+        section(
+            "Training",
+            losses,
+            note=f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:.0f} tokens/s.",
+        ),
+    ]
+    doubts = [f"The load test is not reliable: {reason}." for reason in load["invalid"]]
+    return page(
+        f"Counsel Stack demo: {BASE} and {NAME}",
+        sections,
+        finding=finding(evaluation),
+        warnings=[*evaluation["warnings"], *doubts],
     )
 
 
-PAGE = Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Counsel Stack demo: $base and $name</title>
-<style>
-  body { font: 16px/1.55 system-ui, sans-serif; color: #1f2933; background: #fbfbf9; max-width: 60rem;
-         margin: 0 auto; padding: 2rem 1rem 4rem }
-  h1 { font-size: 1.6rem } h2 { margin-top: 2.5rem; font-size: 1.2rem } h3 { font-size: 1rem; margin: 1.6rem 0 .5rem }
-  .notice { border-left: 4px solid #d9822b; background: #fff6e9; padding: .7rem 1rem }
-  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-  th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid #e4e7eb }
-  th:first-child, td:first-child { text-align: left }
-  img { max-width: 100%; border: 1px solid #e4e7eb; background: #fff }
-  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
-  .pair div { white-space: pre-wrap; background: #fff; border: 1px solid #e4e7eb; padding: .8rem 1rem }
-  .pair b { display: block; color: #0b7285; margin-bottom: .4rem }
-  @media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
-</style>
-<h1>Base and adapter, side by side</h1>
-<p class="notice">$notice</p>
-<h2>What changed</h2>
-<table><tr><th><th>$base<th>$name$rows</table>
-<p>$questions held-out questions; in brackets, 95 % intervals by question. Latencies come from 20 s of open-loop load on
-this machine. $doubts A shipped sample set this small shows that the path works, not how good an adapter can be.</p>
-<h2>How it learned</h2>
-<p>$steps steps in $seconds s ($tokens_per_s tokens/s).</p>
-<img alt="training and validation loss by step" src="data:image/png;base64,$picture">
-<h2>Three held-out questions</h2>
-$answers
-</html>
-""")
+def examples(evaluation: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The first three held-out questions with the answers of base and adapter."""
+    questions = {row["question_id"]: row["question"] for row in RUN.split("test")}
+    by_question: dict[str, dict[str, str]] = {}
+    for row in read_jsonl(Path(evaluation["folder"]) / "samples.jsonl"):
+        text = row["text"] + (" … (cut at the maximum length)" if row["finish_reason"] == "length" else "")
+        by_question.setdefault(row["question_id"], {}).setdefault(row["arm"], text)
+    return [
+        (questions[key], [(arm, arms[arm]) for arm in (BASE, NAME)])
+        for key, arms in sorted(by_question.items())
+        if {BASE, NAME} <= arms.keys()
+    ][:3]
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from markupsafe import Markup
 
+import demo
 from counsel.chat import NOTICE
+from counsel.files import write_json, write_jsonl
 from counsel.report import answers, numeric, page, section
 from counsel.report import charts as report_charts
 from counsel.report.charts import RED, SERIES, chart
+from counsel.run import Run
 from eval.ask import Question
 from eval.metrics import METRICS, PRIMARY
 from eval.page import page as evaluation_page
@@ -105,6 +108,31 @@ def test_an_evaluation_with_scripts_in_it_has_only_its_own() -> None:
     assert parsed.names.count("svg") == 2
     assert len(parsed.ids) == len(set(parsed.ids))
     assert NOTICE in text
+
+
+def test_the_demo_escapes_questions_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its page is made from the files of a run; the scripts that a question and two answers hold stay text."""
+    run = Run(tmp_path)
+    monkeypatch.setattr(demo, "RUN", run)
+    write_json(tmp_path / "train.json", {"steps": 2, "wall_s": 1.0, "tokens_per_s": 9.0, "val_loss_base": 3.0,
+                                         "val_loss": 2.0})  # fmt: skip
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 0, "val_loss": 3.0}, {"step": 1, "loss": 2.5},
+                                             {"step": 2, "loss": 2.4, "val_loss": 2.0}])  # fmt: skip
+    write_jsonl(tmp_path / "data" / "test.jsonl", [{"question_id": "q", "question": HOSTILE}])
+    rows = [
+        {"arm": arm, "question_id": "q", "text": HOSTILE, "finish_reason": "stop"} for arm in (demo.BASE, demo.NAME)
+    ]
+    write_jsonl(tmp_path / "samples.jsonl", rows)
+    summary = evaluation(demo.NAME) | {"folder": str(tmp_path)}
+    summary["arms"][demo.BASE] = summary["arms"].pop("base")
+    load = {"models": summarize([reply(0, 0, demo.NAME), failure(1, 1, demo.NAME)], 0, anything)["models"],
+            "invalid": []}  # fmt: skip
+    parsed = Page(demo.report_page(summary, load))
+
+    assert "script" not in parsed.names
+    assert sum(text.strip() == HOSTILE for text in parsed.texts) == 3
+    assert parsed.names.count("svg") == 1
+    assert demo.speed(load)[1:3] == [("requests answered", "-", "1"), ("requests failed", "-", "1")]
 
 
 def test_the_finding_is_one_sentence_of_the_primary_metrics() -> None:
