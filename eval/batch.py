@@ -29,8 +29,8 @@ from counsel.cli import Result, load_config
 from counsel.client import BASE_URL, make_async_client
 from counsel.errors import UserError
 from counsel.files import read_jsonl, write_jsonl
-from eval.ask import Progress, attempt, run_bounded
 from eval.config import BatchConfig
+from eval.requests import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog, read_rows
 from serve.config import ServeConfig
 from serve.offline import OfflineEngine

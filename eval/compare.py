@@ -1,4 +1,4 @@
-"""Compare models that were evaluated apart: other runs, other seeds, other adapters, on the questions they share.
+"""Compare arms of different evaluations (other runs, seeds or adapters) on the questions that all of them share.
 
 python -m eval compare seed-1,seed-2,seed-3
 python -m eval compare gentle:gentle,gentle:smollm2-135m,runs/direct/eval/20260101T000000Z:direct
@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 
 from counsel.cli import Result
 from counsel.errors import UserError
-from counsel.files import read_json
-from counsel.run import open_run
 from eval.config import CompareConfig
+from eval.folders import finished, read_summary
 from eval.metrics import METRICS
 from eval.report import p_text, table, with_interval
 from eval.samples import Row, read_rows
-from eval.summary import paired, shared_likelihoods, summarize_arms
+from eval.summary import OLD_ROWS, has_old_rows, paired, shared_likelihoods, summarize_arms
 
-# What two evaluations must have in common for their difference to be the models'.
-SETTINGS = ("format", "max_tokens", "temperature", "top_p", "samples", "references", "questions", "system_prompt")
+# Sides that differ in one of these differ by more than the model.
+SETTINGS = ("max_tokens", "temperature", "top_p", "samples", "references", "questions", "system_prompt")
 
 
 class Side(NamedTuple):
-    """One arm of one finished evaluation, and the label it goes by here."""
+    """One arm of one finished evaluation, and its label in the comparison."""
 
     label: str
     folder: Path
@@ -35,48 +34,50 @@ class Side(NamedTuple):
 
 
 def compare(config: CompareConfig) -> Result:
-    """Print each side's metrics, and its paired difference from the first side, Holm-corrected over all of them.
+    """Print each side's metrics and its paired difference from the first side, Holm-corrected over all sides.
 
-    All of it is on what every side has: values of other questions differ by the questions.
+    All figures are over the questions that every side has: different questions would give different values.
     """
-    sides = told_apart([side(text) for text in config.sides])
+    sides = unique_labels([side(text) for text in config.sides])
     if len(sides) < 2 or len({one.label for one in sides}) < len(sides):
         raise UserError(f"sides is {','.join(config.sides)!r}; give two or more different ones, such as one,two:base")
     first = sides[0]
     for other in sides[1:]:
         if other.summary["spec"]["test_sha256"] != first.summary["spec"]["test_sha256"]:
             raise UserError(
-                f"{other.label} and {first.label} have different held-out rows: no paired comparison is right"
+                f"{other.label} and {first.label} have different held-out rows, so they cannot be paired; evaluate "
+                "both on the same data"
             )
     labels = [one.label for one in sides]
-    scores = shared_scores([row for one in sides for row in labelled(one, "scores.jsonl")], labels)
-    likelihoods = shared_likelihoods([row for one in sides for row in labelled(one, "likelihood.jsonl")], labels)
+    scores = shared_scores([row for one in sides for row in labeled_rows(one, "scores.jsonl")], labels)
+    likelihoods = shared_likelihoods([row for one in sides for row in labeled_rows(one, "likelihood.jsonl")], labels)
     arms = summarize_arms(labels, first.label, [], scores, likelihoods, config.seed)
     differences = paired(scores, likelihoods, [(label, first.label) for label in labels[1:]], config.seed)
     if not all(arms[label]["metrics"] for label in labels):
         raise UserError(f"{', '.join(labels)} have no question in common; evaluate them on the same ones")
     print(table(_rows(labels, arms, differences)))
     print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
-    found = unlike(sides)
-    print("".join(f"\n! {warning}" for warning in found), end="\n" if found else "")
+    warnings = [*old_rows(sides), *different_settings(sides)]
+    print("".join(f"\n! {warning}" for warning in warnings), end="\n" if warnings else "")
     metrics = {label: arms[label]["metrics"] for label in labels}
     return Result(
-        {"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics), "warnings": found}
-    )
+        {"sides": labels, "metrics": metrics, "differences": differences, "spread": spread(metrics),
+         "warnings": warnings}
+    )  # fmt: skip
 
 
 def side(text: str) -> Side:
-    """Read `RUN`, `FOLDER`, `RUN:ARM` or `FOLDER:ARM`: a run means its latest finished evaluation.
+    """Read `RUN`, `FOLDER`, `RUN:ARM` or `FOLDER:ARM`; a run means its latest finished evaluation.
 
-    Without an arm it is the only adapter of that evaluation; with several, UserError lists them.
+    The default arm is the only adapter of the evaluation; UserError lists the arms if there are several adapters.
     """
     where, _, arm = text.partition(":")
     folder = finished(where)
-    summary = read_json(folder / "summary.json")
-    adapters = [name for name, found in summary["arms"].items() if found["kind"] == "adapter"]
+    summary = read_summary(folder)
+    adapters = [name for name, each in summary["arms"].items() if each["kind"] == "adapter"]
     if not arm and len(adapters) != 1:
         raise UserError(
-            f"{text!r} holds {len(adapters)} adapters; choose with {where}:ARM from {', '.join(summary['arms'])}"
+            f"{text!r} has {len(adapters)} adapters; choose with {where}:ARM from {', '.join(summary['arms'])}"
         )
     arm = arm or adapters[0]
     if arm == "base":
@@ -86,8 +87,8 @@ def side(text: str) -> Side:
     return Side(f"{summary['run']}:{arm}", folder, arm, summary)
 
 
-def told_apart(sides: Sequence[Side]) -> list[Side]:
-    """The sides, with the evaluation's stamp in the label where two have the same run and arm."""
+def unique_labels(sides: Sequence[Side]) -> list[Side]:
+    """The sides; where two have the same run and arm, their labels include the evaluation's stamp."""
     times = Counter(one.label for one in sides)
     return [
         one._replace(label=f"{one.summary['run']}/{one.summary['stamp']}:{one.arm}") if times[one.label] > 1 else one
@@ -95,26 +96,31 @@ def told_apart(sides: Sequence[Side]) -> list[Side]:
     ]
 
 
-def unlike(sides: Sequence[Side]) -> list[str]:
-    """In what else than the model the sides differ: each such setting makes a difference of its own."""
-    asked = [{**one.summary["spec"]["config"], **one.summary["spec"], "format": one.summary["format"]} for one in sides]
-    found = []
+def old_rows(sides: Sequence[Side]) -> list[str]:
+    """A warning for each side whose rows an earlier version asked for."""
+    return [f"{one.label}: {OLD_ROWS}" for one in sides if has_old_rows(one.summary["spec"])]
+
+
+def different_settings(sides: Sequence[Side]) -> list[str]:
+    """A warning for each setting that differs between the sides."""
+    settings = [{**one.summary["spec"]["config"], **one.summary["spec"]} for one in sides]
+    warnings = []
     for name in SETTINGS:
-        values = [json.dumps(settings.get(name)) for settings in asked]
+        values = [json.dumps(each.get(name)) for each in settings]
         if len(set(values)) > 1:
-            shown = ", ".join(f"{one.label} {value:.80}" for one, value in zip(sides, values, strict=True))
-            found.append(f"the sides were evaluated with different {name}: {shown}")
-    return found
+            listed = ", ".join(f"{one.label} {value:.80}" for one, value in zip(sides, values, strict=True))
+            warnings.append(f"the sides were evaluated with different {name}: {listed}")
+    return warnings
 
 
 def shared_scores(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
-    """The rows with each metric only on the questions for which every side has it."""
-    has: dict[str, dict[str, set[str]]] = {metric: {label: set() for label in labels} for metric in METRICS}
+    """The rows, with each metric only on the questions for which every side has it."""
+    scored: dict[str, dict[str, set[str]]] = {metric: {label: set() for label in labels} for metric in METRICS}
     for row in rows:
         for metric, value in (row["scores"] or {}).items():
             if value is not None:
-                has[metric][row["arm"]].add(row["question_id"])
-    common = {metric: set.intersection(*each.values()) for metric, each in has.items()}
+                scored[metric][row["arm"]].add(row["question_id"])
+    common = {metric: set.intersection(*by_label.values()) for metric, by_label in scored.items()}
     return [
         row | {"scores": {name: row["scores"].get(name) for name in METRICS if row["question_id"] in common[name]}}
         for row in rows
@@ -122,29 +128,20 @@ def shared_scores(rows: Sequence[Row], labels: Sequence[str]) -> list[Row]:
     ]
 
 
-def finished(where: str) -> Path:
-    """The folder of a finished evaluation: `where` itself, or the latest one of the run that it names."""
-    if (Path(where) / "summary.json").is_file():
-        return Path(where)
-    folders = sorted(path.parent for path in (open_run(where).path / "eval").glob("*/summary.json"))
-    if not folders:
-        raise UserError(f"run {where!r} has no finished evaluation; make one with python -m eval --run {where}")
-    return folders[-1]
-
-
-def labelled(one: Side, file: str) -> list[Row]:
-    """The rows of one arm, under its label."""
+def labeled_rows(one: Side, file: str) -> list[Row]:
+    """The rows of a side's arm, with the label in place of the arm's name."""
     return [row | {"arm": one.label} for row in read_rows(one.folder / file) if row["arm"] == one.arm]
 
 
 def spread(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation of each metric over the sides: across seeds, what training itself varies."""
-    shared = [name for name in METRICS if all(name in found for found in metrics.values())]
-    values = {name: [found[name]["value"] for found in metrics.values()] for name in shared}
+    """Mean and standard deviation of each metric over the sides; over seeds, the variation of training itself."""
+    shared = [name for name in METRICS if all(name in by_name for by_name in metrics.values())]
+    values = {name: [by_name[name]["value"] for by_name in metrics.values()] for name in shared}
     return {name: {"mean": statistics.mean(each), "sd": statistics.stdev(each)} for name, each in values.items()}
 
 
 def _rows(labels: list[str], arms: dict[str, Any], differences: list[dict[str, Any]]) -> list[list[str]]:
+    """The table: a row per metric; the first side's value, then value, difference and p of each other side."""
     changes = {(row["arm"], row["metric"]): row for row in differences}
     rows = [["", labels[0], *(cell for label in labels[1:] for cell in (label, "difference", "p"))]]
     for name, metric in METRICS.items():

@@ -19,9 +19,9 @@ ceiling are:
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.arms import YARDSTICKS
-from eval.ask import Question
 from eval.contamination import nearest
 from eval.overlap import bleu, chrf, meteor, rouge
+from eval.questions import Question
 from eval.samples import Row
 from eval.similarity import Encoder, greedy_match, to_references
 from eval.text_stats import Copying, distinct, reading_grade, words

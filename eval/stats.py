@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 RESAMPLES = 10_000
 BOOTSTRAP_FROM = 50
 # Of five questions, all for one arm, 2 of the 32 swaps differ as much: p can be no lower than 0.0625.
-LEAST_TO_SHOW = 6
+MIN_TESTABLE = 6
 # Differences that reach 80 % power in the swap test at 5 %, in standard errors. So few swaps are coarser than Student's
 # test: at 6 questions all must have one sign, so it is ndtri(0.8 ** (1 / 6)) * sqrt(6).
 _COARSE_MDE = {6: 4.391, 7: 3.516, 8: 3.361, 9: 3.261}
@@ -61,7 +61,7 @@ class Difference(NamedTuple):
     d_z: value over the standard deviation of what one question adds to it; where all weigh the same, that of the
     questions' differences.
     mde: the smallest true difference that this n would show with 80 % power at the 5 % level (same unit as value); None
-    below `LEAST_TO_SHOW`, where none can be shown.
+    below `MIN_TESTABLE`, where none can be shown.
     wins, ties, losses: questions by the sign of the difference.
 
     The first three are None when n < 2 or the arms are equal; where every question differs by the same, only p is
@@ -118,7 +118,7 @@ def difference(a: Ratio, b: Ratio, seed: int) -> Difference:
         counts = resample_counts(n, seed)
         resampled = (counts @ a.num) / (counts @ a.den) - (counts @ b.num) / (counts @ b.den)
         low, high = _bca(resampled, value, jackknife, rounding)
-    mde = None if n < LEAST_TO_SHOW else _mde_factor(n) * spread / n**0.5
+    mde = None if n < MIN_TESTABLE else _mde_factor(n) * spread / n**0.5
     return Difference(value, low, high, n, swap_test(a, b, seed), value / spread, mde, *tally)
 
 

@@ -1,22 +1,23 @@
-"""From scores to findings: `summarize` turns rows into the document that is summary.json. Pure, seeded, repeatable.
+"""From rows and scores to the findings of an evaluation: the parts of summary.json. Pure, and seeded.
 
 summary.json
 | key | meaning |
 |---|---|
+| `format` | `FORMAT`; config.json has it too |
 | `run`, `stamp`, `questions`, `samples_per_question`, `references` | what was asked |
-| `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and what was counted: `rows` (answers),
-  `likelihoods`, `errors` (of both), `empty` (answers without a word), `cut` (ended by length), `left_out` (reference
-  answers of which no likelihood can be had), `retries`, `tokens`, `diversity`} |
+| `arms` | name to {`kind` (base, baseline, adapter, yardstick), `metrics`, and counts: `rows` (answers), `likelihoods`,
+  `errors` (of both), `empty` (answers without words), `cut` (ended by length), `left_out` (reference answers without
+  a likelihood: too long, or not rendered), `retries`, `tokens`, `diversity`} |
 | `arms.*.diversity` | distinct word pairs over all word pairs in the first `DIVERSITY_WORDS` words of the arm's first
   answers, joined in the order of the questions; null with fewer words. One reply for everyone makes it small |
-| `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`, `missing`}: n questions, 95 % interval; missing: how many
-  more it should be over, but for rows that failed and answers without a word |
-| `differences` | list of {`arm`, `against`, `metric`, and the fields of eval.stats.Difference, `missing`, `p_holm`};
-  `wins` are questions on which `arm` is better, for a metric without a better side those on which it is higher |
+| `arms.*.metrics` | metric to {`value`, `low`, `high`, `n`, `missing`}: 95 % interval over n questions; missing: how
+  many more questions there should be, but their rows failed or have no words |
+| `differences` | list of {`arm`, `against`, `metric`, the fields of eval.stats.Difference, `missing`, `p_holm`}; `wins`
+  are questions on which `arm` is better; for a metric without a better side, those on which it is higher |
 | `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, where n is at least `MIN_TOPIC` |
-| `seen` | question_id to why it may have been seen in training (see eval.contamination.Contamination) |
+| `seen` | question_id to why training may have seen it (see eval.contamination.Contamination) |
 | `warnings` | what a reader must know before believing a number |
-| `spec` | how it was made: config.json |
+| `spec` | config.json: how the evaluation was made |
 """
 
 import math
@@ -31,7 +32,14 @@ from eval.stats import Ratio, difference, holm, interval, ratio
 from eval.text_stats import distinct_over, words
 
 PARROT_MARGIN = 0.05
-FORMAT = 3
+# Of summary.json and config.json.
+FORMAT = 4
+# Rows that were asked for under an older format are not comparable with today's.
+OLDEST_ROWS = 3
+OLD_ROWS = (
+    "an earlier version asked for these rows, and its likelihoods leave out what the chat template writes before an "
+    "answer; evaluate again"
+)
 MIN_TOPIC = 5
 DIVERSITY_WORDS = 1000
 
@@ -39,10 +47,15 @@ DIVERSITY_WORDS = 1000
 PerQuestion = dict[str, dict[str, tuple[float, float]]]
 
 
-def per_question(scores: Iterable[Row], likelihoods: Iterable[Row]) -> dict[str, PerQuestion]:
-    """Each arm's metrics by question: the mean over its samples, or for likelihoods nats and bytes (or tokens) summed.
+def has_old_rows(spec: Mapping[str, Any]) -> bool:
+    """Whether the rows of an evaluation with this config.json are too old to compare with today's."""
+    return bool(spec.get("format", 0) < OLDEST_ROWS)
 
-    A row that failed or is empty is left out, so a question with no other row is missing, not 0.
+
+def per_question(scores: Iterable[Row], likelihoods: Iterable[Row]) -> dict[str, PerQuestion]:
+    """Each arm's metrics by question: the mean over samples; of likelihoods the sums of bits (nats) and bytes (tokens).
+
+    Failed and empty rows are left out, so a question without other rows is missing, not 0.
     """
     table: dict[str, PerQuestion] = {}
     for row in scores:
@@ -69,7 +82,7 @@ def per_question(scores: Iterable[Row], likelihoods: Iterable[Row]) -> dict[str,
 
 
 def missing(metric: str, arm: str, scores: Iterable[Row], likelihoods: Iterable[Row]) -> set[str]:
-    """The questions that an arm's metric should have and has not: a row of it failed, or no answer has a word."""
+    """The questions that an arm's metric lacks because a row failed or no answer has words."""
     if metric in ("bits_per_byte", "nll_per_token"):
         return {row["question_id"] for row in likelihoods if row["arm"] == arm and failed(row)}
     mine = [row for row in scores if row["arm"] == arm]
@@ -78,15 +91,15 @@ def missing(metric: str, arm: str, scores: Iterable[Row], likelihoods: Iterable[
 
 
 def as_ratio(cells: Mapping[str, tuple[float, float]], keys: Sequence[str]) -> Ratio:
-    """The metric over these questions, in this order."""
+    """A metric over these questions, in this order."""
     return ratio([cells[key][0] for key in keys], [cells[key][1] for key in keys])
 
 
 def paired(
     scores: Sequence[Row], likelihoods: Sequence[Row], pairs: Sequence[tuple[str, str]], seed: int
 ) -> list[dict[str, Any]]:
-    """Every metric's difference for each (arm, against) pair on what both have; Holm over the primary ones."""
-    found: list[dict[str, Any]] = []
+    """Every metric's difference for each (arm, against) pair, on what both have; Holm over the primary metrics."""
+    differences: list[dict[str, Any]] = []
     for arm, against in pairs:
         table = per_question(scores, shared_likelihoods(likelihoods, (arm, against)))
         for metric in METRICS:
@@ -97,7 +110,7 @@ def paired(
                 if METRICS[metric].better == "lower":
                     result = result._replace(wins=result.losses, losses=result.wins)
                 lacking = set().union(*(missing(metric, name, scores, likelihoods) for name in (arm, against)))
-                found.append(
+                differences.append(
                     {
                         "arm": arm,
                         "against": against,
@@ -107,21 +120,23 @@ def paired(
                         "p_holm": None,
                     }
                 )
-    family = [row for row in found if row["metric"] in PRIMARY]
-    # The family is declared before the data are seen: a metric that nobody measured still counts in it.
+    family = [row for row in differences if row["metric"] in PRIMARY]
+    # The family is fixed before the data are seen: a metric that was not measured still counts.
     unmeasured = [None] * (len(PRIMARY) * len(pairs) - len(family))
     for row, p in zip(family, holm([*(row["p"] for row in family), *unmeasured]), strict=False):
         row["p_holm"] = p
-    return found
+    return differences
 
 
 def shared_likelihoods(likelihoods: Sequence[Row], arms: Sequence[str]) -> list[Row]:
-    """The arms' likelihoods of the reference answers that all of them have: a long answer may fit under one prompt
-    only, and bits per byte differ more between answers than between arms."""
-    known = [row for row in likelihoods if row["nll_nats"] is not None]
-    has = [{(row["question_id"], row["answer"]) for row in known if row["arm"] == name} for name in arms]
-    common = set.intersection(*has)
-    return [row for row in known if row["arm"] in arms and (row["question_id"], row["answer"]) in common]
+    """The arms' likelihoods of the reference answers that all of them have.
+
+    A long answer may fit after one arm's prompt only, and bits per byte differ more between answers than between arms.
+    """
+    measured = [row for row in likelihoods if row["nll_nats"] is not None]
+    by_arm = [{(row["question_id"], row["answer"]) for row in measured if row["arm"] == name} for name in arms]
+    common = set.intersection(*by_arm)
+    return [row for row in measured if row["arm"] in arms and (row["question_id"], row["answer"]) in common]
 
 
 def summarize_arms(
@@ -129,7 +144,7 @@ def summarize_arms(
 ) -> dict[str, Any]:
     """Counts and intervals of every arm, models first, then yardsticks."""
     table = per_question(scores, likelihoods)
-    found: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for name in [*arms, *(name for name in YARDSTICKS if name in table)]:
         asked = [row for row in samples if row["arm"] == name]
         scored = [row for row in likelihoods if row["arm"] == name]
@@ -144,7 +159,7 @@ def summarize_arms(
                 key: math.exp(value) if key in ("value", "low", "high") and value is not None else value
                 for key, value in metrics["nll_per_token"].items()
             }
-        found[name] = {
+        summaries[name] = {
             "kind": "yardstick" if name in YARDSTICKS else "base" if name == base else
                     "baseline" if name.startswith(f"{base}/") else "adapter",
             "rows": len(asked),
@@ -158,12 +173,12 @@ def summarize_arms(
             "diversity": _diversity([row for row in scores if row["arm"] == name and row["scores"] is not None]),
             "metrics": metrics,
         }  # fmt: skip
-    return found
+    return summaries
 
 
 def _diversity(answers: Sequence[Row]) -> float | None:
-    # One answer a question: several alike would fill the words, and the share would depend on --samples. By question:
-    # rows come in the order in which answers came in, which no two runs share.
+    # One answer per question: several similar ones would fill the budget, and the result would depend on --samples.
+    # Sorted by question: rows are in order of arrival, which differs between runs.
     ordered = sorted((row for row in answers if row["sample"] == 0), key=lambda row: row["question_id"])
     return distinct_over((row["text"] for row in ordered), 2, DIVERSITY_WORDS)
 
@@ -171,19 +186,17 @@ def _diversity(answers: Sequence[Row]) -> float | None:
 def by_topic(
     arms: Sequence[str], topics: Mapping[str, str], scores: Sequence[Row], likelihoods: Sequence[Row], seed: int
 ) -> dict[str, Any]:
-    """Primary metrics of each arm on the questions of one topic, where it has `MIN_TOPIC` of them.
+    """Primary metrics of each arm by topic, where the arm has at least `MIN_TOPIC` questions of that topic.
 
-    `topics` maps question_id to topic.
-
-    Slices are looked at, not tested: with this many, some differ by chance.
+    `topics` maps question_id to topic. Slices are not tested: with this many, some differ by chance.
     """
     table = per_question(scores, likelihoods)
-    found: dict[str, Any] = {}
+    slices: dict[str, Any] = {}
     for topic in sorted(set(topics.values()) - {""}):
         members = {key for key, name in topics.items() if name == topic}
         if len(members) < MIN_TOPIC:
             continue
-        found[topic] = {
+        slices[topic] = {
             arm: {
                 metric: interval(as_ratio(cells, keys), seed)._asdict()
                 for metric in PRIMARY
@@ -192,44 +205,47 @@ def by_topic(
             }
             for arm in arms
         }
-    return found
+    return slices
 
 
 def warnings(
-    arms: Mapping[str, Any], likelihoods: Sequence[Row], base: str, seen: Mapping[str, str], current: bool
+    arms: Mapping[str, Any], likelihoods: Sequence[Row], spec: Mapping[str, Any], contaminated: Mapping[str, str]
 ) -> list[str]:
-    """What makes a number here less than it seems; `current`: the rows are of this version of the stack."""
-    found = []
-    if not current:
-        found.append(
-            "an earlier version asked for these rows: it scored likelihoods without what the chat template "
-            "writes before an answer; evaluate again"
+    """What a reader must know before believing a number.
+
+    `contaminated`: question_id to why training may have seen it.
+    """
+    lines, base = [], spec["base"]
+    if has_old_rows(spec):
+        lines.append(OLD_ROWS)
+    if contaminated:
+        lines.append(
+            f"training may have seen {len(contaminated)} of the held-out questions: "
+            + ", ".join(sorted(contaminated)[:5])
         )
-    if seen:
-        found.append(f"{len(seen)} held-out questions may have been seen in training: " + ", ".join(sorted(seen)[:5]))
     human = arms.get("human", {}).get("metrics", {}).get("question_similarity")
     for name, arm in arms.items():
         if arm["kind"] == "yardstick":
             continue
         echo = arm["metrics"].get("question_similarity")
         if human and echo and echo["low"] is not None and echo["low"] > human["value"] + PARROT_MARGIN:
-            found.append(
-                f"{name} may be parroting: its answers are closer to the question ({echo['value']:.3f}) than "
-                f"counsellors' are ({human['value']:.3f}), which raises every similarity"
+            lines.append(
+                f"{name} may be parroting: its answers are more similar to the question ({echo['value']:.3f}) than "
+                f"counselors' answers are ({human['value']:.3f}), which raises every similarity"
             )
         if arm["errors"] or arm["empty"]:
-            found.append(
-                f"{name}: {arm['errors']} rows failed, {arm['empty']} answers are without a word; none is scored"
+            lines.append(
+                f"{name}: {arm['errors']} rows failed and {arm['empty']} answers have no words; these are not scored"
             )
         if arm["rows"] and arm["cut"] > arm["rows"] / 2:
-            found.append(f"{name}: {arm['cut']} of {arm['rows']} answers were cut at the longest length allowed")
+            lines.append(f"{name}: {arm['cut']} of {arm['rows']} answers were cut at max_tokens")
         if arm["kind"] == "adapter" and _same_likelihoods(likelihoods, name, base):
-            found.append(f"{name} predicts every answer exactly as {base} does: its weights have no effect")
+            lines.append(f"{name} predicts every answer exactly as {base} does: its weights have no effect")
     for reason in FINAL_ERRORS:
         left_out = sum(row["error"] == reason for row in likelihoods)
         if left_out:
-            found.append(f"{left_out} likelihoods of reference answers are left out: {reason}")
-    return found
+            lines.append(f"{left_out} likelihoods of reference answers are left out: {reason}")
+    return lines
 
 
 def _same_likelihoods(likelihoods: Sequence[Row], one: str, other: str) -> bool:

@@ -77,11 +77,11 @@ def test_a_majority_counts_and_an_even_split_does_not() -> None:
     assert majority([False]) is False
 
 
-def labelled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, list[bool]], dict[Target, bool]]:
+def labeled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, list[bool]], dict[Target, bool]]:
     """Labels of one person on n answers, half true, and a judge that differs on the first `wrong`."""
     people, judge = {}, {}
     for i in range(n):
-        target = ("empathy", f"q{i}", 0, ("gentle",))
+        target = Target("empathy", f"q{i}", 0, ("gentle",))
         people[target] = [constant or i % 2 == 0]
         judge[target] = people[target][0] != (i < wrong)
     return people, judge
@@ -98,7 +98,7 @@ def labelled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, l
 )
 def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: bool, validated: bool) -> None:
     """Both the number of questions and the whole interval of alpha must do."""
-    found = calibrate(*labelled(n, wrong, constant), seed=0)["empathy"]
+    found = calibrate(*labeled(n, wrong, constant), seed=0)["empathy"]
 
     assert (found.n, found.raw) == (n, pytest.approx(1 - wrong / n))
     assert found.validated is validated
@@ -107,8 +107,8 @@ def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: b
 
 def test_many_labels_of_two_questions_validate_nothing() -> None:
     """Fifty labels and full agreement, all on answers to two questions."""
-    people, judge = labelled(MIN_QUESTIONS, 0)
-    place = {target: ("empathy", f"q{at % 2}", at, target[3]) for at, target in enumerate(people)}
+    people, judge = labeled(MIN_QUESTIONS, 0)
+    place = {target: Target("empathy", f"q{at % 2}", at, target.arms) for at, target in enumerate(people)}
     found = calibrate(
         {place[target]: each for target, each in people.items()},
         {place[target]: each for target, each in judge.items()},
@@ -120,7 +120,7 @@ def test_many_labels_of_two_questions_validate_nothing() -> None:
 
 def test_labels_without_a_judgement_do_not_count() -> None:
     """People labelled sixty answers, the judge twenty of them: n is twenty. The other criteria are not there."""
-    people, judge = labelled(60, 0)
+    people, judge = labeled(60, 0)
     found = calibrate(people, dict(list(judge.items())[:20]), seed=0)
 
     assert {name: each.n for name, each in found.items()} == {"empathy": 20}
@@ -155,6 +155,6 @@ def test_labels_are_read_by_what_they_label(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "labels.jsonl", [GOOD, GOOD | {"rater": "two", "label": False}, pair])
 
     assert read_labels(tmp_path / "labels.jsonl", "s") == {
-        ("safety", "q", 0, ("a",)): [True, False],
-        ("preference", "q", 0, ("a", "b")): ["tie"],
+        Target("safety", "q", 0, ("a",)): [True, False],
+        Target("preference", "q", 0, ("a", "b")): ["tie"],
     }

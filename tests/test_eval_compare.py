@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from counsel.errors import UserError
-from counsel.files import write_json, write_jsonl
-from eval.compare import compare, side, told_apart
+from counsel.files import read_json, write_json, write_jsonl
+from eval.compare import compare, side, unique_labels
 from eval.config import CompareConfig
-from eval.summary import FORMAT
+from eval.summary import FORMAT, OLD_ROWS
 
 SETTINGS = {"max_tokens": 128, "temperature": 0.7, "top_p": 0.95, "samples": 1, "references": 3, "questions": 60}
 
@@ -53,7 +53,7 @@ def evaluation(
     )
     write_json(folder / "summary.json", {
         "format": FORMAT, "run": run.name, "stamp": stamp, "arms": {"gentle": {"kind": "adapter"}},
-        "spec": {"test_sha256": "t", "base": "tiny", "config": settings, "system_prompt": "be kind"},
+        "spec": {"format": FORMAT, "test_sha256": "t", "base": "tiny", "config": settings, "system_prompt": "be kind"},
     })  # fmt: skip
     write_json(run / "train.json", {})
     return folder
@@ -114,13 +114,22 @@ def test_other_settings_are_said(tmp_path: Path, name: str, capsys: pytest.Captu
     assert f"! {said}" in capsys.readouterr().out
 
 
-def test_two_evaluations_of_one_run_are_told_apart(tmp_path: Path) -> None:
+def test_old_rows_are_a_warning(tmp_path: Path) -> None:
+    """A side whose rows an earlier version asked for is named."""
+    folders = [evaluation(tmp_path / name, range(1, 9)) for name in ("one", "two")]
+    summary = read_json(folders[1] / "summary.json")
+    write_json(folders[1] / "summary.json", summary | {"spec": summary["spec"] | {"format": 2}})
+
+    assert compare(CompareConfig(tuple(map(str, folders)))).document["warnings"] == [f"two:gentle: {OLD_ROWS}"]
+
+
+def test_two_evaluations_of_one_run_have_different_labels(tmp_path: Path) -> None:
     """By their stamps, and compared; the same one twice is still refused."""
     stamps = ("20260101T000000Z", "20260102T000000Z")
     folders = [evaluation(tmp_path / "run", range(1, 9), stamp=stamp) for stamp in stamps]
     found = compare(CompareConfig(tuple(map(str, folders)))).document
 
     assert found["sides"] == [f"run/{stamp}:gentle" for stamp in stamps]
-    assert [one.label for one in told_apart([side(str(tmp_path / "run"))])] == ["run:gentle"]
+    assert [one.label for one in unique_labels([side(str(tmp_path / "run"))])] == ["run:gentle"]
     with pytest.raises(UserError, match="two or more different ones"):
         compare(CompareConfig((str(folders[0]), str(folders[0]))))

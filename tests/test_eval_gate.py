@@ -13,9 +13,9 @@ from counsel.files import write_json, write_jsonl
 from counsel.run import Run
 from eval.arms import YARDSTICKS, Arm, choose, served
 from eval.config import GateConfig
-from eval.evaluate import folder_for
+from eval.folders import folder_for
 from eval.gate import gate
-from eval.summary import FORMAT, paired, summarize_arms, warnings
+from eval.summary import FORMAT, OLD_ROWS, paired, summarize_arms, warnings
 from tests.test_eval import called, make_run
 
 BETTER = "difference.bits_per_byte.high<0"
@@ -71,7 +71,7 @@ def test_pairs_that_the_base_failed_are_missing(tmp_path: Path) -> None:
     alone, _ = decided(tmp_path, BETTER, lost)
 
     assert (difference["passed"], difference["n"]) == (None, 2)
-    assert difference["problem"].startswith("58 more questions are missing")
+    assert difference["problem"].startswith("58 questions are missing")
     assert (errors["observed"], errors["n"], errors["passed"]) == (58, 2 * N, False)
     assert (status, alone) == (MISSED, CANNOT_BE_JUDGED)
 
@@ -86,7 +86,7 @@ def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
     status, (empty, difference) = decided(tmp_path, "empty<=0,difference.similarity_max.low>0", [], answers)
 
     assert (empty["observed"], empty["passed"]) == (2, False)
-    assert (difference["n"], difference["problem"][:30]) == (6, "2 more questions are missing: ")
+    assert (difference["n"], difference["problem"][:25]) == (6, "2 questions are missing: ")
     assert status == MISSED
 
 
@@ -102,8 +102,8 @@ def test_a_reference_that_is_too_long_is_no_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("gains", "problem"),
     [
-        ((0.9, 1.0, 1.1, 1.0, 0.9), "fewer than 6 questions can show nothing"),
-        ((1.0,) * 10, "all questions differ by the same, which leaves nothing to tell from luck"),
+        ((0.9, 1.0, 1.1, 1.0, 0.9), "needs at least 6 questions: fewer cannot show a difference"),
+        ((1.0,) * 10, "all questions differ by the same amount, so there is no interval"),
     ],
 )
 def test_what_cannot_be_judged_has_a_status_of_its_own(tmp_path: Path, gains: tuple[float, ...], problem: str) -> None:
@@ -161,12 +161,45 @@ def test_failed_rows_of_a_finished_evaluation_are_asked_again(
     status, out, err = called(capsys, "report", str(folder))
 
     assert (status, json.loads(out.splitlines()[-1])["arms"]["gentle"]["errors"]) == (1, 1)
-    assert "1 rows failed; the same evaluation given again asks them once more" in err
+    assert "1 rows failed; run the same evaluation again to ask for them once more" in err
     spec["config"]["run"] = "runs/run"  # another way to say the same
     assert folder_for(run, spec) == folder
     assert not (folder / "summary.json").exists()
     write_json(folder / "summary.json", {"arms": {"gentle": {"errors": 0}}})
     assert folder_for(run, spec) != folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "remedy"),
+    [
+        (FORMAT - 1, r"run python -m eval report .*20260101T000000Z"),
+        (2, r"evaluate again with .* --run .*run$"),
+    ],
+)
+def test_an_older_evaluation_says_what_to_do(tmp_path: Path, rows: int, remedy: str) -> None:
+    """`report` again where only the summary is old, a new evaluation where the rows are."""
+    _, folder = unfinished(tmp_path, samples=12)
+    write_json(folder / "config.json", {"format": rows})
+    write_json(folder / "summary.json", {"format": FORMAT - 1, "plan": {}})
+
+    with pytest.raises(UserError, match=f"has format {FORMAT - 1}, and this version reads {FORMAT}: .*{remedy}"):
+        gate(GateConfig(f"{folder}:gentle"))
+
+
+def test_rows_of_the_last_format_are_reported_without_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only summary.json changed since format 3. Older rows are reported with a warning."""
+    _, folder = unfinished(tmp_path, samples=12)
+    spec = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for rows, old in ((3, False), (2, True)):
+        write_json(folder / "config.json", spec | {"format": rows})
+        _, out, _ = called(capsys, "report", str(folder))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+        assert (summary["format"], summary["spec"]["format"]) == (FORMAT, rows)
+        assert (OLD_ROWS in summary["warnings"]) is old
+        assert (f"! {OLD_ROWS}" in out) is old
 
 
 def offer(*adapters: str) -> Any:
@@ -207,7 +240,7 @@ def test_likelihoods_that_are_all_missing_do_not_show_that_weights_have_no_effec
             likelihood(arm, at, nats, None if nats else "too long") for at in range(3) for arm in ("base", "gentle")
         ]
         arms = summarize_arms(["base", "gentle"], "base", [], [], rows, seed=0)
-        return " ".join(warnings(arms, rows, "base", {}, True))
+        return " ".join(warnings(arms, rows, {"format": FORMAT, "base": "base"}, {}))
 
     assert "no effect" not in warning(None)
     assert "gentle predicts every answer exactly as base does: its weights have no effect" in warning(3.0)

@@ -14,9 +14,11 @@ from counsel.cli import main
 from counsel.errors import UserError
 from counsel.files import read_json, write_json, write_jsonl
 from eval.__main__ import COMMANDS
-from eval.ask import Outcome, Question, sample_fields
+from eval.ask import sample_fields
 from eval.config import JudgeConfig
-from eval.judge.ask import JUDGEMENT_KEY, Item, answers, ask_missing, findings, judge, plan_items
+from eval.judge.ask import JUDGEMENT_KEY, ask_missing, judge
+from eval.judge.findings import Pair, findings
+from eval.judge.items import AnswerKey, Item, answers, plan_items
 from eval.judge.rubric import (
     PREFERENCE_SCHEMA,
     RUBRIC,
@@ -27,6 +29,8 @@ from eval.judge.rubric import (
     parse_rubric,
     structured,
 )
+from eval.questions import Question
+from eval.requests import Outcome
 from eval.samples import RowLog, read_rows
 from tests.conftest import Served
 from tests.held import kill_when_stopped
@@ -283,12 +287,13 @@ def test_labels_of_what_was_not_judged_are_counted(folder: Path, url: str) -> No
 
     assert found["labels_unmatched"] == 3
     assert found["agreement"]["empathy"]["n"] == 1
-    assert any(warning.startswith("3 labels count for nothing") for warning in found["warnings"])
+    assert any(warning.startswith("3 labels are not used") for warning in found["warnings"])
 
 
 def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:
     """Not asked about, half a win, and outside consistency and position bias."""
-    texts = {"one": {("q", 0): "be kind", ("r", 0): "rest"}, "two": {("q", 0): "be kind", ("r", 0): "sleep"}}
+    q, r = AnswerKey("q", 0), AnswerKey("r", 0)
+    texts = {"one": {q: "be kind", r: "rest"}, "two": {q: "be kind", r: "sleep"}}
     questions = [Question("q", "I feel low", "", ()), Question("r", "I feel tired", "", ())]
     items = plan_items(questions, texts, 9)
     replies = [
@@ -297,11 +302,30 @@ def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:
     ]  # fmt: skip
     found = findings(items, replies, texts, {}, seed=0)["preference"]
 
-    assert [item.question_id for item in items if item.kind == "preference"] == ["r", "r"]
+    assert [item.answer.question_id for item in items if item.kind == "preference"] == ["r", "r"]
     assert [found[key] for key in ("judged", "equal", "ties", "unreadable")] == [2, 1, 2, 0]
     assert (found["consistency"]["n"], found["first_chosen"], found["second_longer"]["n"]) == (1, None, 1)
     # Nothing but ties: one half, and no interval to go with it.
     assert found["win_rate"] == {"value": 0.5, "low": None, "high": None, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "winners", "winner"),
+    [
+        (("first", "second"), (0, 0), 0),
+        (("second", "first"), (1, 1), 1),
+        (("first", "first"), (0, 1), None),
+        (("tie", "tie"), (None, None), None),
+        (("second", "tie"), (1, None), None),
+    ],
+)
+def test_an_arm_wins_a_pair_only_in_both_orders(
+    verdicts: tuple[str, str], winners: tuple[int | None, int | None], winner: int | None
+) -> None:
+    """The first verdict is on the order that shows the first arm first, the second on the other order."""
+    pair = Pair(AnswerKey("q", 0), ("one", "other"), verdicts)
+
+    assert (pair.winners, pair.winner) == (winners, winner)
 
 
 def test_a_reply_without_usage_is_a_reply() -> None:
@@ -319,7 +343,7 @@ def test_a_reply_without_a_message_is_a_failed_row(sent: object) -> None:
     """What a proxy or another server sends with status 200: an error that is asked again, not a traceback."""
     fields = sample_fields(Outcome(sent, None, 1, 0.1))
 
-    assert (fields["text"], fields["error"]) == ("", "the server's reply holds no message")
+    assert (fields["text"], fields["error"]) == ("", "the server's reply has no message")
 
 
 def test_answers_without_words_are_not_asked_about() -> None:
@@ -369,7 +393,7 @@ def test_a_real_server_keeps_to_the_schema(server: Served, tmp_path: Path, monke
     asks += [
         structured(f"which helps? {i}", "preference", PREFERENCE_SCHEMA, limit) for i in range(3) for limit in (8, 200)
     ]
-    items = [Item("rubric" if i < 3 else "preference", "q", i, ("a",), ask) for i, ask in enumerate(asks)]
+    items = [Item("rubric" if i < 3 else "preference", AnswerKey("q", i), ("a",), ask) for i, ask in enumerate(asks)]
     with RowLog(tmp_path / "judgements.jsonl", JUDGEMENT_KEY) as log:
         asyncio.run(ask_missing(JudgeConfig("", base, server.base_url), items, log))
         rows = [log.done[base, item.ask.sha256] for item in items]

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from counsel.errors import UserError
-from eval.ask import Outcome, Question, likelihood_fields
+from eval.ask import likelihood_fields
 from eval.contamination import Contamination, nearest
 from eval.likelihood import Renderer, Span, bits_per_byte, perplexity, span_nll
 from eval.overlap import bleu, chrf, meteor, rouge
+from eval.questions import Question
+from eval.requests import Outcome
 from eval.samples import failed
 from eval.scoring import CANNED, answer_scores, human_scores, score_rows
 from eval.similarity import Encoder, greedy_match, to_references
