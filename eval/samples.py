@@ -1,26 +1,26 @@
-"""The rows an evaluation leaves as it goes, one JSON object a line, in runs/<name>/eval/<stamp>/.
+"""The rows that an evaluation appends while it runs, in runs/<name>/eval/<stamp>/: one JSON object per line.
 
-samples.jsonl: one generated answer a line
+samples.jsonl: one generated answer per line
 | key | meaning |
 |---|---|
-| `arm` | who answered, and how it was asked: a served name, or `<served name>/native`, `<served name>/few-shot` |
-| `question_id` | of the held-out question (see train.data) |
-| `sample` | 0, 1, ...: which of several answers to the same question |
-| `text` | the answer; `""` when it is empty or failed |
-| `finish_reason` | `stop` or `length` as the server says; null when failed |
-| `prompt_tokens`, `completion_tokens` | as the server counts them; null when failed or not counted |
-| `latency_s` | seconds from sending the last attempt to its end |
+| `arm` | the model and its prompt: a served name, `<served name>/native` or `<served name>/few-shot` (see eval.arms) |
+| `question_id` | the held-out question (see train.data) |
+| `sample` | 0, 1, ...: the number of the answer, with several answers per question |
+| `text` | the answer; `""` if it is empty or the request failed |
+| `finish_reason` | `stop` or `length`, from the server; null if the request failed |
+| `prompt_tokens`, `completion_tokens` | the server's counts; null if the request failed or the server does not count |
+| `latency_s` | duration of the last attempt, in seconds |
 | `attempts` | requests sent: 1 + retries |
-| `error` | null, or what failed; such a row is counted and never scored |
+| `error` | null, or the error; such a row is counted and never scored |
 
-likelihood.jsonl: how well a model predicts one human answer, one a line
+likelihood.jsonl: the likelihood of one reference answer per line
 | key | meaning |
 |---|---|
 | `arm`, `question_id` | as above |
-| `answer` | 0, 1, ...: which of the question's reference answers |
-| `nll_nats` | minus the sum of ln p over the answer's tokens; null when failed or left out |
+| `answer` | 0, 1, ...: the number of the reference answer |
+| `nll_nats` | negative log-likelihood: minus the sum of ln p over the answer's tokens; null if failed or left out |
 | `tokens`, `bytes` | of the answer as the template renders it: tokens scored, UTF-8 bytes |
-| `attempts`, `error` | as above; those in `FINAL_ERRORS` leave an answer out: no failure, and not asked again |
+| `attempts`, `error` | as above; an error in `FINAL_ERRORS` leaves the answer out: not a failure, and not asked again |
 """
 
 import fcntl
@@ -40,16 +40,15 @@ SAMPLE_KEY = ("arm", "question_id", "sample")
 LIKELIHOOD_KEY = ("arm", "question_id", "answer")
 TOO_LONG = "too long"
 NOT_RENDERED = "the chat template does not render this answer"
-# These lie in the answer and the base, not in what an arm did: the answer is left out for good.
+# Caused by the answer and the base, not by the arm: asking again cannot help.
 FINAL_ERRORS = (TOO_LONG, NOT_RENDERED)
 
 
 class RowLog:
-    """An append-only JSONL file with one row per key, that survives being killed at any moment.
+    """An append-only JSONL file with one row per key. The process may be killed at any moment.
 
-    Opening it drops a torn last line and the rows that failed, so that exactly these are done again; `done` holds the
-    rest by key. `keep` says which of these still hold; the others are dropped as well. A second process that opens the
-    same file is refused.
+    Opening it drops a torn last line, failed rows, and rows for which `keep` is false; `done` holds the others by key.
+    A second process that opens the same file gets a UserError.
     """
 
     def __init__(self, path: Path, key: Sequence[str], keep: Callable[[Row], bool] = lambda row: True) -> None:
@@ -60,21 +59,26 @@ class RowLog:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
-            raise UserError(f"{str(path)!r} is being written by another process; wait for it to end") from error
+            raise UserError(f"{str(path)!r} is open in another process; wait until that ends") from error
         rows = read_rows(path)
-        strange = next((number for number, row in enumerate(rows, 1) if not {"error", *key} <= row.keys()), None)
-        if strange:
-            raise UserError(f"line {strange} of {str(path)!r} is no row of ours; name another file")
+        foreign = next((number for number, row in enumerate(rows, 1) if not {"error", *key} <= row.keys()), None)
+        if foreign:
+            raise UserError(
+                f"line {foreign} of {str(path)!r} lacks one of the keys {', '.join(('error', *key))}: something "
+                "else wrote it; name another file"
+            )
         kept = [row for row in rows if not failed(row) and keep(row)]
         self.done: dict[Key, Row] = {self._key_of(row): row for row in kept}
         if len(self.done) != len(kept):
-            raise UserError(f"{str(path)!r} holds a key twice: it was edited; remove {str(path.parent)!r}, start again")
+            raise UserError(
+                f"{str(path)!r} has two rows with one key: it was edited; remove {str(path.parent)!r} and start again"
+            )
         if path.exists():
             write_jsonl(path, kept)
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        """Add a row. It is in the file, whole, when this returns: a killed process loses none."""
+        """Append a row. The complete row is in the file when this returns, so a killed process loses none."""
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         self.done[self._key_of(row)] = row
@@ -93,35 +97,37 @@ class RowLog:
 
 
 def failed(row: Row) -> bool:
-    """Whether a row must be asked again: its request failed, as opposed to one that is done or left out for good."""
+    """Whether a row's request failed and must be sent again; rows that are left out for good have not failed."""
     return row.get("error") not in (None, *FINAL_ERRORS)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a log, without what a kill tore: its last line, or where logs were merged the start of another.
+    """The rows of a log, without partial lines: a kill leaves one at the end, or within the file if logs were merged.
 
-    [] when there is no file. Raises UserError for any other line that is no JSON object.
+    [] if there is no file. Raises UserError for any other line that is not a JSON object.
     """
     if not path.exists():
         return []
     *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _whole_row(line)
+        row = _last_object(line)
         if row is None:
-            raise UserError(f"line {number} of {str(path)!r} is broken, and is not its last")
+            raise UserError(
+                f"line {number} of {str(path)!r} is not a JSON object; only the last line may be incomplete: remove it"
+            )
         rows.append(row)
     return rows
 
 
-def _whole_row(line: str) -> Row | None:
-    """The row that a line ends in; before it may stand the torn end of another log. None when there is none."""
+def _last_object(line: str) -> Row | None:
+    """The row at the end of a line, after the partial row of another log if there is one; None if there is no row."""
     start = 0
     while start >= 0:
         try:
             row = json.loads(line[start:])
         except ValueError:
-            # Every row starts so; within a row, what is nested leaves a closing brace behind.
+            # Every row starts with this; a nested object would leave a closing brace over.
             start = line.find('{"', start + 1)
             continue
         return row if isinstance(row, dict) else None

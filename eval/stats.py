@@ -1,14 +1,15 @@
-"""Statistics over questions: intervals, paired differences, p values, and what the sample can show at all.
+"""Statistics over questions: confidence intervals, paired differences, p values, minimum detectable effects.
 
-The unit is the question, because answers to one question are alike: every function takes one entry per question. A
-metric's value over questions is sum(numerator) / sum(denominator), which is the plain mean when each denominator is 1
-and a corpus-level rate (bits per byte) when it is the number of bytes.
+The unit is the question, because answers to one question are correlated: all functions take one entry per question. A
+metric's value is sum(numerators) / sum(denominators): the mean if all denominators are 1, a corpus-level rate (bits per
+byte) if they are byte counts.
 
-Every interval and effect size is of that very value, by way of its jackknife: the value without each question in turn.
-Below 50 questions an interval is Student's, with the jackknife's standard error: a bootstrap of few questions is too
-narrow. From 50 on it is the BCa bootstrap over questions (Efron 1987). Where bytes weigh questions, Kish's effective
-number of them counts, which is smaller. p values come from swapping the two arms within a question, all ways when
-there are at most 2**12 of them. Miller (2411.00640) argues for pairing and clustering.
+Intervals and effect sizes are of that ratio, from its jackknife (the value without each question in turn). Below 50
+questions the interval is Student's t with the jackknife's standard error, because a bootstrap of few questions is too
+narrow. From 50 questions it is the BCa bootstrap (Efron 1987) with expanded percentiles (Hesterberg 2015), which widen
+it as t widens a normal interval. Where bytes weigh questions, n is Kish's effective sample size. p values are from the
+paired permutation test: swap the two arms within questions, exactly for up to 12 questions. Miller (2411.00640) argues
+for pairing and clustering.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 10_000
 BOOTSTRAP_FROM = 50
-# Of five questions, all for one arm, 2 of the 32 swaps differ as much: p can be no lower than 0.0625.
+# The least n at which p can be below 0.05: with 5 questions that all favor one arm, p is 2 / 32 = 0.0625.
 MIN_TESTABLE = 6
-# Differences that reach 80 % power in the swap test at 5 %, in standard errors. So few swaps are coarser than Student's
-# test: at 6 questions all must have one sign, so it is ndtri(0.8 ** (1 / 6)) * sqrt(6).
+# The minimum detectable effect (MDE) of the permutation test at 5 % and 80 % power, in standard errors. With so few
+# swaps p is coarser than Student's: 6 questions must all have the same sign, hence ndtri(0.8 ** (1 / 6)) * sqrt(6).
 _COARSE_MDE = {6: 4.391, 7: 3.516, 8: 3.361, 9: 3.261}
 _EXACT_UP_TO = 12
-# Sums of the same numbers in another order differ by less than this, as a share of the numbers.
+# Floating point: sums of the same numbers in another order differ by less than this share of the numbers.
 _ROUNDING = 1e-10
 
 
@@ -58,14 +59,14 @@ class Difference(NamedTuple):
     """How one arm differs from another on the same questions.
 
     p: two-sided, from the paired permutation test.
-    d_z: value over the standard deviation of what one question adds to it; where all weigh the same, that of the
+    d_z: value over the standard deviation of the questions' contributions to it; if all weigh the same, of the
     questions' differences.
-    mde: the smallest true difference that this n would show with 80 % power at the 5 % level (same unit as value); None
-    below `MIN_TESTABLE`, where none can be shown.
+    mde: minimum detectable effect: the smallest true difference that this n detects at the 5 % level with 80 % power,
+    in the unit of value; None below `MIN_TESTABLE`.
     wins, ties, losses: questions by the sign of the difference.
 
-    The first three are None when n < 2 or the arms are equal; where every question differs by the same, only p is
-    there.
+    p, d_z and mde are None if n < 2 or the arms are equal. If all questions differ by the same amount, p is the only
+    one of the three, and there is no interval.
     """
 
     value: float
@@ -81,7 +82,7 @@ class Difference(NamedTuple):
 
 
 def interval(ratio: Ratio, seed: int) -> Interval:
-    """The 95 % interval of a metric's value; where nothing varies, the value twice."""
+    """The 95 % interval of a metric's value; if nothing varies, both bounds are the value."""
     n = len(ratio.num)
     if n < 2:
         return Interval(ratio.value, None, None, n)
@@ -93,12 +94,12 @@ def interval(ratio: Ratio, seed: int) -> Interval:
     else:
         counts = resample_counts(n, seed)
         resampled = (counts @ ratio.num) / (counts @ ratio.den)
-        low, high = _bca(resampled, ratio.value, jackknife, rounding)
+        low, high = _bca(resampled, ratio.value, jackknife, _effective(ratio), rounding)
     return Interval(ratio.value, low, high, n)
 
 
 def difference(a: Ratio, b: Ratio, seed: int) -> Difference:
-    """`a` minus `b`, entry i of both being the same question."""
+    """`a` minus `b`; entry i of both is the same question."""
     n, value = len(a.num), a.value - b.value
     rounding = _ROUNDING * max(_size(a), _size(b))
     each = a.num / a.den - b.num / b.den
@@ -117,15 +118,15 @@ def difference(a: Ratio, b: Ratio, seed: int) -> Difference:
     else:
         counts = resample_counts(n, seed)
         resampled = (counts @ a.num) / (counts @ a.den) - (counts @ b.num) / (counts @ b.den)
-        low, high = _bca(resampled, value, jackknife, rounding)
+        low, high = _bca(resampled, value, jackknife, effective, rounding)
     mde = None if n < MIN_TESTABLE else _mde_factor(n) * spread / n**0.5
     return Difference(value, low, high, n, swap_test(a, b, seed), value / spread, mde, *tally)
 
 
 def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
-    """The two-sided p of the paired permutation test: how often swapping arms within questions differs as much.
+    """The two-sided p of the paired permutation test: the share of swaps with a difference at least as large.
 
-    Exact for n <= 12. Beyond that, 10,000 random swaps plus the observed one, so that p is never 0.
+    Exact for n <= 12; else from 10,000 random swaps and the observed arrangement, so that p is never 0.
     """
     n = len(a.num)
     if n <= _EXACT_UP_TO:
@@ -141,9 +142,9 @@ def swap_test(a: Ratio, b: Ratio, seed: int) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p values adjusted so that the chance of any false claim in the family stays below 5 % (Holm 1979).
+    """Adjusted p values that bound the family-wise error rate (Holm 1979).
 
-    A test without p, of equal arms, stays without, and still counts: a family is declared before its data are seen.
+    A test of equal arms has no p. It still counts, because a family is fixed before its data are seen.
     """
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -162,16 +163,16 @@ def upper_rate(events: int, n: int) -> float:
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float] | None = None) -> Ratio:
-    """A `Ratio` from plain sequences; denominators are 1 when left out. UserError when an entry is no finite number."""
+    """A `Ratio` from sequences; denominators default to 1. Raises UserError for an entry that is not finite."""
     num = np.asarray(numerators, dtype=np.float64)
     den = np.ones_like(num) if denominators is None else np.asarray(denominators, dtype=np.float64)
     if not (np.isfinite(num).all() and np.isfinite(den).all()):
-        raise UserError("a row holds nan or infinity where a score should be: remove that row and report again")
+        raise UserError("a score is nan or infinity; it must be finite: remove that row and report again")
     return Ratio(num, den)
 
 
 def resample_counts(n: int, seed: int) -> Floats:
-    """How often each question is drawn: (RESAMPLES, n). The same seed draws the same questions for every metric."""
+    """How often each resample draws each question: (RESAMPLES, n). A seed draws the same questions for every metric."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
 
 
@@ -180,22 +181,22 @@ def _leave_one_out(r: Ratio) -> Floats:
 
 
 def _spread(jackknife: Floats) -> float:
-    """The standard deviation of what one question adds to the value; for a mean, that of the questions' values."""
+    """The standard deviation of the jackknife's pseudo-values; for a mean, of the questions' values."""
     return float((len(jackknife) - 1) * jackknife.std(ddof=1))
 
 
 def _effective(r: Ratio) -> float:
-    """Kish's effective number of questions: n where all weigh the same."""
+    """Kish's effective sample size: n if all questions weigh the same."""
     return round(float(r.den.sum() ** 2 / (r.den**2).sum()), 6)
 
 
 def _size(r: Ratio) -> float:
-    """How large the questions' values are, for telling rounding from a difference."""
+    """The largest value of a question, to tell rounding from a difference."""
     return float(np.abs(r.num / r.den).max())
 
 
 def _quantile(effective: float) -> float:
-    """Student's quantile for one side of a 95 % interval."""
+    """Student's 97.5 % quantile, for one side of a 95 % interval."""
     from scipy.special import stdtrit
 
     return float(stdtrit(max(1.0, effective - 1), 0.975))
@@ -207,23 +208,25 @@ def _student(value: float, jackknife: Floats, effective: float) -> tuple[float, 
     return value - half, value + half
 
 
-def _bca(resampled: Floats, value: float, jackknife: Floats, rounding: float) -> tuple[float, float]:
-    """Bias-corrected and accelerated 95 % bounds."""
+def _bca(resampled: Floats, value: float, jackknife: Floats, effective: float, rounding: float) -> tuple[float, float]:
+    """BCa (bias-corrected and accelerated) 95 % bounds with expanded percentiles."""
     from scipy.special import ndtr, ndtri
 
-    # Half of the ties count as below: discrete metrics would be called biased otherwise.
+    # Half of the ties count as below; otherwise discrete metrics would seem biased.
     below = np.mean(resampled < value - rounding) / 2 + np.mean(resampled <= value + rounding) / 2
     bias = ndtri(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))
     centred = jackknife.mean() - jackknife
     acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
-    shifted = bias + ndtri(np.array([0.025, 0.975]))
+    # Resamples vary by (n - 1) / n too little, and a normal quantile ignores that the variance is estimated.
+    expanded = (effective / (effective - 1)) ** 0.5 * _quantile(effective)
+    shifted = bias + np.array([-expanded, expanded])
     low, high = np.quantile(resampled, ndtr(bias + shifted / (1 - acceleration * shifted)))
     return float(low), float(high)
 
 
 @lru_cache
 def _mde_factor(n: int) -> float:
-    """The true difference, in standard errors, that a paired test of n questions at 5 % finds with 80 % power."""
+    """The minimum detectable effect of n paired questions in standard errors: 5 % level, 80 % power."""
     if n in _COARSE_MDE:
         return _COARSE_MDE[n]
     from scipy.optimize import brentq

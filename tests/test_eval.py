@@ -213,7 +213,7 @@ def test_a_file_of_something_else_is_not_taken_for_a_log(tmp_path: Path) -> None
     """Its line is named and the file left as it is."""
     (tmp_path / "requests.jsonl").write_text('{"custom_id": "a"}\n')
 
-    with pytest.raises(UserError, match=r"line 1 of .* is no row of ours"):
+    with pytest.raises(UserError, match=r"line 1 of .* lacks one of the keys error, custom_id"):
         RowLog(tmp_path / "requests.jsonl", ("custom_id",))
     assert (tmp_path / "requests.jsonl").read_text() == '{"custom_id": "a"}\n'
 

@@ -8,7 +8,7 @@ import pytest
 from counsel.errors import UserError
 from eval.ask import likelihood_fields
 from eval.contamination import Contamination, nearest
-from eval.likelihood import Renderer, Span, bits_per_byte, perplexity, span_nll
+from eval.likelihood import Renderer, Span, bits_per_byte, span_nll
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.questions import Question
 from eval.requests import Outcome
@@ -98,7 +98,7 @@ def test_copying_counts_words_in_runs_of_eight() -> None:
 
 
 def test_only_the_answers_tokens_count_in_the_likelihood() -> None:
-    """Prompt tokens are ignored, whatever their probability; nats, bits per byte and perplexity follow by hand."""
+    """Prompt tokens are ignored, whatever their probability; nats and bits per byte by hand."""
     span = Span([5, 6, 7, 8], 2, "answer")
     returned = [
         None,
@@ -111,7 +111,6 @@ def test_only_the_answers_tokens_count_in_the_likelihood() -> None:
 
     assert nll == 3.0
     assert bits_per_byte(nll, 6) == pytest.approx(0.5 / math.log(2))
-    assert perplexity(nll, 2) == pytest.approx(math.exp(1.5))
 
 
 def test_minus_infinity_is_an_error_not_a_number() -> None:
