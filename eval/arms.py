@@ -1,6 +1,7 @@
-"""Arms: who answers, and how they are asked. `gentle` and `smollm2-135m/few-shot` are arms.
+"""Arms: a model with a way of prompting it. `gentle` and `smollm2-135m/few-shot` are arms.
 
-An arm's name is the served name, plus `/native` or `/few-shot` where the prompt is not the one adapters are trained on.
+An arm's name is the served name, plus `/native` or `/few-shot` if the prompt is not the one that adapters are trained
+with. A baseline is the base model under such a prompt.
 """
 
 from collections.abc import Sequence
@@ -9,18 +10,18 @@ from typing import Any, NamedTuple
 from counsel.chat import Message, prompt_messages
 from counsel.errors import UserError
 
-# The arms that are no models (see eval/scoring.py).
+# Arms that are not models; their scores give the floor and ceiling of a metric (see eval/scoring.py).
 YARDSTICKS = ("human", "retrieval", "shuffled", "echo", "canned")
-# What a user calls the base, whatever the server calls it.
+# The user's name for the base model, whatever the server calls it.
 BASE = "base"
 TUNED, NATIVE, FEW_SHOT = "tuned", "native", "few-shot"
 EXAMPLES = 2
-# Worked examples must leave room for the question; training answers run to a thousand words.
+# Examples must leave room for the question; training answers can have a thousand words.
 _EXAMPLE_CHARS = 900
 
 
 class Arm(NamedTuple):
-    """`model` is asked under `prompt`: tuned (the system prompt of training), native (none), or few-shot."""
+    """A served model and its prompt: tuned (the system prompt of training), native (none) or few-shot."""
 
     model: str
     prompt: str = TUNED
@@ -31,7 +32,7 @@ class Arm(NamedTuple):
 
 
 class ServerModels(NamedTuple):
-    """What a server offers: its base, its adapters, how many tokens a request may hold, and each card's `root`."""
+    """The models that a server lists: base, adapters, the limit of tokens per request, and each name's `root`."""
 
     base: str
     adapters: tuple[str, ...]
@@ -39,39 +40,43 @@ class ServerModels(NamedTuple):
     roots: dict[str, str]
 
     def exact(self, model: str) -> str:
-        """The name of the one version that `model` means now, where the server has such a name: what is published
-        meanwhile is then not asked."""
+        """The exact version (`name@version`) that `model` means now, if the server lists it; else `model`.
+
+        An evaluation then keeps to one version even if a new one is published meanwhile.
+        """
         root = self.roots[model]
         return root if root in self.roots else model
 
 
 def served(cards: Sequence[dict[str, Any]]) -> ServerModels:
-    """Read `GET /v1/models`: an adapter's card names its base as `parent`; a base's card has none."""
+    """Read the cards of `GET /v1/models`: an adapter's `parent` is its base; a base has none."""
     bases = [card for card in cards if not card.get("parent")]
     if not bases:
-        raise UserError(f"the server lists no base model, only {[card['id'] for card in cards]}")
+        raise UserError(
+            f"the server lists no base model, only {[card['id'] for card in cards]}; give --url of one that does"
+        )
     adapters = tuple(sorted(card["id"] for card in cards if card.get("parent")))
     roots = {card["id"]: str(card.get("root")) for card in cards}
     return ServerModels(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
 
 
 def choose(server_models: ServerModels, run: str, models: Sequence[str], baselines: bool) -> list[Arm]:
-    """The arms to run: the base first, then its baselines, then the adapters, `models` choosing among what is offered.
+    """The arms to ask, in the order of `models`; the base is followed by its baselines.
 
-    When `models` is empty: the base and the adapter that has the run's name. Raises UserError for a model that is not
-    served, or one whose name would mix it with another arm.
+    The default is the base and the adapter with the run's name. Raises UserError for a model that is not served, or
+    whose name is that of another arm.
     """
     offered = ", ".join([BASE, *server_models.adapters])
     if not models and run not in server_models.adapters:
         raise UserError(
-            f"the server does not serve {run!r}, this run's adapter: publish it, or choose with --models {offered}"
+            f"the server does not serve {run!r}, this run's adapter; publish it, or choose with --models {offered}"
         )
     base = server_models.base
-    known = {name: name for name in server_models.adapters} | {BASE: base, base: base}
+    by_name = {name: name for name in server_models.adapters} | {BASE: base, base: base}
     for model in models or (run,):
-        if model not in known:
+        if model not in by_name:
             raise UserError(f"the server has no model {model!r}; it has {offered}")
-    wanted = [known[model] for model in models] or [server_models.base, run]
+    wanted = [by_name[model] for model in models] or [server_models.base, run]
     arms = [Arm(model) for model in dict.fromkeys(wanted)]
     if baselines and server_models.base in wanted:
         at = arms.index(Arm(server_models.base)) + 1
@@ -79,30 +84,30 @@ def choose(server_models: ServerModels, run: str, models: Sequence[str], baselin
     names = [arm.name for arm in arms]
     for arm in arms:
         if arm.name in YARDSTICKS or names.count(arm.name) > 1:
-            raise UserError(f"the model {arm.name!r} is called like another arm; serve it under another name")
+            raise UserError(f"the model {arm.name!r} has the name of another arm; serve it under another name")
     return arms
 
 
 def messages(arm: Arm, question: str, system: str, examples: Sequence[dict[str, Any]]) -> list[Message]:
-    """The conversation that asks `arm` the question.
+    """The messages that ask `arm` the question.
 
-    `system` is the run's system prompt, which native arms go without; `examples` are training rows for few-shot arms.
+    `system` is the run's system prompt, which native arms do not get; `examples` are training rows for few-shot arms.
     """
     if arm.prompt == NATIVE:
         return prompt_messages(question, system="")
     *opening, last = prompt_messages(question, system)
     if arm.prompt == TUNED:
         return [*opening, last]
-    shown = [
+    example_turns = [
         turn
         for row in examples
         for turn in ({"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]})
     ]
-    return [*opening, *shown, last]
+    return [*opening, *example_turns, last]
 
 
 def few_shot_examples(train_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two short training rows on different topics, chosen by hash of the question and so by nothing else."""
+    """Two short training rows on different topics, chosen by the hash of their questions."""
     short = [row for row in train_rows if len(row["question"]) + len(row["answer"]) <= _EXAMPLE_CHARS]
     chosen: list[dict[str, Any]] = []
     for row in sorted(short, key=lambda row: (row["question_id"], row["answer"])):

@@ -1,17 +1,16 @@
-"""Answer an OpenAI Batch file, several models in one: on any OpenAI-compatible server, or on an engine of its own.
+"""Answer an OpenAI Batch file, with any number of models: on an OpenAI-compatible server, or on an engine started here.
 
     python -m eval batch requests.jsonl answers.jsonl --url http://127.0.0.1:8000/v1
     python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --store store
     python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --shard 1/4     -> answers-1-of-4.jsonl
 
-Input, one request a line, as the Batch API defines it: `custom_id` (its own), `method` (`POST`), `url`
-(`/v1/chat/completions` or `/v1/completions`) and `body`. Output, one line each, in the order they finish: `id`,
-`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}); and of ours,
-`request_sha256`, by which an answer to a request that has changed since is known and asked anew. Both ways of answering
-give the same rows.
+Input, one request per line, as in the Batch API: `custom_id` (unique), `method` (`POST`), `url`
+(`/v1/chat/completions` or `/v1/completions`) and `body`. Output, one line per request as it completes: `id`,
+`custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}). We add
+`request_sha256`: a request that changed after it was answered is sent again. Server and engine give the same rows.
 
-Killed and given again, it goes on: no request is lost or answered twice, and those that failed are sent again. A
-request's shard depends on its `custom_id` alone; shards are merged by putting their files one after the other.
+After a kill, the same command continues: no request is lost or answered twice, and failed requests are sent again. A
+request's shard depends on its `custom_id` alone; to merge shards, concatenate their files.
 """
 
 import asyncio
@@ -37,12 +36,12 @@ from serve.offline import OfflineEngine
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 SERVER_CONCURRENCY = 32
-# Well above what an engine decodes together: it must never wait for the next request.
+# Well above the engine's batch size: it must never wait for the next request.
 ENGINE_CONCURRENCY = 2048
 
 
 class Reply(NamedTuple):
-    """The body that answers one request, or why there is none."""
+    """The response body of one request, or the error."""
 
     body: dict[str, Any] | None
     error: str | None
@@ -52,7 +51,7 @@ Ask = Callable[[Row], Awaitable[Reply]]
 
 
 def batch(config: BatchConfig) -> Result:
-    """Answer every request that the output lacks; exit status 1 when some failed."""
+    """Answer every request that the output lacks; exit status 1 if some failed."""
     requests = read_requests(Path(config.requests))
     path = Path(config.answers)
     if config.part is not None:
@@ -60,11 +59,13 @@ def batch(config: BatchConfig) -> Result:
         requests = [request for request in requests if shard_of(request["custom_id"], n) == k]
         path = path.with_name(f"{path.stem}-{k}-of-{n}{path.suffix}")
     if config.base and engine_log(path).resolve() in (path.resolve(), Path(config.requests).resolve()):
-        raise UserError(f"the engine would log into {str(engine_log(path))!r}; name requests and answers .jsonl")
+        raise UserError(
+            f"the engine would write its log to {str(engine_log(path))!r}; name requests and answers .jsonl"
+        )
     asked = {request["custom_id"]: request_sha256(request) for request in requests}
 
     def still_holds(row: Row) -> bool:
-        # A row of another program's, without a hash, is taken as it is.
+        # A row from another program has no hash and is kept.
         known = row.get("request_sha256")
         return known in (None, asked.get(row.get("custom_id"), known))
 
@@ -72,13 +73,19 @@ def batch(config: BatchConfig) -> Result:
     if replaced:
         aside = path.with_name(f"{path.stem}-replaced{path.suffix}")
         write_jsonl(aside, [*read_rows(aside), *replaced])
-        print(f"{len(replaced)} requests have changed and are asked again; old answers: {aside}", file=sys.stderr)
+        print(
+            f"{len(replaced)} requests have changed and are sent again; their old answers are in {aside}",
+            file=sys.stderr,
+        )
     with RowLog(path, ("custom_id",), keep=still_holds) as log:
-        strangers = [key[0] for key in log.done if key[0] not in asked]
-        if strangers:
-            raise UserError(f"{str(path)!r} answers {strangers[0]!r}, which {config.requests!r} does not ask here")
+        foreign = [key[0] for key in log.done if key[0] not in asked]
+        if foreign:
+            raise UserError(
+                f"{str(path)!r} has an answer to {foreign[0]!r}, which is not a request of {config.requests!r} (or of "
+                "this shard); name another file for the answers"
+            )
         if log.done:
-            print(f"{len(log.done)} of {len(requests)} are answered already", file=sys.stderr)
+            print(f"{len(log.done)} of {len(requests)} requests are answered already", file=sys.stderr)
         todo = [request for request in requests if (request["custom_id"],) not in log.done]
         if todo:
             progress = Progress(len(requests), len(log.done))
@@ -93,39 +100,39 @@ def read_requests(path: Path) -> list[Row]:
     """The requests of a Batch file; UserError names the first line that is not one, or repeats a `custom_id`."""
     requests = read_jsonl(path)
     if not requests:
-        raise UserError(f"{str(path)!r} holds no requests")
+        raise UserError(f"{str(path)!r} has no requests; write one JSON object per line (see docs/eval.md)")
     known: set[str] = set()
     for number, request in enumerate(requests, start=1):
         name = request.get("custom_id")
         if not isinstance(name, str) or name in known:
-            raise UserError(f"{str(path)!r} request {number}: custom_id is {name!r}; it must be a text of its own")
+            raise UserError(f"{str(path)!r} request {number}: custom_id is {name!r}; it must be a unique string")
         if request.get("method") != "POST" or request.get("url") not in URLS:
-            raise UserError(f"{str(path)!r} request {name!r}: needs method POST and a url of {', '.join(URLS)}")
+            raise UserError(f"{str(path)!r} request {name!r}: needs method POST and as url one of {', '.join(URLS)}")
         body = request.get("body")
         if not isinstance(body, dict) or "model" not in body or body.get("stream"):
-            raise UserError(f"{str(path)!r} request {name!r}: body needs a model, and must not ask for a stream")
+            raise UserError(f"{str(path)!r} request {name!r}: body must be an object with a model and without stream")
         known.add(name)
     return requests
 
 
 def request_sha256(request: Row) -> str:
-    """Of all that could change the answer: url and body, whatever the order of their keys."""
+    """The hash of everything that could change the answer: url and body, whatever the order of their keys."""
     return hashlib.sha256(json.dumps([request["url"], request["body"]], sort_keys=True).encode()).hexdigest()
 
 
 def shard_of(custom_id: str, n: int) -> int:
-    """Which of `n` shards, from 1, a request is in: by the hash of its name, whatever else the file holds."""
+    """Which of `n` shards, from 1, a request belongs to, by the hash of its `custom_id`."""
     return int(hashlib.sha256(custom_id.encode()).hexdigest(), 16) % n + 1
 
 
 async def answer_all(ask: Ask, requests: Sequence[Row], log: RowLog, progress: Progress, concurrency: int) -> None:
-    """Append the answer to each request as it comes, `concurrency` in flight."""
+    """Append the answer to each request as it arrives, with `concurrency` requests in flight."""
 
     async def answer(request: Row) -> None:
         log.append(_line(request, await ask(request)))
         progress.step(request["body"]["model"])
 
-    # By model: an adapter then stays loaded, and no batch mixes more of them than it must.
+    # Sorted by model, an adapter stays loaded, and a batch mixes as few of them as possible.
     ordered = sorted(requests, key=lambda request: str(request["body"]["model"]))
     await run_bounded([partial(answer, request) for request in ordered], concurrency)
 
@@ -144,11 +151,11 @@ async def _server_answers(config: BatchConfig) -> AsyncIterator[Ask]:
     async with make_async_client(config.url or BASE_URL, timeout_s=config.timeout_s) as client:
 
         async def ask(request: Row) -> Reply:
-            # The body is passed on as it is, so fields unknown to the client survive.
+            # The body is sent unchanged, including fields that the client does not know.
             path = request["url"].removeprefix("/v1")
             outcome = await attempt(lambda: client.post(path, body=request["body"], cast_to=object))
             if outcome.error is None and not isinstance(outcome.response, dict):
-                return Reply(None, f"the reply is no JSON object: {outcome.response!r:.100}")
+                return Reply(None, f"the reply is not a JSON object: {outcome.response!r:.100}")
             return Reply(outcome.response, outcome.error)
 
         yield ask
@@ -156,7 +163,7 @@ async def _server_answers(config: BatchConfig) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def engine_answers(engine: OfflineEngine) -> AsyncIterator[Ask]:
-    """Start the engine, and ask it instead of a server."""
+    """Start the engine and answer with it."""
     async with engine:
 
         async def ask(request: Row) -> Reply:
@@ -169,16 +176,16 @@ async def engine_answers(engine: OfflineEngine) -> AsyncIterator[Ask]:
 
 
 def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> OfflineEngine:
-    """An engine for these requests; its log is beside the answers."""
+    """An engine for these requests; it logs next to the answers."""
     settings = load_config(ServeConfig, config.engine or None, {"model": config.base, "store": config.store or None})
-    # Room for each: the requests of all of them may wait at once.
+    # Requests of all models may wait at the same time.
     models = len({str(request["body"]["model"]) for request in requests})
     settings = dataclasses.replace(settings, max_cpu_loras=max(settings.max_cpu_loras, models))
     return OfflineEngine(settings, engine_log(answers))
 
 
 def engine_log(answers: Path) -> Path:
-    """Where the engine of these answers logs."""
+    """The log file of the engine for these answers."""
     return answers.with_suffix(".log")
 
 

@@ -1,7 +1,7 @@
-"""Which training rows stand close to a question: the retrieval baseline, and the check for contamination.
+"""Training rows that are similar to a question: for the retrieval yardstick, and to detect leakage.
 
-Training and test are split by normalised question, so no question is in both word for word. A paraphrase may be, and
-then its test score tells less about new questions.
+Leakage: training has seen a test question. The split is by normalized question, so no question is in both parts word
+for word, but a paraphrase may be. Its scores then say less about new questions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from eval.text_stats import ngrams, words
 
-# Share of a held-out question's 5-word runs that one training question also holds, from which it counts as seen.
+# A held-out question counts as seen if one training question has at least this share of its 5-word runs.
 SEEN_SHARE = 0.5
 _RUN_WORDS = 5
 
 
 def nearest(train_rows: Sequence[Mapping[str, str]], questions: Sequence[str]) -> list[Mapping[str, str]]:
-    """For each question, the training row whose question is nearest by TF-IDF cosine; its first answer."""
+    """For each question, the first training row whose question is nearest by TF-IDF cosine."""
     return [train_rows[at] for at in _cosines(train_rows, questions).argmax(axis=1)]
 
 
@@ -29,10 +29,10 @@ class Contamination:
         self._questions = [_runs(question) for question in {row["question"] for row in train_rows}]
 
     def reason(self, question: str, answers: Sequence[str]) -> str | None:
-        """`answer` or `question`, after what training shares with this one; None when neither.
+        """What training shares with this question: `answer`, `question` or None.
 
-        `answer`: one of its answers is a training answer, but for case and punctuation. `question`: half or more of its
-        5-word runs stand in one training question; a question under 5 words is one run.
+        `answer`: one of its answers is a training answer, up to case and punctuation. `question`: one training question
+        has half or more of its 5-word runs; a question under 5 words is one run.
         """
         if any(tuple(words(answer)) in self._answers for answer in answers):
             return "answer"

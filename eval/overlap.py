@@ -1,9 +1,9 @@
-"""Word-overlap metrics of one answer against its references, with the public libraries that define them.
+"""Word-overlap metrics of one answer against its references, from the libraries that define them.
 
-All are between 0 and 1, and all take the best or pooled match over several references, as each was defined: ROUGE and
-METEOR the best reference, BLEU and chrF their own multi-reference form. Their common weakness: in conversation a good
-answer shares few words with another good answer. On CounselChat, ROUGE-L of one counsellor against others is 0.16, and
-of an answer to a *different* question 0.15: read them only beside the human value and the floors.
+All are between 0 and 1. With several references ROUGE and METEOR take the best one; BLEU and chrF use their own
+multi-reference form. Their common weakness: in conversation a good answer shares few words with another good answer. On
+CounselChat, ROUGE-L of one counselor against others is 0.16, and of an answer to a *different* question 0.15: compare
+only with the human value and the floors.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def rouge(answer: str, references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L F1, no stemming, best reference each. Text without any letter or digit a-z scores 0."""
+    """ROUGE-1, -2 and -L F1, no stemming, each with its best reference. Text without letters a-z or digits scores 0."""
     best = _rouge_scorer().score_multi(list(references), answer)
     return {"rouge_1": best["rouge1"].fmeasure, "rouge_2": best["rouge2"].fmeasure, "rouge_l": best["rougeL"].fmeasure}
 
@@ -28,7 +28,7 @@ def chrf(answer: str, references: Sequence[str]) -> float:
 
 
 def meteor(answer: str, references: Sequence[str]) -> float:
-    """METEOR by exact and stemmed matches only: without WordNet's synonyms, so lower than the usual one."""
+    """METEOR with exact and stemmed matches only: lower than the usual one, which has WordNet's synonyms."""
     from nltk.translate.meteor_score import meteor_score
 
     tokenize = _rouge_scorer()._tokenizer.tokenize
@@ -36,7 +36,7 @@ def meteor(answer: str, references: Sequence[str]) -> float:
 
 
 class _NoSynonyms:
-    """Stands where nltk wants WordNet, which is a download of its own."""
+    """Takes the place of WordNet, which nltk would have to download."""
 
     def synsets(self, _word: str) -> list[Any]:
         return []

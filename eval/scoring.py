@@ -1,16 +1,15 @@
-"""From rows to scores: every answer of every arm, and the rows that tell what a score is worth, in scores.jsonl.
+"""Score every answer of every arm, and the yardsticks: scores.jsonl.
 
-scores.jsonl: one answer a line
+scores.jsonl: one answer per line
 | key | meaning |
 |---|---|
 | `arm`, `question_id`, `sample`, `text`, `finish_reason`, `error` | as in samples.jsonl |
-| `scores` | metric name to number; null when the row failed, is empty, or the metric is undefined for it |
+| `scores` | metric name to number (null if undefined); null if the row failed or has no words |
 
-The arms in `YARDSTICKS` are no models. They answer the same questions, so their scores say where a metric's floor and
-ceiling are:
+The arms in `YARDSTICKS` are not models. Their answers to the same questions show a metric's floor and ceiling:
 
-    human      each reference against the others, averaged over them, so with one reference fewer
-    retrieval  the answer to the nearest training question, by TF-IDF and so not by the encoder that scores it
+    human      each reference scored against the others, averaged; so with one reference fewer
+    retrieval  the answer to the nearest training question, by TF-IDF rather than by the encoder that scores it
     shuffled   a human answer to another held-out question
     echo       the question itself
     canned     one reply for everything
@@ -42,7 +41,7 @@ def score_rows(
     encoder: Encoder,
     progress: Callable[[str], None],
 ) -> list[Row]:
-    """One scores.jsonl row for each sample, then for each yardstick and question."""
+    """One scores.jsonl row per sample, then one per yardstick and question."""
     by_id = {question.question_id: question for question in questions}
     copying = Copying(row["answer"] for row in train_rows)
     rows: list[Row] = [
@@ -68,14 +67,14 @@ def score_rows(
 
 
 def answer_scores(answer: str, question: str, references: Sequence[str], encoder: Encoder) -> Scores:
-    """Every metric of one answer but copying; `references` must not be empty."""
-    encoded, asked, *known = encoder.encode([answer, question, *references])
-    best, mean = to_references(encoded, known)
+    """Every metric of one answer except copying; `references` must not be empty."""
+    encoded, asked, *targets = encoder.encode([answer, question, *references])
+    best, mean = to_references(encoded, targets)
     tokens = words(answer)
     return {
         "similarity_max": best,
         "similarity_mean": mean,
-        "greedy_match": greedy_match(encoded, known),
+        "greedy_match": greedy_match(encoded, targets),
         **rouge(answer, references),
         "bleu": bleu(answer, references),
         "chrf": chrf(answer, references),
@@ -88,7 +87,7 @@ def answer_scores(answer: str, question: str, references: Sequence[str], encoder
 
 
 def human_scores(question: Question, encoder: Encoder) -> Scores:
-    """The mean over references of each one's scores against the others; needs two references."""
+    """Each reference's scores against the others, averaged; needs two references."""
     each = [
         answer_scores(answer, question.question, [*question.answers[:i], *question.answers[i + 1 :]], encoder)
         for i, answer in enumerate(question.answers)
@@ -98,7 +97,7 @@ def human_scores(question: Question, encoder: Encoder) -> Scores:
 
 
 def yardstick_rows(questions: Sequence[Question], train_rows: Sequence[Mapping[str, str]]) -> list[Row]:
-    """The answers of the arms that are no models, in the order of `YARDSTICKS`; no `human` without a second answer."""
+    """The yardsticks' answers, in the order of `YARDSTICKS`; `human` only where a question has a second answer."""
     retrieved = [row["answer"] for row in nearest(train_rows, [question.question for question in questions])]
     texts = {
         "human": [question.answers[0] if len(question.answers) > 1 else "" for question in questions],

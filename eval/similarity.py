@@ -1,10 +1,13 @@
-"""Semantic similarity with a fixed encoder that is neither of the models compared: all-MiniLM-L6-v2.
+"""Semantic similarity with a fixed encoder that is not one of the compared models: all-MiniLM-L6-v2.
 
-The encoder reads 256 word pieces at most, and a quarter of counsellors' answers are longer. A long text is therefore
-cut into equal windows, and its vector is the token-weighted mean of theirs.
+The encoder reads at most 256 word pieces, and a quarter of counselors' answers are longer. A longer text is cut into
+equal windows, and its vector is the token-weighted mean of theirs.
 
-Ambiguous by nature: repeating the question scores about as high as a counsellor's answer, because both stay on topic.
-So `report` prints that echo, a canned reply, another question's answer and the human value beside every model's.
+The metric rewards staying on topic: repeating the question scores about as high as a counselor's answer. So the reports
+print echo, a canned reply, another question's answer and the human value next to every model.
+
+Why not `SentenceTransformer.encode`: it takes text, not ids, so a window that starts within a word is tokenized
+differently (9 of 108 long answers differ, by up to 0.01; short ones are equal). It also starts more slowly.
 """
 
 import importlib.util
@@ -15,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# 256 less the two special tokens.
+# 256 minus the two special tokens.
 WINDOW_TOKENS = 254
 _BATCH_TOKENS = 4096
 
@@ -23,7 +26,7 @@ Vectors = NDArray[np.float32]
 
 
 class Encoded(NamedTuple):
-    """A text's unit vector (384,) and those of its t word pieces in context (t, 384), without special tokens."""
+    """The unit vectors of a text (384,) and of its t word pieces in context (t, 384), without special tokens."""
 
     text: Vectors
     tokens: Vectors
@@ -33,7 +36,6 @@ class Encoder:
     """Turns texts into unit vectors; each distinct text is encoded once."""
 
     def __init__(self) -> None:
-        # BERT itself, not sentence-transformers: it starts in a third of the time and also yields word pieces' vectors.
         from transformers import BertModel, BertTokenizerFast
         from transformers.utils import logging
 
@@ -47,22 +49,22 @@ class Encoder:
         self._known: dict[str, Encoded] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """One `Encoded` a text. A text without any word piece raises ValueError."""
+        """One `Encoded` per text. Raises ValueError for a text without word pieces."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         windows = [(text, window) for text in new for window in self._windows(text)]
-        # Longest first: windows of like length share a batch, and memory peaks at the start.
+        # Longest first: windows of similar length share a batch, and memory peaks at the start.
         order = sorted(range(len(windows)), key=lambda at: -len(windows[at][1]))
         vectors: list[Any] = [None] * len(windows)
         for batch in _batches(order, [len(window) for _, window in windows]):
-            for at, found in zip(batch, self._forward([windows[at][1] for at in batch]), strict=True):
-                vectors[at] = found
+            for at, states in zip(batch, self._forward([windows[at][1] for at in batch]), strict=True):
+                vectors[at] = states
         parts: dict[str, list[Vectors]] = {}
-        for (text, _), found in zip(windows, vectors, strict=True):
-            parts.setdefault(text, []).append(found)
+        for (text, _), states in zip(windows, vectors, strict=True):
+            parts.setdefault(text, []).append(states)
         for text, pieces in parts.items():
-            # Special tokens match each other in any two texts: they are no part of what is compared.
+            # Special tokens match in any two texts, so they are left out.
             tokens = np.concatenate([piece[1:-1] for piece in pieces])
-            # Each window's mean weighted by its tokens; special tokens count in the mean, as this encoder was trained.
+            # The means of the windows, weighted by length; with special tokens, as the encoder was trained.
             pooled = sum(len(piece) * _unit(piece.mean(axis=0)) for piece in pieces)
             self._known[text] = Encoded(_unit(np.asarray(pooled)), _unit(tokens))
         return [self._known[text] for text in texts]
@@ -71,7 +73,7 @@ class Encoder:
         """The word pieces in the fewest windows of near-equal length."""
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
-            raise ValueError(f"nothing to encode in {text!r}")
+            raise ValueError(f"no word pieces in {text!r}")
         return [part.tolist() for part in np.array_split(ids, -(-len(ids) // WINDOW_TOKENS))]
 
     def _forward(self, windows: Sequence[list[int]]) -> list[Vectors]:
@@ -94,9 +96,9 @@ def to_references(answer: Encoded, references: Sequence[Encoded]) -> tuple[float
 
 
 def greedy_match(answer: Encoded, references: Sequence[Encoded]) -> float:
-    """The best reference's F1 of greedy matching: each word piece with the most similar one on the other side.
+    """Greedy matching F1 with the best reference: each word piece matches the most similar one on the other side.
 
-    The idea of BERTScore, with this encoder, without idf weights or rescaling: not comparable with published BERTScore.
+    This is BERTScore's idea with this encoder, without idf weights or rescaling: not comparable with published values.
     """
     best = 0.0
     for reference in references:
@@ -112,7 +114,7 @@ def _unit(vectors: Vectors) -> Vectors:
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """`order` cut so that no batch, padded to its first and longest item, holds more than `_BATCH_TOKENS` tokens."""
+    """Cut `order`, longest first, into batches of at most `_BATCH_TOKENS` tokens with padding."""
     batches: list[list[int]] = []
     for at in order:
         if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + 2) <= _BATCH_TOKENS:

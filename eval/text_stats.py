@@ -1,6 +1,6 @@
-"""What can be said of an answer without a reference: length, reading grade, repetition, copying.
+"""Metrics of an answer that need no reference: length, reading grade, repetition, copying.
 
-`words` here are runs of letters, digits and inner apostrophes, lower-cased: "Don't worry." is two.
+A word is a lower-cased run of letters, digits and inner apostrophes: "Don't worry." has two.
 """
 
 import re
@@ -14,7 +14,7 @@ COPY_WORDS = 8
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, lower-cased, in order."""
+    """The lower-cased words of a text, in order."""
     return _WORD.findall(text.replace("’", "'").lower())
 
 
@@ -24,15 +24,15 @@ def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(tokens: Sequence[str], n: int) -> float | None:
-    """Distinct n-grams over all n-grams. 1 means no repetition; None when there are fewer than n words."""
+    """Distinct n-grams over all n-grams; 1 means no repetition. None with fewer than n words."""
     grams = ngrams(tokens, n)
     return len(set(grams)) / len(grams) if grams else None
 
 
 def distinct_over(answers: Iterable[str], n: int, budget: int) -> float | None:
-    """`distinct` over the first `budget` words of all answers joined; None when there are fewer.
+    """`distinct` over the first `budget` words of the joined answers; None if there are fewer.
 
-    A fixed budget, because the share of distinct n-grams falls as a text grows: unequal lengths are not comparable.
+    The budget is fixed because the share of distinct n-grams falls with length.
     """
     tokens = [word for answer in answers for word in words(answer)]
     return distinct(tokens[:budget], n) if len(tokens) >= budget else None
@@ -41,8 +41,8 @@ def distinct_over(answers: Iterable[str], n: int, budget: int) -> float | None:
 def reading_grade(text: str) -> float | None:
     """Flesch-Kincaid grade: 0.39 words/sentence + 11.8 syllables/word - 15.59; None without words.
 
-    Syllables are hyphenation points plus one (pyphen, en_US), which undercounts some words. A text without a full stop
-    is one sentence, so a list without punctuation looks hard to read.
+    Syllables are hyphenation points plus one (pyphen, en_US), which undercounts some words. Text without a full stop is
+    one sentence, so a list without punctuation scores as hard to read.
     """
     tokens = words(text)
     if not tokens:
@@ -53,19 +53,19 @@ def reading_grade(text: str) -> float | None:
 
 
 class Copying:
-    """How much of a text stands word for word in a set of training answers."""
+    """How much of a text is copied word for word from training answers."""
 
     def __init__(self, training: Iterable[str]) -> None:
-        self._seen = {gram for text in training for gram in ngrams(words(text), COPY_WORDS)}
+        self._training_grams = {gram for text in training for gram in ngrams(words(text), COPY_WORDS)}
 
     def share(self, text: str) -> float | None:
-        """The share of the text's words that lie in an 8-word run found in training; None below 8 words."""
+        """The share of words in 8-word runs that training has too; None below 8 words."""
         tokens = words(text)
         if len(tokens) < COPY_WORDS:
             return None
         copied: set[int] = set()
         for start, gram in enumerate(ngrams(tokens, COPY_WORDS)):
-            if gram in self._seen:
+            if gram in self._training_grams:
                 copied.update(range(start, start + COPY_WORDS))
         return len(copied) / len(tokens)
 

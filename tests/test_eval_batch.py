@@ -328,7 +328,7 @@ def test_a_reply_that_is_no_object_is_an_error_row(echo: ThreadingHTTPServer, tm
     rows = by_id(tmp_path / "out.jsonl")
 
     assert (result.exit_status, result.document["failed"]) == (1, 1)
-    assert rows["a"]["error"]["message"] == "the reply is no JSON object: []"
+    assert rows["a"]["error"]["message"] == "the reply is not a JSON object: []"
     assert rows["b"]["error"] is None
 
 
@@ -337,6 +337,6 @@ def test_the_engines_log_is_no_file_of_the_batch(tmp_path: Path, requests: str, 
     """It would be written over."""
     write_jsonl(tmp_path / requests, [request("a", "m", COMPLETIONS, prompt="one")])
 
-    with pytest.raises(UserError, match="the engine would log into"):
+    with pytest.raises(UserError, match="the engine would write its log to"):
         batch(BatchConfig(str(tmp_path / requests), str(tmp_path / answers), base="smollm2-135m"))
     assert not (tmp_path / answers).exists()

@@ -220,7 +220,7 @@ def test_a_run_asks_its_own_adapter() -> None:
 @pytest.mark.parametrize("name", [*YARDSTICKS, "tiny/native"])
 def test_a_model_cannot_be_taken_for_another_arm(name: str) -> None:
     """Its answers and another arm's would be one row in every table; not asked, it is in nobody's way."""
-    with pytest.raises(UserError, match=f"the model '{name}' is called like another arm"):
+    with pytest.raises(UserError, match=f"the model '{name}' has the name of another arm"):
         choose(offer(name), name, ("base", name), baselines=True)
     assert choose(offer(name, "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
 
@@ -228,7 +228,7 @@ def test_a_model_cannot_be_taken_for_another_arm(name: str) -> None:
 def test_base_is_the_base_whatever_adapters_are_called() -> None:
     """An adapter named `base` is not what `--models base` means."""
     assert choose(offer("base", "gentle"), "gentle", ("base",), baselines=False) == [Arm("tiny")]
-    with pytest.raises(UserError, match="'human' is called like another arm"):
+    with pytest.raises(UserError, match="'human' has the name of another arm"):
         choose(served([{"id": "human", "max_model_len": 9}]), "gentle", ("base",), baselines=False)
 
 
