@@ -14,7 +14,7 @@ import pytest
 
 from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl
-from train.cleaning import clean, drop_reason, normalised, question_id
+from train.cleaning import clean, drop_reason, normalized, question_id
 from train.data import SPLITS, DataConfig, clean_rows, leak_share, prepare, split_rows, write
 from train.sources import load
 
@@ -79,7 +79,7 @@ def test_copies_of_a_question_have_one_id():
     """Case, punctuation, spaces and the way a character is encoded make no other question; a word does."""
     one = "I can't sleep. What helps?"
 
-    assert normalised(one) == "icantsleepwhathelps"
+    assert normalized(one) == "icantsleepwhathelps"
     assert question_id(one) == hashlib.sha256(b"icantsleepwhathelps").hexdigest()[:16]
     assert question_id("i cant  sleep.\nWHAT helps") == question_id(one)
     assert question_id("I can\u2019t sleep.What helps?") == question_id(one)
@@ -101,7 +101,7 @@ def test_copies_of_a_question_have_one_id():
 )
 def test_vowel_signs_and_tones_are_part_of_a_word(one, other):
     """Questions that differ only in combining marks are different questions."""
-    assert normalised(one) != normalised(other)
+    assert normalized(one) != normalized(other)
     assert question_id(one) != question_id(other)
     rows, dropped, _, _ = clean_rows(
         [{"Context": one, "Response": ANSWER}, {"Context": other, "Response": f"{ANSWER} Then walk."}], DataConfig()
@@ -112,11 +112,11 @@ def test_vowel_signs_and_tones_are_part_of_a_word(one, other):
 
 def test_how_a_mark_is_written_makes_no_other_question():
     """One character or two, joined or not, a picture or a sign, a dot that only folding adds: copies of one text."""
-    assert normalised("caf\u00e9") == normalised("cafe\u0301") == normalised("cafe\u200d\u0301") == "caf\u00e9"
-    assert normalised("\u0b95\u0bca") == normalised("\u0b95\u0bc6\u0bbe")  # Tamil ko, whole and in two parts
-    assert normalised("love \u2764\ufe0f you") == normalised("love \u2764 you") == "loveyou"
-    assert normalised("\u0130yi misin") == normalised("iyi misin") == "iyimisin"
-    assert normalised(" _-!") == ""
+    assert normalized("caf\u00e9") == normalized("cafe\u0301") == normalized("cafe\u200d\u0301") == "caf\u00e9"
+    assert normalized("\u0b95\u0bca") == normalized("\u0b95\u0bc6\u0bbe")  # Tamil ko, whole and in two parts
+    assert normalized("love \u2764\ufe0f you") == normalized("love \u2764 you") == "loveyou"
+    assert normalized("\u0130yi misin") == normalized("iyi misin") == "iyimisin"
+    assert normalized(" _-!") == ""
 
 
 def test_duplicates_are_dropped_and_counted():
@@ -264,8 +264,8 @@ def test_every_format_gives_the_same_rows(tmp_path):
     ("name", "content", "message"),
     [
         ("t.doc", "x", r"end in \.csv, \.tsv, .*, \.json, \.jsonl, .*\.parquet"),
-        ("t.csv", "", "holds no rows"),
-        ("t.csv", "Context,Response\n", "holds no rows"),
+        ("t.csv", "", "contains no rows"),
+        ("t.csv", "Context,Response\n", "contains no rows"),
         ("t.csv", "Context,Response\nwhy,well,so\n", "line 2 has more fields"),
         ("t.json", '[{"Context": 1}', "is not JSON"),
         ("t.json", '["a"]', "a list of objects"),
@@ -276,7 +276,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
             "question,Response\nwhy,well\n",
             "no column 'Context', only 'question', 'Response'.*--question-column",
         ),
-        ("t.jsonl", '{"Context": "a", "Response": ["b"]}', "row 1: Response holds list"),
+        ("t.jsonl", '{"Context": "a", "Response": ["b"]}', "row 1: Response is list"),
         (
             "t.csv",
             "Context,Response\nwhy,no\nwho,\n",
@@ -327,7 +327,7 @@ def test_bad_settings_are_one_line(tmp_path):
     for config, message in (
         (DataConfig(data="nowhere/at/all.csv"), "no data file"),
         (DataConfig(data=str(cyrillic)), "is not UTF-8"),
-        (DataConfig(revision="main"), "only a hub set has revisions"),
+        (DataConfig(revision="main"), "only a hub data set has revisions"),
         (DataConfig(val_share=0.5, test_share=0.5), "together under 1"),
         (DataConfig(split="topic"), "must be question or row"),
         (DataConfig(topic_column="theme"), "no column 'theme'.*--topic-column"),

@@ -65,7 +65,7 @@ def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
     table = delimited.read(text, "t.csv")
 
     assert [table.header, *table.rows] == [HEADER, *rows]
-    assert "backslash" in table.said
+    assert "backslash" in table.format
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_windows_1252_is_read_where_it_fits(tmp_path, separator):
     source = load(str(path))
 
     assert [list(row.values()) for row in source.rows] == rows
-    assert "Windows-1252 (it gives gr\u00fcble, \u2013, w\u00e4re)" in source.read_as
+    assert "Windows-1252 (with words such as gr\u00fcble, \u2013, w\u00e4re)" in source.read_as
 
 
 @pytest.mark.parametrize(
@@ -209,12 +209,12 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
         ('q,a\nwhy,"not\nnow\n', "line 2 opens a quote, and nothing closes it"),
         ('q,a\n"bad day, and I,That sounds hard\n"Second","It is fine"\n', "line 2 opens a quote"),
         ('"q","a"\n"one","well\n"two","so"\n', "line 2 opens a quote"),
-        ('"q","a"\none\ntwo","well"\n', 'line 3 closes a quote that nothing opens'),
-        ('"q","a"\n"one","well"\nI am 6\' 2","so it is"\n', "line 3 closes a quote that nothing opens"),
-        ('q,a\n"one\n\ntwo","well"\nI am\n\n6\' 2",fine\n', "line 7 closes a quote that nothing opens"),
-        ('q,a\n"no, never" he said,well\n', "line 2 has text behind a closing quote (' he said,well')"),
-        ("q,a\nwhy,well,so\n", "line 2 has more fields than the header; quote the fields that hold commas"),
-        ("q;a\nok;yes\nwhy;well;so\n", "line 3 has more fields than the header; quote the fields that hold the sep"),
+        ('"q","a"\none\ntwo","well"\n', 'line 3 closes a quote that was not opened'),
+        ('"q","a"\n"one","well"\nI am 6\' 2","so it is"\n', "line 3 closes a quote that was not opened"),
+        ('q,a\n"one\n\ntwo","well"\nI am\n\n6\' 2",fine\n', "line 7 closes a quote that was not opened"),
+        ('q,a\n"no, never" he said,well\n', "line 2 has text after a closing quote (' he said,well')"),
+        ("q,a\nwhy,well,so\n", "line 2 has more fields than the header; quote the fields that contain commas"),
+        ("q;a\nok;yes\nwhy;well;so\n", "line 3 has more fields than the header; quote the fields that contain the sep"),
         ("sep=;\nq;a\nwhy;well;so\n", "line 3 has more fields"),
         ('\ufeffq\ta\r\nok\tyes\r\nwhy\t"well\r\n'.lstrip("\ufeff"), "line 3 opens a quote"),
     ],
@@ -294,12 +294,15 @@ def test_json_is_read_in_the_shapes_people_have(tmp_path, text, said, mark):
     ("text", "said"),
     [
         ('{"a": "b"}\n{"a": "c', "line 2 is not JSON: Unterminated string"),
-        ('{"a": "b"}\n["c"]\n', "line 2 is a JSON list; an object is needed"),
+        ('{"a": "b"}\n["c"]\n', "line 2 is a JSON list; it must be an object"),
         ('{"a": "b"}\n{"a": 1, "a": 2}\n', "line 2 is not JSON: the key 'a' is given twice"),
         ('[{"a": 1, "a": 2}]', "the key 'a' is given twice"),
         ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "lists of objects under 'train', 'test'; keep one of them"),
-        ('["a", "b"]', "holds a list of other things than objects; it must hold one object a line, a list of objects"),
-        ('{"meta": {"x": 1}, "n": [1, 2]}', "holds an object with 'meta', 'n'; it must hold"),
+        (
+            '["a", "b"]',
+            "contains a list that is not a list of objects; it must contain one object per line, a list of objects",
+        ),
+        ('{"meta": {"x": 1}, "n": [1, 2]}', "contains an object with 'meta', 'n'; it must contain"),
         ("[" * 100_000, "is not JSON"),
         ("Dear all,\nhello\n", "is not JSON: it starts with 'Dear all,'"),
     ],
@@ -340,16 +343,16 @@ def test_packed_files_are_unpacked(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("t.zip", zipped(a_csv="q,a\n", b_csv="q,a\n"), "holds 'a.csv', 'b.csv'; it must hold one data file"),
-        ("t.zip", zipped(a_md="x"), "holds 'a.md'; it must hold one data file"),
-        ("t.zip", zipped(), "holds no rows|is not packed"),
-        ("t.csv", zipped(**{"[Content_Types]_xml": "x", "xl__t_csv": "y"}), "is an Excel workbook; save its sheet"),
-        ("t.xlsx", zipped(), "is a workbook; save its sheet as CSV"),
-        ("t.zip", zipped(a_csv="q,a\n")[:-30], "is not whole"),
-        ("t.csv.gz", gzip.compress(written(ROWS).encode())[:-20], "is not whole"),
-        ("t.csv.gz", b"q,a\n", "is not packed as its name says"),
+        ("t.zip", zipped(a_csv="q,a\n", b_csv="q,a\n"), "contains 'a.csv', 'b.csv'; it must contain one data file"),
+        ("t.zip", zipped(a_md="x"), "contains 'a.md'; it must contain one data file"),
+        ("t.zip", zipped(), "contains no rows|is not compressed"),
+        ("t.csv", zipped(**{"[Content_Types]_xml": "x", "xl__t_csv": "y"}), "is an Excel spreadsheet; save its sheet"),
+        ("t.xlsx", zipped(), "is a spreadsheet; save its sheet as CSV"),
+        ("t.zip", zipped(a_csv="q,a\n")[:-30], "is damaged"),
+        ("t.csv.gz", gzip.compress(written(ROWS).encode())[:-20], "is damaged"),
+        ("t.csv.gz", b"q,a\n", "is not compressed as its suffix says"),
         ("t.gz", gzip.compress(b"q,a\n"), "must end in .csv"),
-        ("t.csv", b"q,a\n\x00\x01\x02\x00\x00", "zero bytes|not whole UTF-16"),
+        ("t.csv", b"q,a\n\x00\x01\x02\x00\x00", "zero bytes|not valid UTF-16"),
     ],
 )  # fmt: skip
 def test_a_bad_archive_is_one_line(tmp_path, name, content, said):
@@ -363,8 +366,8 @@ def test_a_bad_archive_is_one_line(tmp_path, name, content, said):
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (["context", "RESPONSE"], "'context' taken for 'Context'; 'RESPONSE' taken for 'Response'"),
-        ([" Context", "Response "], "' Context' taken for 'Context'; 'Response ' taken for 'Response'"),
+        (["context", "RESPONSE"], "'context' used as 'Context'; 'RESPONSE' used as 'Response'"),
+        ([" Context", "Response "], "' Context' used as 'Context'; 'Response ' used as 'Response'"),
         (["Context", "Response", "context"], "UTF-8"),
     ],
 )
@@ -384,14 +387,14 @@ def test_columns_are_found_whatever_their_case(tmp_path, header, said):
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (["Context", "Response", "Response"], "has 2 columns of one name, 'Response' and 'Response'"),
-        (["context", "CONTEXT", "Response"], "has 2 columns of one name, 'context' and 'CONTEXT'"),
-        (["q", "a", "t"], "has no column 'Context', only 'q', 'a', 't'; say which one it is with --question-column"),
+        (["Context", "Response", "Response"], "has 2 columns with the same name, 'Response' and 'Response'"),
+        (["context", "CONTEXT", "Response"], "has 2 columns with the same name, 'context' and 'CONTEXT'"),
+        (["q", "a", "t"], "has no column 'Context', only 'q', 'a', 't'; name the right one with --question-column"),
         (["My flatmate moved out and the flat feels so very empty now, you know", "Rest.", "x"], "has no header row"),
     ],
 )
 def test_a_header_that_is_not_clear_is_refused(tmp_path, header, said):
-    """Two columns of one name, none of it, or a first row of conversation."""
+    """Two columns with the same name, none of it, or a first row of conversation."""
     path = tmp_path / "t.csv"
     path.write_text(written(ROWS, header), encoding="utf-8")
     with pytest.raises(UserError) as raised:
@@ -422,5 +425,5 @@ def test_a_topic_stops_nothing_and_an_answer_that_is_no_text_is_named(tmp_path):
                 for n, row in enumerate([*rows, rows[0]])
             )
         )
-        with pytest.raises(UserError, match=rf"row 41: Response holds {type(value).__name__}"):
+        with pytest.raises(UserError, match=rf"row 41: Response is {type(value).__name__}"):
             prepare(DataConfig(data=str(path)))

@@ -1,7 +1,7 @@
-"""Text as people paste it into forums, made fit to train on: plain text, odd characters, length, copies.
+"""Cleans text that people pasted into forums, so that a model can train on it.
 
-`clean` keeps the words and the paragraph breaks, and nothing that is invisible. `drop_reason` says why a row must not
-be used. `normalised` is what two copies of one text have in common, and `question_id` names a question by it.
+`clean` keeps the words and the paragraph breaks, and removes markup and invisible characters. `drop_reason` tells why a
+row must not be used. `normalized` is equal for copies of one text, and `question_id` is a hash of it.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ from train.markup import plain_text
 
 MIN_ANSWER_WORDS = 6
 
-# Joiners (U+200C, U+200D) stay: Persian words and many emoji are spelled with them.
+# Joiners (U+200C, U+200D) are kept: Persian words and many emoji need them.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
-_HALF_PAIRS = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 _LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
 _NOT_WORDS = re.compile(r"[\W_]+")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 # Forum exports lose the break between paragraphs: "a big influence.Otherwise you can".
-_GLUED = re.compile(r"(?<=[a-z]{2}[.?!])(?=[A-Z][a-z\u2019'-]*[\s,])")
+_MISSING_SPACE = re.compile(r"(?<=[a-z]{2}[.?!])(?=[A-Z][a-z\u2019'-]*[\s,])")
 
-# Scripts that put no spaces between words, and how many of their letters make a word, about: Chinese and Japanese 1.5,
-# Korean (whose spaces part phrases) 2, Thai, Lao, Burmese and Khmer 3, signs for vowels and tones not counted.
+# Scripts without spaces between words, and roughly how many of their letters make a word: Chinese and Japanese 1.5,
+# Korean (whose spaces separate phrases) 2, Thai, Lao, Burmese and Khmer 3, without vowel and tone signs.
 _HAN_AND_KANA = (
     "\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
@@ -37,31 +37,31 @@ _UNSPACED = (
 
 
 def clean(text: str) -> str:
-    """Plain text in Unicode NFC, at most one blank line in a row, no space at a line's ends. Clean text stays as it is.
+    """Plain text in Unicode NFC, at most one blank line in a row, no space around a line. Clean text does not change.
 
     >>> clean("<p>I&nbsp;can&#39;t   sleep.</p><p>Why?</p>")
     "I can't sleep.\\n\\nWhy?"
     """
-    # Exports escape twice, so that what comes out of one round may be markup again.
+    # Exports escape markup twice, so one round may uncover more of it.
     while (cleaner := _clean_once(text)) != text:
         text = cleaner
     return text
 
 
 def _clean_once(text: str) -> str:
-    # JSON can hold half of a surrogate pair, which no file in UTF-8 can.
-    text = plain_text(_LINE_ENDS.sub("\n", _HALF_PAIRS.sub("", text)))
+    # JSON can hold an unpaired surrogate, which UTF-8 cannot encode.
+    text = plain_text(_LINE_ENDS.sub("\n", _LONE_SURROGATES.sub("", text)))
     text = unicodedata.normalize("NFC", _LINE_ENDS.sub("\n", text).translate(_INVISIBLE))
-    text = _GLUED.sub(" ", _SPACES.sub(" ", _CONTROLS.sub("", text)))
+    text = _MISSING_SPACE.sub(" ", _SPACES.sub(" ", _CONTROLS.sub("", text)))
     lines = "\n".join(line.strip() for line in text.split("\n"))
     return re.sub(r"\n{3,}", "\n\n", lines).strip()
 
 
 def drop_reason(question: str, answer: str) -> str | None:
-    """Why a cleaned pair must not be used, or None. The first fault that applies is the one that is counted."""
-    if not normalised(question):
+    """Why a cleaned pair must not be used; None if it may be. The first reason that applies."""
+    if not normalized(question):
         return "empty question"
-    if not normalised(answer):
+    if not normalized(answer):
         return "empty answer"
     for text in (question, answer):
         kinds = {contact.kind for contact in contacts(text)}
@@ -74,7 +74,7 @@ def drop_reason(question: str, answer: str) -> str | None:
 
 
 def count_words(text: str) -> int:
-    """Words between spaces; where a script has no spaces between words, about as many as its letters make.
+    """The number of words. In scripts without spaces between words, an estimate from the number of letters.
 
     >>> count_words("Rest a little."), count_words("\u8bf7\u4f11\u606f\u4e00\u4e0b\u3002")
     (3, 3)
@@ -86,21 +86,21 @@ def count_words(text: str) -> int:
     return round(n_words) + sum(any(map(str.isalnum, word)) for word in text.split())
 
 
-def normalised(text: str) -> str:
-    """The letters, their marks and the digits of `text`, case folded, without spaces: equal for copies of one text.
+def normalized(text: str) -> str:
+    """The letters, marks and digits of `text`, case-folded and without spaces: equal for copies of one text.
 
-    >>> normalised("I can't sleep!") == normalised("i  cant\\nSLEEP")
+    >>> normalized("I can't sleep!") == normalized("i  cant\\nSLEEP")
     True
     """
-    # Folded, the Turkish capital \u0130 is an i with a dot more than the i of its copies.
+    # Case-folding turns the Turkish capital \u0130 into an i and a combining dot, which its copies lack.
     folded = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
     return unicodedata.normalize("NFKC", _NOT_WORDS.sub(_marks, folded))
 
 
 def _marks(gap: re.Match[str]) -> str:
-    """The vowel signs and accents among characters that are no letters: Hindi, Bengali and Thai write words with them.
+    """The vowel signs and accents between letters, which Hindi, Bengali and Thai words need.
 
-    `re` counts them as no part of a word. Variation selectors are marks that only choose between two pictures.
+    `re` does not count them as word characters. Variation selectors are dropped: they only choose between two glyphs.
     """
     if gap[0].isascii():
         return ""
@@ -112,5 +112,5 @@ def _marks(gap: re.Match[str]) -> str:
 
 
 def question_id(question: str) -> str:
-    """The first 16 hex digits of the SHA-256 of the normalised question."""
-    return hashlib.sha256(normalised(question).encode()).hexdigest()[:16]
+    """The first 16 hex digits of the SHA-256 of the normalized question."""
+    return hashlib.sha256(normalized(question).encode()).hexdigest()[:16]

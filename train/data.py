@@ -1,7 +1,7 @@
-"""Conversations: load them from anywhere, clean, de-duplicate, split by question, and say what was done.
+"""Conversations: loads, cleans, de-duplicates and splits them by question, and reports what was done.
 
-A set has one row an answer, and a question usually has several. So rows are split by question: with a random split of
-rows, most test questions have been seen in training with another answer, and the scores are flattered.
+A data set has one row per answer, and most questions have several answers. So rows are split by question: a random
+split of rows would put most test questions in training too, with another answer, and inflate the scores.
 
     splits, report = prepare(DataConfig(data="conversations.csv", question_column="question"))
     print(report)
@@ -17,13 +17,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from counsel.errors import UserError
 from counsel.files import write_json, write_jsonl
-from train.cleaning import clean, count_words, drop_reason, normalised, question_id
+from train.cleaning import clean, count_words, drop_reason, normalized, question_id
 from train.contacts import contacts, mask
-from train.sources import load
+from train.sources import Source, load
+
+Item = TypeVar("Item")
 
 SPLITS = ("train", "val", "test")
 DEFAULT_TOPIC_COLUMN = "topic"
@@ -32,19 +34,19 @@ Row = dict[str, str]
 Splits = dict[str, list[Row]]
 
 MAX_EXAMPLES = 3
-# Characters of a row around what it was dropped for.
+# Characters of a row shown around the reason for dropping it.
 EXCERPT_CHARS = 80
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where conversations come from and how they are split; a `Recipe` has the same fields.
+    """Where conversations come from and how they are split. A `Recipe` has the same fields.
 
-    data: a CSV, TSV, JSON, JSONL or Parquet file, packed or not, a hub id (org/name), or `sample`, the shipped set.
-    revision: commit, tag or branch of a hub set; empty means its newest.
-    contacts: rows with links, e-mail addresses or phone numbers: `drop` them, or `mask` those ("[link]").
+    data: a CSV, TSV, JSON, JSONL or Parquet file, also compressed, a hub id (org/name), or `sample`, the shipped set.
+    revision: commit, tag or branch of a hub data set; empty means the newest.
+    contacts: `drop` rows with links, e-mail addresses or phone numbers, or `mask` those parts ("[link]").
     val_share, test_share: shares of the questions.
-    split: `question`; or `row`, which leaks and is there only to measure how much.
+    split: `question`; or `row`, which leaks and exists only to measure how much.
     """
 
     data: str = "sample"
@@ -61,14 +63,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of every row. Counts; lengths are in words.
+    """What happened to every row, in counts. Lengths are in words.
 
-    dropped: rows by reason, each row counted once, under the first reason that applies.
-    masked: rows kept in which a link, an e-mail address or a phone number was masked, by what it was.
-    examples: for each reason the first rows dropped for it, as `row 7: '...'`; never written, since they hold contacts.
-    read_as: the source's form as it was found (encoding, separator, packing), and columns under other names than asked.
-    leak: questions that are in more than one split; 0 unless `split` is `row`.
-    row_split_leak: the share of test questions that a random row split of the same rows puts in training too.
+    dropped: rows by reason. Each row counts once, under the first reason that applies.
+    masked: rows in which a link, an e-mail address or a phone number was masked, by kind.
+    examples: the first rows dropped for each reason, as `row 7: '...'`. Never written to disk: they contain contacts.
+    read_as: the detected format (encoding, separator, compression), and columns that were matched by a similar name.
+    leak: questions in more than one split; 0 unless `split` is `row`.
+    row_split_leak: the share of test questions that a random row split of the same rows would put in training too.
     """
 
     source: str
@@ -109,26 +111,28 @@ class Report:
         return "\n".join(lines)
 
 
+class Cleaned(NamedTuple):
+    """The rows worth keeping, in order of first appearance, and the `dropped`, `masked` and `examples` of a Report."""
+
+    rows: list[Row]
+    dropped: dict[str, int]
+    masked: dict[str, int]
+    examples: dict[str, list[str]]
+
+
+class LoadedRows(NamedTuple):
+    """Rows as the source has them, the same rows cleaned, and how they were read, in words."""
+
+    source: Source
+    cleaned: Cleaned
+    read_as: str
+
+
 def prepare(config: DataConfig) -> tuple[Splits, Report]:
-    """Load, clean, de-duplicate and split. Raises UserError when the source or the shares are no good."""
-    shares = (config.val_share, config.test_share)
-    if min(shares) < 0 or sum(shares) >= 1:
-        raise UserError(f"val_share and test_share are {shares}; each must be 0 or more, together under 1")
-    if config.split not in ("question", "row"):
-        raise UserError(f"split is {config.split!r}; it must be question or row")
-    if config.contacts not in ("drop", "mask"):
-        raise UserError(f"contacts is {config.contacts!r}; it must be drop or mask")
-    source = load(config.data, config.revision)
-    found, renamed = with_columns(config, source.columns)
-    rows, dropped, masked, examples = clean_rows(source.rows, found)
-    if not rows:
-        reasons = ", ".join(f"{n} {reason} (such as {examples[reason][0]})" for reason, n in dropped.items())
-        raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
-    splits = split_rows(rows, config)
-    for name, share in zip(SPLITS, (1.0, *shares), strict=True):
-        if share and not splits[name]:
-            count = len({row["question_id"] for row in rows})
-            raise UserError(f"the {name} split is empty with {count} questions; give more data or another split_seed")
+    """Load, clean, de-duplicate and split. Raises UserError if the source or the config is unusable."""
+    source, cleaned, read_as = load_rows(config)
+    rows = cleaned.rows
+    splits = full_splits(rows, config)
     leaked = leak(splits)
     assert config.split == "row" or leaked == 0
     by_row = split_rows(rows, dataclasses.replace(config, split="row"))
@@ -136,14 +140,14 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
         source=config.data,
         revision=source.revision,
         source_sha256=source.sha256,
-        read_as="; ".join([source.read_as, *renamed]),
+        read_as=read_as,
         split=config.split,
         split_seed=config.split_seed,
         rows_in=len(source.rows),
         rows_out=len(rows),
-        dropped=dropped,
-        masked=masked,
-        examples=examples,
+        dropped=cleaned.dropped,
+        masked=cleaned.masked,
+        examples=cleaned.examples,
         questions={name: len(_questions(splits[name])) for name in SPLITS},
         rows={name: len(splits[name]) for name in SPLITS},
         leak=leaked,
@@ -155,6 +159,29 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
     return splits, report
 
 
+def load_rows(config: DataConfig) -> LoadedRows:
+    """Load and clean the rows. Raises UserError if the source or the config is unusable."""
+    _check_config(config)
+    source = load(config.data, config.revision)
+    columns, renamed = with_columns(config, source.columns)
+    cleaned = clean_rows(source.rows, columns)
+    if not cleaned.rows:
+        reasons = ", ".join(f"{n} {reason} (such as {cleaned.examples[reason][0]})"
+                            for reason, n in cleaned.dropped.items())  # fmt: skip
+        raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
+    return LoadedRows(source, cleaned, "; ".join([source.read_as, *renamed]))
+
+
+def _check_config(config: DataConfig) -> None:
+    shares = (config.val_share, config.test_share)
+    if min(shares) < 0 or sum(shares) >= 1:
+        raise UserError(f"val_share and test_share are {shares}; each must be 0 or more, together under 1")
+    if config.split not in ("question", "row"):
+        raise UserError(f"split is {config.split!r}; it must be question or row")
+    if config.contacts not in ("drop", "mask"):
+        raise UserError(f"contacts is {config.contacts!r}; it must be drop or mask")
+
+
 def write(run_path: Path, splits: Splits, report: Report) -> None:
     """Write data/{train,val,test}.jsonl under `run_path`, and data/report.json last."""
     for name in SPLITS:
@@ -164,20 +191,11 @@ def write(run_path: Path, splits: Splits, report: Report) -> None:
     write_json(run_path / "data" / "report.json", document)
 
 
-class Cleaned(NamedTuple):
-    """The rows worth keeping, in order of first appearance, and the `dropped`, `masked` and `examples` of a Report."""
-
-    rows: list[Row]
-    dropped: dict[str, int]
-    masked: dict[str, int]
-    examples: dict[str, list[str]]
-
-
 def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
-    """Clean every row, and drop what is no pair to learn from.
+    """Clean every row, and drop those that are unfit for training.
 
-    Of several copies of one pair the longest is kept: the others have lost their paragraph breaks. One text of a
-    question stands for all its rows. An answer pasted under several questions stays only under the first.
+    Of several copies of one pair the longest is kept, because the others lost their paragraph breaks. All rows of a
+    question get its longest text. An answer that was pasted under several questions is kept only under the first.
     """
     dropped: Counter[str] = Counter()
     masked: Counter[str] = Counter()
@@ -198,14 +216,14 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
             for column in (config.question_column, config.answer_column)
         )
         topic = clean(_label(fields.get(config.topic_column)))
-        hidden: set[str] = set()
+        masked_kinds: set[str] = set()
         if config.contacts == "mask":
-            hidden = {contact.kind for text in (question, answer) for contact in contacts(text)}
+            masked_kinds = {contact.kind for text in (question, answer) for contact in contacts(text)}
             question, answer = mask(question), mask(answer)
         if reason := drop_reason(question, answer):
             drop(reason, number, _excerpt(reason, question, answer))
             continue
-        key = (question_id(question), normalised(answer))
+        key = (question_id(question), normalized(answer))
         if owner.setdefault(key[1], key[0]) != key[0]:
             drop("answer given to another question", number, _shortened(answer))
             continue
@@ -213,7 +231,7 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
             reason = "duplicate" if (question, answer) in exact else "duplicate but for spaces, case, punctuation"
             drop(reason, number, _shortened(answer))
         else:
-            masked.update(hidden)
+            masked.update(masked_kinds)
         exact.add((question, answer))
         kept = pairs.setdefault(key, {"question_id": key[0], "question": "", "answer": "", "topic": topic})
         kept["answer"] = max(kept["answer"], answer, key=len)
@@ -225,7 +243,7 @@ def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
 
 
 def _excerpt(reason: str, question: str, answer: str) -> str:
-    """What a row was dropped for, and the text around it."""
+    """The part of a row that it was dropped for, with the text around it."""
     for text in (question, answer):
         for contact in contacts(text):
             if contact.kind == reason:
@@ -240,13 +258,13 @@ def _shortened(text: str) -> str:
 
 
 def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:
-    """Each row in `train`, `val` or `test`, by a hash of the seed and its question (of the row, for a `row` split).
+    """Put each row in `train`, `val` or `test` by a hash of the seed and the question (of the row, for a `row` split).
 
-    A question's place depends on nothing else, so rows can be added without moving any question between splits.
+    Nothing else decides, so adding rows never moves a question to another split.
     """
     splits: Splits = {name: [] for name in SPLITS}
     for row in rows:
-        key = row["question_id"] if config.split == "question" else row["question_id"] + normalised(row["answer"])
+        key = row["question_id"] if config.split == "question" else row["question_id"] + normalized(row["answer"])
         digest = hashlib.sha256(f"{config.split_seed} {key}".encode()).digest()
         place = int.from_bytes(digest[:8]) / 2**64
         name = (
@@ -256,14 +274,31 @@ def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:
     return splits
 
 
+def full_splits(rows: Sequence[Row], config: DataConfig) -> Splits:
+    """The same as `split_rows`. Raises UserError if a split whose share is above 0 got no row."""
+    splits = split_rows(rows, config)
+    for name, share in zip(SPLITS, (1.0, config.val_share, config.test_share), strict=True):
+        if share and not splits[name]:
+            count = len(_questions(rows))
+            raise UserError(f"the {name} split is empty with {count} questions; give more data or another split_seed")
+    return splits
+
+
+def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, evenly spaced, because neighbors in a data set are similar."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
 def leak(splits: Splits) -> int:
-    """How many questions are in more than one split."""
-    places = Counter(question for name in SPLITS for question in _questions(splits[name]))
-    return sum(count > 1 for count in places.values())
+    """The number of questions in more than one split."""
+    n_splits = Counter(question for name in SPLITS for question in _questions(splits[name]))
+    return sum(count > 1 for count in n_splits.values())
 
 
 def leak_share(splits: Splits) -> float:
-    """The share of the test questions that are in training too; 0 when there are none."""
+    """The share of the test questions that are in training too; 0 without test questions."""
     test = _questions(splits["test"])
     return len(test & _questions(splits["train"])) / len(test) if test else 0.0
 
@@ -283,24 +318,26 @@ def _statistics(values: list[int]) -> dict[str, float]:
 
 
 def with_columns(config: DataConfig, present: Sequence[str]) -> tuple[DataConfig, list[str]]:
-    """The config with the columns that are `present` for those that it asks for, and what was taken for another name.
+    """The config with each column as it is named in `present`, and a note for each name that differs.
 
-    A name that is there as asked is taken; else the one that differs in case and outer spaces only. Raises UserError
-    where there is none, or where there are two.
+    An exact match wins; otherwise one that differs only in case and outer spaces. Raises UserError if there is none, or
+    if there are several.
     """
-    said: list[str] = []
+    notes: list[str] = []
 
     def find(name: str, wanted: str) -> str:
-        found = [column for column in present if column == wanted]
-        found = found or [column for column in present if _folded(column) == _folded(wanted)]
-        if len(found) > 1:
-            names = " and ".join(map(repr, found))
-            raise UserError(f"{config.data!r} has {len(found)} columns of one name, {names}; rename or remove one")
-        if not found and (name != "topic_column" or wanted != DEFAULT_TOPIC_COLUMN):
+        matches = [column for column in present if column == wanted]
+        matches = matches or [column for column in present if _folded(column) == _folded(wanted)]
+        if len(matches) > 1:
+            names = " and ".join(map(repr, matches))
+            raise UserError(
+                f"{config.data!r} has {len(matches)} columns with the same name, {names}; rename or remove one"
+            )
+        if not matches and (name != "topic_column" or wanted != DEFAULT_TOPIC_COLUMN):
             raise UserError(_no_column(present, config, name))
-        if found and found[0] != wanted:
-            said.append(f"{found[0]!r} taken for {wanted!r}")
-        return found[0] if found else wanted
+        if matches and matches[0] != wanted:
+            notes.append(f"{matches[0]!r} used as {wanted!r}")
+        return matches[0] if matches else wanted
 
     columns = dataclasses.replace(
         config,
@@ -308,19 +345,19 @@ def with_columns(config: DataConfig, present: Sequence[str]) -> tuple[DataConfig
         answer_column=find("answer_column", config.answer_column),
         topic_column=find("topic_column", config.topic_column),
     )
-    return columns, said
+    return columns, notes
 
 
 def _no_column(present: Sequence[str], config: DataConfig, name: str) -> str:
     wanted, shown = getattr(config, name), [column if len(column) <= 40 else f"{column[:40]}..." for column in present]
     if any(len(column) > 60 or "\n" in column for column in present):
         return (
-            f"{config.data!r} has no header row: its first line holds {shown[0]!r}; put a first line with the columns' "
-            f"names, such as {config.question_column},{config.answer_column}"
+            f"{config.data!r} has no header row: its first line contains {shown[0]!r}; add a first line with the "
+            f"column names, such as {config.question_column},{config.answer_column}"
         )
     listed = ", ".join(map(repr, shown[:12])) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
     option_name = name.replace("_", "-")
-    return f"{config.data!r} has no column {wanted!r}, only {listed}; say which one it is with --{option_name}"
+    return f"{config.data!r} has no column {wanted!r}, only {listed}; name the right one with --{option_name}"
 
 
 def _folded(column: str) -> str:
@@ -331,12 +368,12 @@ def _text(value: Any, column: str, number: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str):
-        raise UserError(f"row {number}: {column} holds {type(value).__name__} {str(value)[:40]!r}; text is needed")
+        raise UserError(f"row {number}: {column} is {type(value).__name__} {str(value)[:40]!r}; it must be text")
     return value
 
 
 def _label(value: Any) -> str:
-    """A topic as text: numbers and lists of labels as they read, anything else as no topic."""
+    """A topic as text: strings, numbers and lists of them; anything else is no topic."""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_label, value)))
     is_label = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

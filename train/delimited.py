@@ -1,10 +1,10 @@
-"""Tables in text, as CSV and its kin: the separator and the quoting are found, and a stray quote is refused.
+"""Reads CSV and similar tables: detects the separator and the quoting, and rejects a stray quote.
 
-Python's own reader, and pandas', take a quote that opens a field and has no partner as the start of a text of many
-lines: the rows behind it vanish without a word. Here every quoted field must end where a field may end.
+Python's and pandas' readers take an opening quote without a partner as the start of a field of many lines, and silently
+lose the rows after it. Here every quoted field must end where a field can end.
 
     table = read(text, "talks.csv")
-    table.header, table.rows, table.said        # ["q", "a"], [["why?", "well"]], "';' between fields"
+    table.header, table.rows, table.format        # ["q", "a"], [["why?", "well"]], "semicolon between fields"
 """
 
 import re
@@ -16,34 +16,35 @@ from typing import Any, NamedTuple
 from counsel.errors import UserError
 
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-# Excel's own hint, in the first line.
+# Excel's hint in the first line: sep=;
 _SEPARATOR_LINE = re.compile(r'"?sep=([^\r\n])"?[ \t]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _INCHES = re.compile(r"[\d'\u2019]\s*\"$")
 _WORDS = re.compile(r"[^\W\d_]{2,}")
-# Of a field that spans lines: so many lines that each read as a row are taken for rows.
+# This many lines in one quoted field that each read as a row are rows, swallowed by a stray quote.
 MIN_SWALLOWED_LINES = 3
-# Where one separator leads to a fault, so many rows must be as long as the header for another one to be the right one.
+# If another separator leads to a fault, this share of the rows must be as long as the header.
 MIN_FITTING_SHARE = 0.9
 
 
 class Table(NamedTuple):
-    """A header, rows of as many fields or fewer, and how they were told apart, in words."""
+    """A header, rows with at most as many fields, and a description of the separator and quoting."""
 
     header: list[str]
     rows: list[list[str]]
-    said: str
+    format: str
 
 
 class _Fault(Exception):
-    """What is wrong, with its line."""
+    """A malformed line: what is wrong, and where."""
 
 
 @dataclass(frozen=True)
 class _Dialect:
-    """separator: empty in a table of one column. quote: one character. escape: a backslash, or empty.
+    """separator: empty for a table of one column. quote: one character. escape: a backslash, or empty.
 
-    references: the semicolon of &#128546; ends no field. Excel writes so what Windows-1252 lacks, without quotes.
+    references: the semicolon of &#128546; does not end a field. Excel writes characters that Windows-1252 lacks as
+    references, without quotes.
     """
 
     separator: str
@@ -70,7 +71,7 @@ class _Dialect:
 
 
 class _Patterns(NamedTuple):
-    """A field's opening quote, a quoted field, any other field, and the place where a field may end."""
+    """Patterns for a field's opening quote, a quoted field, any other field, and the position where a field can end."""
 
     opening: re.Pattern[str]
     quoted: re.Pattern[str]
@@ -80,7 +81,7 @@ class _Patterns(NamedTuple):
 
 @dataclass
 class _Record:
-    """One row: its first line, its fields, and its source, which lines it spans and how it was quoted."""
+    """One row: the number of its first line, its source text, its fields, and how they were quoted."""
 
     line: int
     source: str = ""
@@ -92,7 +93,7 @@ class _Record:
 
 
 def read(text: str, name: str) -> Table:
-    """The table in `text`. Raises UserError, naming the line, for a quote or a separator that stands astray."""
+    """The table in `text`. Raises UserError that names the line of a stray quote or separator."""
     line, hint = 1, _SEPARATOR_LINE.match(text)
     if hint:
         text, line = text[hint.end() :], 2
@@ -102,7 +103,7 @@ def read(text: str, name: str) -> Table:
     faults: list[_Fault] = []
     kinds: list[dict[str, Any]] = [{}, *([{"references": True}] if "&" in text else []), {"escape": "\\"}]
     for kind in kinds:
-        found: list[tuple[float, int, Table]] = []
+        readings: list[tuple[float, int, Table]] = []
         for dialect in _candidates(text, hint[1] if hint else "", kind):
             try:
                 header, rows = _read(text, dialect, line)
@@ -110,17 +111,17 @@ def read(text: str, name: str) -> Table:
                 faults.append(fault)
                 continue
             fitting = sum(len(row) == len(header) for row in rows) / max(len(rows), 1)
-            said = f"{dialect}{', as its sep= line says' if hint else ''}"
-            found.append((fitting, len(header), Table(header, rows, said)))
-        fitting, _, table = max(found, key=lambda scored: scored[:2], default=(0.0, 0, None))
-        # What reads without a fault because it is cut at the wrong character has rows of all lengths.
+            described = f"{dialect}{', as its sep= line says' if hint else ''}"
+            readings.append((fitting, len(header), Table(header, rows, described)))
+        fitting, _, table = max(readings, key=lambda scored: scored[:2], default=(0.0, 0, None))
+        # A table cut at the wrong character may read without a fault, but its rows differ in length.
         if table and (not faults or fitting >= MIN_FITTING_SHARE):
             return table
     raise UserError(f"{name!r} {faults[0]}")
 
 
 def _candidates(text: str, hint: str, kind: dict[str, Any]) -> list[_Dialect]:
-    """The ways in which the header can be read, most columns first; a hint leaves one."""
+    """The dialects in which the header can be read, most columns first. A hint leaves one."""
     quote = "'" if re.match(r"'[^'\r\n]*'([^'\r\n])'[^'\r\n]*'(?:\1'[^'\r\n]*')*[ ]*(?:[\r\n]|\Z)", text) else '"'
     if hint:
         return [_Dialect(hint, quote, **kind)]
@@ -152,11 +153,13 @@ def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], lis
         while len(row) > n_columns and not row[-1].strip():
             row.pop()
         if len(row) > n_columns:
-            held = "commas" if dialect.separator == "," else f"the separator {dialect.separator!r}"
-            raise _Fault(f"line {record.line} has more fields than the header; quote the fields that hold {held}")
+            contents = "commas" if dialect.separator == "," else f"the separator {dialect.separator!r}"
+            raise _Fault(
+                f"line {record.line} has more fields than the header; quote the fields that contain {contents}"
+            )
         is_short = len(row) < n_columns
         if is_short and record.spans_lines and dialect.separator in record.source:
-            raise _Fault(_opens(record.line, "its field runs on over the ends of rows"))
+            raise _Fault(_opens(record.line, "its field continues past the end of the row"))
         if record.closes_unopened or (record.has_inches and (is_short or before_is_short)):
             raise _Fault(_closes(record.line))
         before_is_short = is_short
@@ -168,17 +171,17 @@ def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], lis
             quoting[record.n_quoted == len(row)] += 1
         rows.append(row)
     if inches and quoting[True] and not quoting[False]:
-        raise _Fault(_closes(inches[0].line))  # where every other field is quoted, this one was
+        raise _Fault(_closes(inches[0].line))  # every other field is quoted, so this quote closes one
     swallowing = [record for record in broken if _holds_rows(record, dialect, n_columns)]
-    # Texts of several lines are usual in some files, and some have a comma in each line. Where all that span lines look
-    # like rows, and others are not quoted throughout, it is rows.
+    # Fields of several lines are normal in some files, and some of those lines contain a comma. They are rows if all
+    # such fields look like rows and other rows are not fully quoted.
     if swallowing and len(swallowing) == len(broken) and quoting[False]:
-        raise _Fault(_opens(swallowing[0].line, "its field runs on over lines that each read as a row"))
+        raise _Fault(_opens(swallowing[0].line, "its field covers lines that each read as a row"))
     return head.fields, rows
 
 
 def _records(text: str, dialect: _Dialect, line: int) -> Iterator[_Record]:
-    """Every row that is not blank. Raises _Fault where a quoted field ends in the middle of one."""
+    """Every row that is not blank. Raises _Fault if a quote closes in the middle of a field."""
     pattern, at = dialect.patterns(), 0
     while at < len(text):
         record, start = _Record(line), at
@@ -217,35 +220,35 @@ def _records(text: str, dialect: _Dialect, line: int) -> Iterator[_Record]:
 
 
 def _check_quote(text: str, quoted: re.Match[str] | None, dialect: _Dialect, line: int) -> None:
-    """Raise _Fault for a quote that opens a field and does not end it, unless no field ends elsewhere without it."""
+    """Raise _Fault for an opening quote that does not enclose its field, unless it is safe as a plain character."""
     if quoted is None:
         raise _Fault(_opens(line, "nothing closes it"))
     inside = quoted[1]
     if _LINE_END.search(inside):
-        raise _Fault(_opens(line, "what closes it stands in the middle of a later field"))
+        raise _Fault(_opens(line, "the next quote is in the middle of a later field"))
     if any(char and char in inside for char in (dialect.separator, dialect.quote)) or inside.endswith("\\"):
-        behind = text[quoted.end() : quoted.end() + 20].splitlines()[0]
+        after = text[quoted.end() : quoted.end() + 20].splitlines()[0]
         raise _Fault(
-            f"line {line} has text behind a closing quote ({behind!r}); where quotes are part of a text, double them "
+            f"line {line} has text after a closing quote ({after!r}); if the quotes are part of the text, double them "
             'and quote the field: "she said ""no"", twice"'
         )
 
 
 def _opens(line: int, why: str) -> str:
     return (
-        f"line {line} opens a quote, and {why}; close it, or where it is part of a text double it and quote the field"
+        f"line {line} opens a quote, and {why}; close it, or if it is part of the text, double it and quote the field"
     )
 
 
 def _closes(line: int) -> str:
     return (
-        f"line {line} closes a quote that nothing opens; put the opening quote where the field begins, or remove the "
-        "closing one"
+        f"line {line} closes a quote that was not opened; add the opening quote at the start of the field, or remove "
+        "the closing one"
     )
 
 
 def _holds_rows(record: _Record, dialect: _Dialect, n_columns: int) -> bool:
-    """Is each line of a row that spans lines a row by itself, with words in each field, if its quotes are no quotes?"""
+    """Whether each line of a multi-line row would be a row with words in each field, if its quotes were ignored."""
     lines = _LINE_END.split(record.source)
     return (
         n_columns > 1

@@ -1,6 +1,6 @@
-"""Rows in JSON, in the shapes that people's files have: objects by line, a list, a list under a key, tables of pandas.
+"""Reads rows from JSON in the shapes that people have: JSON Lines, a list, a list under a key, pandas tables.
 
-rows, said = read(text, "talks.json")        # [{"q": "why?", "a": "well"}], "JSON, a list of objects under 'data'"
+rows, shape = read(text, "talks.json")        # [{"q": "why?", "a": "well"}], "JSON, a list of objects under 'data'"
 """
 
 import json
@@ -10,11 +10,11 @@ from counsel.errors import UserError
 
 Objects = list[dict[str, Any]]
 
-_SHAPES = 'one object a line, a list of objects, {"data": [objects]}, or {"column": [values]}'
+_SHAPES = 'one object per line, a list of objects, {"data": [objects]}, or {"column": [values]}'
 
 
 def read(text: str, name: str) -> tuple[Objects, str]:
-    """The rows of a JSON or JSON Lines text, and its shape in words. Raises UserError, naming the line or the shape."""
+    """The rows of JSON or JSON Lines, and a description of the shape. Raises UserError that names the line or shape."""
     if not text.strip():
         return [], "JSON Lines"
     first_line = text.strip().split("\n", 1)[0]
@@ -24,11 +24,13 @@ def read(text: str, name: str) -> tuple[Objects, str]:
         try:
             one = _parse(first_line)
         except json.JSONDecodeError:
-            return _rows(_parse(text), name)  # written over several lines
+            return _rows(_parse(text), name)  # one object over several lines
     except json.JSONDecodeError as error:
         if text.lstrip()[0] in "{[":
             raise UserError(f"{name!r} line {error.lineno} is not JSON: {error.msg}") from error
-        raise UserError(f"{name!r} is not JSON: it starts with {first_line[:20]!r}; it must hold {_SHAPES}") from error
+        raise UserError(
+            f"{name!r} is not JSON: it starts with {first_line[:20]!r}; it must contain {_SHAPES}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name!r} is not JSON: {error}") from error
     if text.strip() == first_line:
@@ -49,13 +51,13 @@ def _read_lines(text: str, name: str) -> Objects:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name!r} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{name!r} line {number} is a JSON {type(row).__name__}; an object is needed")
+            raise UserError(f"{name!r} line {number} is a JSON {type(row).__name__}; it must be an object")
         rows.append(row)
     return rows
 
 
 def _rows(document: Any, name: str) -> tuple[Objects, str]:
-    """The rows of one JSON value, by its shape."""
+    """The rows of one JSON value, and a description of its shape."""
     if _all_objects(document):
         return document, "JSON, a list of objects"
     if isinstance(document, dict) and document:
@@ -63,9 +65,9 @@ def _rows(document: Any, name: str) -> tuple[Objects, str]:
         if len(lists) == 1:
             return next(iter(lists.values())), f"JSON, a list of objects under {next(iter(lists))!r}"
         if len(lists) > 1:
-            raise UserError(f"{name!r} holds lists of objects under {', '.join(map(repr, lists))}; keep one of them")
+            raise UserError(f"{name!r} contains lists of objects under {', '.join(map(repr, lists))}; keep one of them")
         columns, cells = document.get("columns"), document.get("data")
-        if isinstance(columns, list) and isinstance(cells, list) and _all_long(cells, len(columns)):
+        if isinstance(columns, list) and isinstance(cells, list) and _all_of_length(cells, len(columns)):
             return [dict(zip(map(str, columns), row, strict=True)) for row in cells], "JSON, pandas' split table"
         values = list(document.values())
         if all(isinstance(value, dict) for value in values):
@@ -74,7 +76,7 @@ def _rows(document: Any, name: str) -> tuple[Objects, str]:
             if all(value.keys() == values[0].keys() for value in values):
                 keys = list(values[0])
                 return [{c: document[c][key] for c in document} for key in keys], "JSON, pandas' table by column"
-        if _all_long(values, len(values[0]) if isinstance(values[0], list) else -1):
+        if _all_of_length(values, len(values[0]) if isinstance(values[0], list) else -1):
             return [
                 dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)
             ], "JSON, a list by column"
@@ -82,26 +84,26 @@ def _rows(document: Any, name: str) -> tuple[Objects, str]:
             return [document], "JSON, one object"
         shape = f"an object with {', '.join(repr(key) for key in list(document)[:5])}"
     else:
-        shape = f"a {type(document).__name__} of other things than objects"
-    raise UserError(f"{name!r} holds {shape}; it must hold {_SHAPES}")
+        shape = f"a {type(document).__name__} that is not a list of objects"
+    raise UserError(f"{name!r} contains {shape}; it must contain {_SHAPES}")
 
 
 def _all_objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _all_long(values: list[Any], length: int) -> bool:
+def _all_of_length(values: list[Any], length: int) -> bool:
     return all(isinstance(value, list) and len(value) == length for value in values)
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_unique_keys)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys are given once: of two values under one key, which is meant?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-        raise ValueError(f"the key {twice!r} is given twice in one object")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a repeated key, because the intended value is unknown."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {repeated!r} is given twice in one object")
+    return values

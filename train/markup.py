@@ -1,7 +1,7 @@
-"""HTML as forums and office programs paste it, to plain text; `<NAME>`, `<sigh>` and `a<b` only look like it, and stay.
+"""Converts HTML from forums and office programs to plain text, but keeps `<NAME>`, `<sigh>` and `a<b`.
 
-A tag is taken for one where HTML knows its name, and it is written as only markup is: with an attribute, with its end,
-or a block's. `<title>` or `<link>` alone is somebody's placeholder.
+A tag counts as markup if HTML has its name and it is a block, has an attribute, or has an end tag. `<title>` or
+`<link>` alone is a placeholder that a person typed.
 """
 
 import html
@@ -22,17 +22,17 @@ _INLINE = frozenset(
         sub summary sup svg template textarea tfoot time tt u var video wbr""",
     )
 )
-# Attributes as they come: office programs write quotes within quotes.
+# Attributes are not parsed: office programs write quotes within quotes.
 _TAG = re.compile(r"<(?P<end>/?)(?P<name>[a-zA-Z][a-zA-Z0-9]*|[a-z]+:[a-z]+)(?P<rest>(?:\s[^<>]*?)?)(?P<closed>/?)>")
 _DECLARATION = re.compile(r"<!--.*?-->|<!doctype[^<>]*>|<!\[[^<>]*\]>|<\?xml[^<>]*>", re.DOTALL | re.IGNORECASE)
 _REFERENCE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 
-# Escaped a thousand times, a text would be decoded a thousand times over.
-_ESCAPED_OFTEN = re.compile(r"&(?:amp|#38|#[xX]26);(?:(?:amp|#38|#[xX]26);)+")
+# Collapsed first: text that was escaped a thousand times would otherwise be decoded a thousand times.
+_REPEATED_ESCAPE = re.compile(r"&(?:amp|#38|#[xX]26);(?:(?:amp|#38|#[xX]26);)+")
 
 
 class _Text(HTMLParser):
-    """Collects what a browser would show, with a blank line between blocks."""
+    """Collects the text that a browser would show, with a blank line between blocks."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -59,17 +59,17 @@ class _Text(HTMLParser):
 
 
 def plain_text(text: str) -> str:
-    """The text without its markup, its character references decoded once.
+    """`text` without markup, and with its character references decoded once.
 
-    In HTML a line's end is a space and a blank line is one, too; but many texts are typed with line ends and have a tag
-    or two. So line ends stay where no block says where lines end, and blank lines stay everywhere.
+    HTML treats a line end, and even a blank line, as a space. But people type line ends and add only a tag or two, so
+    line ends are kept unless there are block tags, and blank lines are always kept.
     """
-    text = _ESCAPED_OFTEN.sub("&amp;", text)
+    text = _REPEATED_ESCAPE.sub("&amp;", text)
     if "<" not in text:
         return _decoded(text)
     closed = {match["name"].lower() for match in _TAG.finditer(text) if match["end"]}
     tags = {match.start(): match["name"].lower() for match in _TAG.finditer(text) if _is_markup(match, closed)}
-    # Not beyond the last comment's end: each comment that is open would be searched to the end of the text.
+    # Up to the end of the last comment only: each unclosed comment would be searched to the end of the text.
     n_closed = max(text.rfind(">") + 1 if "<!--" not in text else text.rfind("-->") + 3, 0)
     declarations = {match.start() for match in _DECLARATION.finditer(text, 0, n_closed)}
     if not tags and not declarations:
@@ -86,7 +86,7 @@ def plain_text(text: str) -> str:
 
 def _is_markup(tag: re.Match[str], closed: set[str]) -> bool:
     name = tag["name"].lower()
-    if ":" in name:  # Word's own, such as <o:p>
+    if ":" in name:  # from Word, such as <o:p>
         return bool(tag["closed"]) or name in closed
     if name not in _BLOCKS | _INLINE | _HIDDEN:
         return False
@@ -96,14 +96,14 @@ def _is_markup(tag: re.Match[str], closed: set[str]) -> bool:
 
 
 def _escaped(text: str, kept: set[int]) -> str:
-    """`text` for a parser that would take more for markup: every other `<`, and each `&` of no reference, escaped."""
-    text = re.sub("<", lambda found: "<" if found.start() in kept else "&lt;", text)
-    return re.sub("&", lambda found: "&" if _is_reference(_REFERENCE.match(text, found.start())) else "&amp;", text)
+    """`text` with every `<` that is not in `kept`, and every `&` that starts no reference, escaped for the parser."""
+    text = re.sub("<", lambda match: "<" if match.start() in kept else "&lt;", text)
+    return re.sub("&", lambda match: "&" if _is_reference(_REFERENCE.match(text, match.start())) else "&amp;", text)
 
 
 def _decoded(text: str) -> str:
-    return _REFERENCE.sub(lambda found: html.unescape(found[0]) if _is_reference(found) else found[0], text)
+    return _REFERENCE.sub(lambda match: html.unescape(match[0]) if _is_reference(match) else match[0], text)
 
 
-def _is_reference(found: re.Match[str] | None) -> bool:
-    return found is not None and (found[0][1] == "#" or found[0][1:] in html5)
+def _is_reference(match: re.Match[str] | None) -> bool:
+    return match is not None and (match[0][1] == "#" or match[0][1:] in html5)
