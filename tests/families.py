@@ -1,8 +1,8 @@
-"""Every causal language model of transformers, as a tiny random one."""
+"""Makes a tiny random model of every causal model family in transformers."""
 
 from typing import Any
 
-# A small value for each name under which a config of transformers keeps a size; those that a config lacks are left out.
+# A small value for each size in transformers' configs. Names that a config lacks are skipped.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 320),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "lru_width"), 32),
@@ -33,21 +33,21 @@ SIZES: dict[str, Any] = {
     "expert_ffn_hidden_size": 24,
     "zero_expert_num": 1,
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank"), 4),
-    # Shorter than the rows that the tests use.
+    # Shorter than the rows of the tests.
     **dict.fromkeys(
         ("sliding_window", "attention_window_size", "local_attention", "attention_chunk_size", "window_size"), 6),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2,
-    # What is random, and what training would add to the loss, off: they are other reasons to leave the fast path.
+    # No dropout and no router loss: these are other reasons to leave the fast path.
     **dict.fromkeys(("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "router_aux_loss_coef"), 0.0),
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    # Wide enough that what is lost shows in the loss.
+    # Large enough that an error shows in the loss.
     **dict.fromkeys(("initializer_range", "init_std"), 0.2),
 }  # fmt: skip
-# Unset, these switch off what they would size.
+# If these are unset, the feature is off.
 SWITCHES = ("sliding_window", "q_lora_rank", "n_inner", "mamba_d_ssm")
 LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
-# What a family needs beyond sizes, so that each of its kinds of layer is there.
+# Other settings, so that each kind of layer of a family is present.
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -69,7 +69,7 @@ def families() -> list[str]:
 
 
 def tiny_model(family: str) -> Any:
-    """A random model of four layers, with each kind of layer that the family has, in fp32 on sdpa where it can.
+    """A random fp32 model of four layers with each kind of layer of the family, on sdpa if it supports that.
 
     Raises ValueError where the family's config has no sizes of these names.
     """
@@ -92,7 +92,7 @@ def tiny_config(family: str) -> Any:
 
 
 def _small(kind: Any, own: dict[str, Any]) -> Any:
-    """A config of that class with small sizes, and of its parts likewise."""
+    """A config of that class, and of its parts, with small sizes."""
     usual = kind().to_dict()
     sizes = {
         key: size for key, size in SIZES.items() if key in usual and (usual[key] is not None or key not in SWITCHES)

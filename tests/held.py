@@ -1,4 +1,4 @@
-"""A command that stops itself at a point which the test names, and is killed there: the same state on every machine."""
+"""Runs a command that stops itself at a point the test chooses, so that it can be killed in a known state."""
 
 import os
 import signal
@@ -21,15 +21,15 @@ runpy.run_module({package!r}, run_name="__main__", alter_sys=True)
 
 
 def stopping(package: str, module: str, method: str, when: str) -> str:
-    """A program for `python -c`: `python -m package`, stopped after the first call of `method` that makes `when` true.
+    """A program for `python -c`: runs `python -m package` and stops after the first call of `method` with `when` true.
 
-    when: an expression of the call's `self`, `given` (the rest by position) and `named`.
+    when: an expression of the call's `self`, `given` (other positional arguments) and `named`.
     """
     return _PROGRAM.format(package=package, module=module, method=method, when=when)
 
 
 def kill_when_stopped(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Wait until such a command has stopped, kill it with -9, and return the processes that it had started."""
+    """Wait until the command has stopped, kill it with -9, and return its child processes."""
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), process.communicate()
     children = psutil.Process(process.pid).children(recursive=True)

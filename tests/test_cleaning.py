@@ -1,4 +1,4 @@
-"""What cleaning makes of a text: markup, scripts without spaces, contact details, helplines."""
+"""Cleaning text: markup, scripts without spaces, contact details, helplines."""
 
 import json
 from dataclasses import replace
@@ -67,8 +67,8 @@ PARTS = st.sampled_from(
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(PARTS | st.characters(), max_size=14).map("".join))
-def test_clean_text_stays_as_it_is(text):
-    """Cleaning what is clean changes nothing, whatever it was made of, and gives what a file can hold."""
+def test_clean_text_does_not_change(text):
+    """Cleaning clean text changes nothing, and the result can be written to a file."""
     once = clean(text)
 
     assert clean(once) == once
@@ -80,7 +80,7 @@ def test_clean_text_stays_as_it_is(text):
 @pytest.mark.parametrize(
     ("raw", "plain"),
     [
-        # What HTML does not know is no markup, and what it knows is none where nobody would write markup so.
+        # Unknown names are not markup; known names are not markup if nobody would write markup like that.
         ("One.\n\n<sigh> Two.\n\n- three\n- four", "One.\n\n<sigh> Two.\n\n- three\n- four"),
         ("My <NAME> left.\n\nI am <PERSON>.", "My <NAME> left.\n\nI am <PERSON>."),
         ("less <title> than <ADDRESS>, see <LINK> or <b> it", "less <title> than <ADDRESS>, see <LINK> or <b> it"),
@@ -88,7 +88,7 @@ def test_clean_text_stays_as_it_is(text):
         ("if a<b and c>d, x<y>z", "if a<b and c>d, x<y>z"),
         ("I <3 you >:( <- here -> <3", "I <3 you >:( <- here -> <3"),
         ("never closed <!-- so it stays", "never closed <!-- so it stays"),
-        # Inline markup goes, and leaves line ends alone; a blank line stays a paragraph beside blocks, too.
+        # Inline markup is removed without changing line ends; a blank line stays a paragraph break, even with blocks.
         ("One.\n\nTwo <b>bold</b> and\n<a href='x'>three</a>.", "One.\n\nTwo bold and\nthree."),
         ("One.\n\nTwo.<br>Three.", "One.\n\nTwo.\nThree."),
         ("<p>One\nline.</p>\n\n<p>Two.</p>", "One line.\n\nTwo."),
@@ -97,13 +97,13 @@ def test_clean_text_stays_as_it_is(text):
         ("<o:p></o:p>Word<o:p/>", "Word"),
         ("cut off</span></div>", "cut off"),
         ("<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>", "a b\n\nc"),
-        # Escaped twice; and what only starts like a reference.
+        # Escaped twice, and text that only starts like a reference.
         ("I &amp;amp; you &amp;lt;p&amp;gt;there", "I & you\n\nthere"),
         ("Q&A&copy; R&D &notit; &copy", "Q&A\u00a9 R&D &notit; &copy"),
     ],
 )
-def test_only_markup_is_taken_for_markup(raw, plain):
-    """Placeholders, sighs, hearts and comparisons are what people wrote."""
+def test_only_markup_is_removed(raw, plain):
+    """Placeholders, sighs, hearts and comparisons are text that people wrote."""
     assert clean(raw) == plain
 
 
@@ -113,8 +113,8 @@ def test_only_markup_is_taken_for_markup(raw, plain):
      "a." * 50_000, "www." * 50_000, "+1 " * 50_000, "a" * 200_000, " \n" * 50_000],
     ids=lambda text: text[:9].strip(),
 )  # fmt: skip
-def test_a_pasted_page_of_anything_is_cleaned(text):
-    """Each took minutes to hours where the work grew with the square of the length."""
+def test_a_long_page_is_cleaned_quickly_enough(text):
+    """Each took minutes to hours when the work was quadratic in the length."""
     cleaned = clean(text)
     assert clean(cleaned) == cleaned
     contacts(cleaned)
@@ -142,7 +142,7 @@ def test_a_pasted_page_of_anything_is_cleaned(text):
     ],
 )
 def test_words_are_counted_in_every_script(text, words, by_hand):
-    """Where no spaces part words, letters are counted: within two of what a reader of the language counts."""
+    """Without spaces between words, letters are counted: within two of what a reader of the language counts."""
     assert count_words(text) == words
     assert abs(words - by_hand) <= 2
 
@@ -159,7 +159,7 @@ def test_words_are_counted_in_every_script(text, words, by_hand):
     ],
 )
 def test_yes_is_too_short_in_any_language(answer):
-    """Counting letters must not let through what is no answer."""
+    """Counting letters must not accept a one-word answer."""
     assert drop_reason(QUESTION, answer) == "answer under 6 words"
 
 
@@ -183,15 +183,15 @@ HELPLINES = [
 @pytest.mark.parametrize(
     "number",
     [
-        # Area codes and mobile numbers that begin as a free-phone number does.
+        # Area codes and mobile numbers that start like a toll-free number.
         "01202 555123", "01204 123456", "+44 116 234 5678", "+44 1300 123456", "8886543210",
         "0300 1234567", "0300-1234567", "+91 80012 34567", "+91 800 123 4567", "+918001234567", "+65 8001 2345",
         "+66800123456", "+447800123456", "+447 800 123 456", "+234 808 123 4567", "+8613001234567", "+86 180 0123 4567",
         "+86 13112345678", "+818081234567",
     ],
 )  # fmt: skip
-def test_a_persons_number_is_no_helpline(number):
-    """However it begins."""
+def test_a_personal_number_is_not_a_helpline(number):
+    """Whatever its first digits are."""
     assert mask(f"You can ring me on {number} tonight.") == "You can ring me on [phone number] tonight."
 
 
@@ -203,15 +203,15 @@ def test_a_persons_number_is_no_helpline(number):
         "1-888-654-3210", "+1 800 273 8255", "(888) 654-3210", "888-654-3210", "+7 800 200 01 22", "+91 1800 599 0019",
     ],
 )  # fmt: skip
-def test_a_free_phone_number_stays(number):
-    """As its country writes it."""
+def test_a_toll_free_number_is_kept(number):
+    """In the format of its country."""
     text = f"You can ring them on {number} tonight."
     assert mask(text) == text
 
 
 @pytest.mark.parametrize("answer", HELPLINES)
-def test_helplines_stay_whole(answer):
-    """Under drop and mask alike: a crisis line that is cut out may be the sentence that mattered."""
+def test_helplines_are_kept(answer):
+    """With drop and with mask: removing a crisis line may remove the sentence that mattered."""
     assert drop_reason(QUESTION, answer) is None
     assert mask(answer) == answer
 
@@ -239,7 +239,7 @@ def test_helplines_stay_whole(answer):
     ],
 )  # fmt: skip
 def test_contact_details_are_masked_whole(text, masked, kind):
-    """The whole address goes, and nothing of its sentence; masking again changes nothing."""
+    """The whole address is masked, and nothing of its sentence; masking again changes nothing."""
     assert mask(text) == (masked or text)
     assert mask(mask(text)) == mask(text)
     assert {contact.kind for contact in contacts(text)} == ({kind} if kind else set())
@@ -260,7 +260,7 @@ def contact_rows() -> list[dict[str, str]]:
 
 
 def test_rows_with_contacts_are_dropped_or_masked(tmp_path):
-    """Dropped, each counts once; masked, all rows stay, and the report counts what was masked in them."""
+    """Each dropped row counts once; with mask, all rows stay and the report counts the masked kinds."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in contact_rows()))
     config = DataConfig(data=str(path))
@@ -268,7 +268,7 @@ def test_rows_with_contacts_are_dropped_or_masked(tmp_path):
     _, dropped = prepare(config)
     splits, masked = prepare(replace(config, contacts="mask"))
 
-    # Rows 0, 5, 10, ... have an address, counted first; of the others the odd ones a link; two more only a number.
+    # Rows 0, 5, 10, ... have an address, which counts first; other odd rows have a link; two more have only a number.
     assert (dropped.rows_out, dropped.dropped) == (14, {"link": 16, "e-mail address": 8, "phone number": 2})
     assert (masked.rows_out, masked.dropped) == (40, {})
     assert masked.masked == {"link": 20, "e-mail address": 8, "phone number": 6}
@@ -280,8 +280,8 @@ def test_rows_with_contacts_are_dropped_or_masked(tmp_path):
         prepare(replace(config, contacts="keep"))
 
 
-def test_examples_show_what_a_row_was_dropped_for():
-    """At most three a reason, with the row's number and the text around the detail, deep in a long answer too."""
+def test_examples_show_why_a_row_was_dropped():
+    """At most three per reason, with the row number and the text around the detail, even deep in a long answer."""
     rows = contact_rows()
     rows[1]["Response"] = "Breathe slowly. " * 30 + rows[1]["Response"]
     examples = clean_rows(rows, DataConfig()).examples

@@ -1,4 +1,4 @@
-"""Conversations are loaded from anywhere, cleaned by stated rules, and split so that no question is on both sides."""
+"""Conversations are loaded, cleaned, and split so that no question is on both sides."""
 
 import csv
 import dataclasses
@@ -64,19 +64,19 @@ def test_clean_gives_plain_text(raw, plain):
         (" \u200b ", "empty answer"),
     ],
 )
-def test_fault_names_the_reason(answer, reason):
-    """Contact details of people and too-short answers are faults; crisis numbers are not."""
+def test_drop_reason_names_the_reason(answer, reason):
+    """Contact details of people and short answers are reasons to drop a row; crisis numbers are not."""
     assert drop_reason("Why?", clean(answer)) == reason
 
 
-def test_contact_details_in_a_question_are_a_fault():
-    """A person's number must not be learned from a question either."""
+def test_contact_details_in_a_question_are_a_reason():
+    """The model must not learn a person's number from a question either."""
     assert drop_reason("Call me on 787-555-0178?", ANSWER) == "phone number"
     assert drop_reason("?!", ANSWER) == "empty question"
 
 
 def test_copies_of_a_question_have_one_id():
-    """Case, punctuation, spaces and the way a character is encoded make no other question; a word does."""
+    """Case, punctuation, spaces and character encoding do not make another question; a word does."""
     one = "I can't sleep. What helps?"
 
     assert normalized(one) == "icantsleepwhathelps"
@@ -110,8 +110,8 @@ def test_vowel_signs_and_tones_are_part_of_a_word(one, other):
     assert dropped == {}
 
 
-def test_how_a_mark_is_written_makes_no_other_question():
-    """One character or two, joined or not, a picture or a sign, a dot that only folding adds: copies of one text."""
+def test_the_encoding_of_a_mark_makes_no_other_question():
+    """Composed or decomposed, joined or not, emoji or symbol, with a dot that case-folding adds: copies of one text."""
     assert normalized("caf\u00e9") == normalized("cafe\u0301") == normalized("cafe\u200d\u0301") == "caf\u00e9"
     assert normalized("\u0b95\u0bca") == normalized("\u0b95\u0bc6\u0bbe")  # Tamil ko, whole and in two parts
     assert normalized("love \u2764\ufe0f you") == normalized("love \u2764 you") == "loveyou"
@@ -120,7 +120,7 @@ def test_how_a_mark_is_written_makes_no_other_question():
 
 
 def test_duplicates_are_dropped_and_counted():
-    """Of six rows, one repeats a pair, one repeats it but for case and breaks, one pastes it under another question."""
+    """Of six rows, one repeats a pair, one differs in case and breaks only, one has it under another question."""
     raw = [
         {"Context": "I can't sleep, ever", "Response": "Get up. Read a dull book."},
         {"Context": "I can't sleep, ever", "Response": "Get up. Read a dull book."},
@@ -131,7 +131,7 @@ def test_duplicates_are_dropped_and_counted():
     ]
     rows, dropped, _, examples = clean_rows(raw, DataConfig())
 
-    # The copy with its paragraph break is kept, and one text of the question stands for both rows.
+    # The copy with its paragraph break is kept, and both rows get the same text of the question.
     assert [(row["question"], row["answer"]) for row in rows] == [
         ("I can't sleep, ever", "get up.\n\nRead a dull book."),
         ("I can't sleep, ever", "Keep one hour of waking, every day."),
@@ -159,23 +159,23 @@ def made_rows(questions: int, answers: int) -> list[dict[str, str]]:
     ]
 
 
-def places(config: DataConfig, raw: list[dict[str, str]]) -> dict[str, str]:
+def splits_of(config: DataConfig, raw: list[dict[str, str]]) -> dict[str, str]:
     """Each question's split."""
     splits = split_rows(clean_rows(raw, config).rows, config)
     return {row["question_id"]: name for name in SPLITS for row in splits[name]}
 
 
-def test_a_question_stays_where_it_is_when_rows_are_added():
-    """Adding rows before, after and between, in another order, moves no other question; another seed moves many."""
+def test_a_question_stays_in_its_split_when_rows_are_added():
+    """Adding rows anywhere, in another order, moves no question; another seed moves many."""
     few, many = made_rows(120, 2), list(reversed(made_rows(300, 3)))
-    before, after = places(DataConfig(), few), places(DataConfig(), many)
+    before, after = splits_of(DataConfig(), few), splits_of(DataConfig(), many)
 
     assert {question: after[question] for question in before} == before
-    assert places(DataConfig(split_seed=1), few) != before
+    assert splits_of(DataConfig(split_seed=1), few) != before
 
 
 def test_split_follows_the_hash_of_seed_and_question():
-    """The place of one question, worked out by hand from its SHA-256."""
+    """The split of one question, computed by hand from its SHA-256."""
     raw = [{"Context": "Question number 7?", "Response": ANSWER}]
     digest = hashlib.sha256(f"5 {hashlib.sha256(b'questionnumber7').hexdigest()[:16]}".encode()).hexdigest()
     place = int(digest[:16], 16) / 16**16
@@ -183,19 +183,19 @@ def test_split_follows_the_hash_of_seed_and_question():
     for test_share, val_share in ((place + 0.01, 0.0), (place - 0.01, 0.02), (0.0, place - 0.01)):
         expected = "test" if place < test_share else "val" if place < test_share + val_share else "train"
         config = DataConfig(test_share=test_share, val_share=val_share, split_seed=5)
-        assert list(places(config, raw).values()) == [expected]
+        assert list(splits_of(config, raw).values()) == [expected]
 
 
 def test_shares_are_of_questions():
     """With 2,000 questions, each held-out tenth is within four standard deviations (54) of 200."""
-    found = list(places(DataConfig(), made_rows(2000, 1)).values())
+    found = list(splits_of(DataConfig(), made_rows(2000, 1)).values())
 
     assert abs(found.count("val") - 200) < 54
     assert abs(found.count("test") - 200) < 54
 
 
 def test_only_the_row_split_leaks(tmp_path):
-    """Every question has five answers: by question none leaks, by row nearly all do, and the report says both."""
+    """Every question has five answers: no question leaks by question, nearly all leak by row; the report has both."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in made_rows(100, 5)), encoding="utf-8")
     config = DataConfig(data=str(data))
@@ -205,7 +205,7 @@ def test_only_the_row_split_leaks(tmp_path):
     ids = [{row["question_id"] for row in splits[name]} for name in SPLITS]
     assert len(set.union(*ids)) == sum(map(len, ids)) == 100
     assert report.leak == 0
-    # Counted another way: a test row's question is among the training rows.
+    # The same count in another way: test rows whose question is in training.
     train_questions = [row["question"] for row in leaky_splits["train"]]
     shared = {row["question"] for row in leaky_splits["test"] if row["question"] in train_questions}
     assert leaky.row_split_leak == len(shared) / len({row["question"] for row in leaky_splits["test"]}) > 0.9
@@ -216,7 +216,7 @@ def test_only_the_row_split_leaks(tmp_path):
 
 
 def test_report_adds_up_and_is_written_with_the_rows(tmp_path):
-    """Rows in are rows out and rows dropped; what is on disk is what was split; lengths are in words."""
+    """Rows in equal rows out plus rows dropped; the files have the split rows; lengths are in words."""
     data = tmp_path / "rows.jsonl"
     raw = [*made_rows(40, 2), {"Context": "Short?", "Response": "No."}]
     data.write_text("".join(json.dumps(row) + "\n" for row in raw), encoding="utf-8")
@@ -224,7 +224,7 @@ def test_report_adds_up_and_is_written_with_the_rows(tmp_path):
     write(tmp_path / "run", splits, report)
     written = read_json(tmp_path / "run" / "data" / "report.json")
 
-    # What was dropped may be what nobody should keep.
+    # Dropped rows may contain what must not be kept.
     assert report.examples == {"answer under 6 words": ["row 81: 'No.'"]}
     assert written | {"examples": report.examples} == dataclasses.asdict(report)
     assert "examples" not in written
@@ -285,8 +285,8 @@ def test_every_format_gives_the_same_rows(tmp_path):
         ("t.csv", f"Context,Response\nwhy,{ANSWER}\n", "split is empty with 1 questions"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, name, content, message):
-    """Whatever is wrong with a file is said in one line that names it."""
+def test_bad_input_is_a_one_line_error(tmp_path, name, content, message):
+    """An error in a file is one line that names the file."""
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
 
@@ -296,7 +296,7 @@ def test_bad_input_is_one_line(tmp_path, name, content, message):
 
 
 def test_a_hub_set_is_read_from_the_local_cache_at_its_commit(tmp_path):
-    """Offline, a set that was fetched before is read, with its commit; one that was not is one clear line."""
+    """Offline, a data set in the cache is read, with its commit; for another there is a clear error."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "hub" / "datasets--org--talks"
     (folder / "refs").mkdir(parents=True)
@@ -319,8 +319,8 @@ def test_a_hub_set_is_read_from_the_local_cache_at_its_commit(tmp_path):
     ], done.stderr
 
 
-def test_bad_settings_are_one_line(tmp_path):
-    """Missing files, text in an unknown encoding, and impossible settings are refused before any work."""
+def test_bad_settings_are_one_line_errors(tmp_path):
+    """Missing files, text in an unknown encoding, and impossible settings are refused first."""
     cyrillic = tmp_path / "cyrillic.csv"
     cyrillic.write_bytes("Context,Response\nwhy,\u042f \u0443\u0441\u0442\u0430\u043b\n".encode("cp1251"))
 
@@ -351,7 +351,7 @@ def test_the_shipped_sample_survives_its_own_cleaning():
 
 @pytest.mark.skipif(not COUNSELCHAT.is_file(), reason=f"no {COUNSELCHAT.name} beside the checkout")
 def test_counselchat(capsys):
-    """On 2,961 real rows: what is left has no markup and no contact details, and only the row split leaks."""
+    """Of 2,961 real rows, those kept have no markup and no contact details, and only the row split leaks."""
     config = DataConfig(data=str(COUNSELCHAT))
     splits, report = prepare(config)
     leaky = split_rows([row for name in SPLITS for row in splits[name]], dataclasses.replace(config, split="row"))

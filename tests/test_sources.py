@@ -1,6 +1,6 @@
-"""Files are read as they are exported: separators, quoting, encodings, packing and shapes are found, and said.
+"""Files are read as people export them: separators, quoting, encodings, compression and shapes are detected.
 
-What a table holds is held against Python's csv module, which is told the dialect, and against pandas.
+Tables are compared with Python's csv module, which is given the dialect, and with pandas.
 """
 
 import csv
@@ -43,7 +43,7 @@ def written(rows: list[list[str]], header: list[str] = HEADER, **dialect: object
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(TRICKY, min_size=3, max_size=3), max_size=6), DIALECTS)
 def test_a_table_reads_as_the_csv_module_wrote_it(rows, dialect):
-    """Whatever stands in the fields, under every separator, way of quoting and end of line, none of which is given."""
+    """Any fields, with every separator, quoting and line end, none of which is given."""
     text = written(rows, **dialect)
     known = list(csv.reader(io.StringIO(text, newline=""), **dialect))
     assume(known == [HEADER, *rows])  # it writes some line ends that it does not read back
@@ -56,7 +56,7 @@ def test_a_table_reads_as_the_csv_module_wrote_it(rows, dialect):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(TRICKY, min_size=3, max_size=3), max_size=4), st.sampled_from(",;\t|"), st.booleans())
 def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
-    """MySQL and Spark write so. What reads without a backslash's help, reads as the csv module does by default."""
+    """MySQL and Spark write this. What reads without escapes is read as the csv module does by default."""
     quoting = csv.QUOTE_ALL if is_quoted else csv.QUOTE_NONE
     rows = [[cell.replace("\r", "").replace("\n", "") for cell in row] for row in rows]
     rows.append(['she said "no", twice; then\tleft|it', 'a "b" c', "d"])
@@ -69,7 +69,7 @@ def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "said"),
+    ("encoding", "message"),
     [
         ("utf-8", "UTF-8"),
         ("utf-8-sig", "UTF-8 with a byte-order mark"),
@@ -80,8 +80,8 @@ def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
     ],
 )
 @pytest.mark.parametrize("dialect", [{}, {"delimiter": ";"}, {"delimiter": "\t", "quoting": csv.QUOTE_ALL}])
-def test_every_encoding_reads_as_pandas_reads_it(tmp_path, encoding, said, dialect):
-    """Umlauts, quotes, emoji and Chinese come out as pandas, which is told the encoding, reads them."""
+def test_every_encoding_reads_as_pandas_reads_it(tmp_path, encoding, message, dialect):
+    """Umlauts, quotes, emoji and Chinese match what pandas reads when it is given the encoding."""
     rows = [
         ["Ich gr\u00fcble, nachts", "\u201cdo\u201d \u2013 it\nnow", ""],
         ["\u6211\u7761\u4e0d\u7740", "\U0001f622 ok", "x;y"],
@@ -93,12 +93,12 @@ def test_every_encoding_reads_as_pandas_reads_it(tmp_path, encoding, said, diale
 
     known = pandas.read_csv(path, sep=dialect.get("delimiter", ","), encoding=encoding, keep_default_na=False)
     assert source.rows == known.to_dict("records")
-    assert source.read_as.endswith(f", {said}")
+    assert source.read_as.endswith(f", {message}")
 
 
 @pytest.mark.parametrize("separator", [",", ";"])
-def test_windows_1252_is_read_where_it_fits(tmp_path, separator):
-    """German, French, Spanish and typographic quotes; the words that it gives are shown, so that a person can judge."""
+def test_windows_1252_is_read_if_it_fits(tmp_path, separator):
+    """German, French, Spanish and typographic quotes; some decoded words are shown for a person to judge."""
     rows = [
         [
             "Ich gr\u00fcble nachts \u2013 w\u00e4re das schlimm?",
@@ -134,20 +134,19 @@ def test_windows_1252_is_read_where_it_fits(tmp_path, separator):
     ],
 )
 def test_other_old_encodings_are_refused(text, encoding):
-    """Read as Windows-1252 they would give other letters without a word."""
+    """Windows-1252 would silently decode them to wrong letters."""
     with pytest.raises(UserError, match=r"'t.csv' is not UTF-8 \(byte \d+, line 2\).*save it as UTF-8"):
         decode(b"Context,Response\n" + text.encode(encoding), "t.csv")
 
 
-def test_utf_8_with_one_foreign_byte_is_refused():
-    """It is no Windows-1252: the characters that are right would turn into two wrong ones."""
+def test_utf_8_with_one_invalid_byte_is_refused():
+    """It is not Windows-1252, which would turn each correct character into two wrong ones."""
     content = "Context,Response\nna\u00efve,it\u2019s fine\n".encode() + b"caf\xe9,gr\xfc\xdfe f\xfcr dich"
 
     with pytest.raises(UserError, match=r"not UTF-8 \(byte 39, line 3\)"):
         decode(content, "t.csv")
 
 
-# A fault in a table: what stands in it, what is to be found, and the line.
 def with_stray_opening(line: int, column: int) -> str:
     lines = written(ROWS, lineterminator="\n").split("\n")
     fields = next(csv.reader([lines[line - 1]]))
@@ -160,7 +159,7 @@ def with_stray_opening(line: int, column: int) -> str:
 @pytest.mark.parametrize("line", [2, 27, 40, 41])
 @pytest.mark.parametrize("column", [0, 1, 2])
 def test_a_stray_opening_quote_is_refused_by_line(line, column):
-    """In any column, before fields that are quoted and fields that are not, in the last row too."""
+    """In any column, before quoted and unquoted fields, also in the last row."""
     with pytest.raises(UserError, match=rf"'t.csv' line {line} "):
         delimited.read(with_stray_opening(line, column), "t.csv")
 
@@ -180,7 +179,7 @@ def test_a_stray_opening_quote_is_refused_by_line(line, column):
     st.data(),
 )
 def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
-    """One quote put in or taken out: the file is refused, or no row and no word of a row is lost."""
+    """After one quote is added or removed, the file is refused, or no row and no word is lost."""
     text = written(rows, ["q", "a"], **dialect)
     body = text.index(dialect["lineterminator"]) + 1
     quotes = [at for at in range(body, len(text)) if text[at] == '"']
@@ -200,9 +199,9 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        # Closed in due form by another stray quote: by the end of a question, an answer, a row.
+        # Another stray quote closes it correctly: at the end of a question, an answer, a row.
         ('q,a\n"one two three,well then\nfour five six,so be it\nwhy me now",that is\na,b\n', "line 2 opens a quote"),
         ('q,a\nmy first one,"well\nfour five six,so it is\nwhy me now,that is hard"\na,b\n', "line 2 opens a quote"),
         ('q,a\nfine here,yes it is\n"one two three,well then\nfour five six,so it is"\n', "line 3 opens a quote"),
@@ -219,18 +218,18 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
         ('\ufeffq\ta\r\nok\tyes\r\nwhy\t"well\r\n'.lstrip("\ufeff"), "line 3 opens a quote"),
     ],
 )  # fmt: skip
-def test_a_table_that_would_lose_rows_is_refused(text, said):
-    """Each names the line where a person has to look."""
+def test_a_table_that_would_lose_rows_is_refused(text, message):
+    """Each error names the line to look at."""
     with pytest.raises(UserError) as raised:
         delimited.read(text, "t.csv")
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("text", "rows"),
     [
-        # A quote that changes nothing about where a field ends is part of the text.
+        # A quote that does not change where a field ends is part of the text.
         ('q,a\n"I am stuck" he said,well\n', [['"I am stuck" he said', "well"]]),
         ('q,a\nI am 6\' 2",well\n', [["I am 6' 2\"", "well"]]),
         ('q,a\nso "sad" today,well\n', [['so "sad" today', "well"]]),
@@ -241,14 +240,14 @@ def test_a_table_that_would_lose_rows_is_refused(text, said):
         ("\n \nq|a\nwhy|well, so\n", [["why", "well, so"]]),
         ("q\nwhy\n", [["why"]]),
         ("'q','a'\n'it''s, me','well'\n", [["it's, me", "well"]]),
-        # The separator is the one that the rows bear out.
+        # The separator is the one that fits the rows.
         ("q, as asked;a\nwhy, oh, why;well\nwho;me\n", [["why, oh, why", "well"], ["who", "me"]]),
         ('"sep=;"\nq;a\nwhy;well, so\n', [["why", "well, so"]]),
         ("sep=^\nq^a\nwhy^well, so\n", [["why", "well, so"]]),
-        # Excel writes an emoji so in Windows-1252.
+        # Excel writes an emoji like this in Windows-1252.
         ("q;a\nI cry &#128546;;well\n", [["I cry &#128546;", "well"]]),
         ("q;a\nTom &amp;well\n", [["Tom &amp", "well"]]),
-        # A text of several lines with a comma in each, among rows that are quoted throughout, or beside another.
+        # A field of several lines with a comma in each, among fully quoted rows, or next to another such field.
         ('"q","a"\n"one two three","I hear, you all\nrest now, please do\nand walk, every day"\n"so","be it"\n',
          [["one two three", "I hear, you all\nrest now, please do\nand walk, every day"], ["so", "be it"]]),
         ('q,a\nwhy not me,"I hear you all\nrest now, please do\nwalk now, every day"\nso,"be\n\nit"\n',
@@ -256,7 +255,7 @@ def test_a_table_that_would_lose_rows_is_refused(text, said):
     ],
 )  # fmt: skip
 def test_a_table_written_by_hand_is_read(text, rows):
-    """What loses nothing is taken as it is."""
+    """Irregular tables that lose nothing are read as they are."""
     assert delimited.read(text, "t.csv").rows == rows
 
 
@@ -264,7 +263,7 @@ PAIRS = [{"Context": "why?", "Response": "well\u2028then"}, {"Context": "who, me
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("".join(json.dumps(row) + "\r\n" for row in PAIRS), "JSON Lines"),
         ("".join(json.dumps(row, ensure_ascii=False) + "\n\n" for row in PAIRS), "JSON Lines"),
@@ -280,18 +279,18 @@ PAIRS = [{"Context": "why?", "Response": "well\u2028then"}, {"Context": "who, me
     ],
 )
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_json_is_read_in_the_shapes_people_have(tmp_path, text, said, mark):
-    """Every shape that pandas writes but bare values, and those of hubs and of hand-written files."""
+def test_json_is_read_in_the_shapes_people_have(tmp_path, text, message, mark):
+    """Every shape that pandas writes except bare values, and those of hubs and hand-written files."""
     for name in ("t.json", "t.jsonl", "t.txt"):
         (tmp_path / name).write_bytes((mark + text).encode())
         source = load(str(tmp_path / name))
 
         assert [{name: row[name] for name in PAIRS[0]} for row in source.rows] == PAIRS
-        assert source.read_as.startswith(f"{said}, UTF-8")
+        assert source.read_as.startswith(f"{message}, UTF-8")
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"a": "b"}\n{"a": "c', "line 2 is not JSON: Unterminated string"),
         ('{"a": "b"}\n["c"]\n', "line 2 is a JSON list; it must be an object"),
@@ -307,11 +306,11 @@ def test_json_is_read_in_the_shapes_people_have(tmp_path, text, said, mark):
         ("Dear all,\nhello\n", "is not JSON: it starts with 'Dear all,'"),
     ],
 )
-def test_json_of_another_shape_is_one_line(text, said):
-    """It says what is there and what may be there."""
+def test_json_of_another_shape_is_a_one_line_error(text, message):
+    """The error says what was found and what is allowed."""
     with pytest.raises(UserError) as raised:
         documents.read(text, "t.json")
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
@@ -323,10 +322,10 @@ def zipped(**members: str) -> bytes:
     return file.getvalue()
 
 
-def test_packed_files_are_unpacked(tmp_path):
-    """gzip and zip, whatever is in them and whatever their names say; a Mac's own files in an archive do not count."""
+def test_compressed_files_are_decompressed(tmp_path):
+    """gzip and zip, with any content and any name; macOS metadata in an archive is ignored."""
     text = written(ROWS)
-    for name, content, said in (
+    for name, content, message in (
         ("t.csv.gz", gzip.compress(text.encode("utf-16")), "UTF-16, in gzip"),
         ("t.csv", gzip.compress(text.encode()), "UTF-8, in gzip"),
         ("t.zip", zipped(talks__t_csv=text, MACOSX__t_csv="x", readme_md="y"), "'talks/t.csv' in a zip archive"),
@@ -337,11 +336,11 @@ def test_packed_files_are_unpacked(tmp_path):
         (tmp_path / name).write_bytes(content)
         source = load(str(tmp_path / name))
         assert list(source.rows[0].values()) == ROWS[0]
-        assert source.read_as.endswith(said)
+        assert source.read_as.endswith(message)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("t.zip", zipped(a_csv="q,a\n", b_csv="q,a\n"), "contains 'a.csv', 'b.csv'; it must contain one data file"),
         ("t.zip", zipped(a_md="x"), "contains 'a.md'; it must contain one data file"),
@@ -355,24 +354,24 @@ def test_packed_files_are_unpacked(tmp_path):
         ("t.csv", b"q,a\n\x00\x01\x02\x00\x00", "zero bytes|not valid UTF-16"),
     ],
 )  # fmt: skip
-def test_a_bad_archive_is_one_line(tmp_path, name, content, said):
-    """What is in it, or what to do."""
+def test_a_bad_archive_is_a_one_line_error(tmp_path, name, content, message):
+    """The error says what is in it, or what to do."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match=message) as raised:
         load(str(tmp_path / name))
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "message"),
     [
         (["context", "RESPONSE"], "'context' used as 'Context'; 'RESPONSE' used as 'Response'"),
         ([" Context", "Response "], "' Context' used as 'Context'; 'Response ' used as 'Response'"),
         (["Context", "Response", "context"], "UTF-8"),
     ],
 )
-def test_columns_are_found_whatever_their_case(tmp_path, header, said):
-    """The name as asked is taken first; what is taken in its place is said, in the report too."""
+def test_columns_are_found_whatever_their_case(tmp_path, header, message):
+    """An exact name wins; another match is noted, also in the report."""
     path = tmp_path / "t.csv"
     path.write_text(written([row[: len(header)] for row in ROWS], header), encoding="utf-8")
 
@@ -380,12 +379,12 @@ def test_columns_are_found_whatever_their_case(tmp_path, header, said):
 
     assert report.rows_out == 40
     assert {row["question"] for part in splits.values() for row in part} == {row[0] for row in ROWS}
-    assert report.read_as.endswith(said)
+    assert report.read_as.endswith(message)
     assert "read as      a table, comma between fields, UTF-8" in str(report)
 
 
 @pytest.mark.parametrize(
-    ("header", "said"),
+    ("header", "message"),
     [
         (["Context", "Response", "Response"], "has 2 columns with the same name, 'Response' and 'Response'"),
         (["context", "CONTEXT", "Response"], "has 2 columns with the same name, 'context' and 'CONTEXT'"),
@@ -393,18 +392,18 @@ def test_columns_are_found_whatever_their_case(tmp_path, header, said):
         (["My flatmate moved out and the flat feels so very empty now, you know", "Rest.", "x"], "has no header row"),
     ],
 )
-def test_a_header_that_is_not_clear_is_refused(tmp_path, header, said):
-    """Two columns with the same name, none of it, or a first row of conversation."""
+def test_a_header_that_is_not_clear_is_refused(tmp_path, header, message):
+    """Two columns with the same name, no such column, or a first row that is a conversation."""
     path = tmp_path / "t.csv"
     path.write_text(written(ROWS, header), encoding="utf-8")
     with pytest.raises(UserError) as raised:
         prepare(DataConfig(data=str(path)))
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert len(str(raised.value)) < 300
 
 
-def test_a_topic_stops_nothing_and_an_answer_that_is_no_text_is_named(tmp_path):
-    """Topics are labels: a number, a list, nothing. Questions and answers are text. Half a pair is no character."""
+def test_any_topic_is_accepted_and_an_answer_must_be_text(tmp_path):
+    """A topic may be a number, a list or missing. Questions and answers must be text. Lone surrogates are removed."""
     path = tmp_path / "t.jsonl"
     rows = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
     for row, topic in zip(rows, (3, ["grief", "work"], None, 2.5, {"a": 1}, float("nan"), True), strict=False):
