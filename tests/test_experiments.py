@@ -1,4 +1,4 @@
-"""Several runs of one recipe: that the two splits of the leak experiment differ in nothing but the leak."""
+"""Several runs of one recipe: seeds, and the leak experiment, whose two splits differ only in the leak."""
 
 import json
 from dataclasses import replace
@@ -8,12 +8,11 @@ import pytest
 
 from counsel.errors import UserError
 from counsel.files import read_json, write_jsonl
-from tests.test_train import recipe_for
 from tests.tiny import tiny_base
+from tests.train_runs import contents, recipe_for
 from train import data
-from train.data import DataConfig
+from train.data import DataConfig, evenly_spaced
 from train.experiments import equal_counts, leak_experiment, seen_share, whole_questions
-from train.sft import evenly_spaced
 
 
 def row(question: str, answer: int) -> dict[str, str]:
@@ -21,7 +20,7 @@ def row(question: str, answer: int) -> dict[str, str]:
 
 
 def test_fewer_rows_are_fewer_whole_questions():
-    """Of questions with 3, 1, 2 and 1 answers, evenly spaced ones are kept until there are enough rows."""
+    """Of questions with 3, 1, 2 and 1 answers, evenly spaced ones are kept until the rows suffice."""
     rows = [row(question, n) for question, count in (("a", 3), ("b", 1), ("c", 2), ("d", 1)) for n in range(count)]
 
     def kept(limit: int) -> list[str]:
@@ -34,7 +33,7 @@ def test_fewer_rows_are_fewer_whole_questions():
 
 
 def test_both_splits_give_the_same_number_of_rows(tmp_path):
-    """What is agreed on can be had from every split by either unit, and from one of them it is everything."""
+    """Every split by either unit has that many rows, and one of them has no more."""
     text = "a question about work number"
     rows = [
         {"Context": f"{text} {n}", "Response": f"breathe slowly and talk to friend {n} or {k}"}
@@ -55,7 +54,7 @@ def test_both_splits_give_the_same_number_of_rows(tmp_path):
 
 
 def test_seen_share_counts_scored_rows_with_a_trained_question():
-    """Two of the four scored rows ask what was trained on; with fewer trained rows, one."""
+    """Two of the four scored rows have a trained question; with fewer trained rows, one has."""
     trained = [row("a", 1), row("b", 1)]
     scored = [row("a", 2), row("b", 2), row("c", 1), row("d", 1)]
 
@@ -63,8 +62,8 @@ def test_seen_share_counts_scored_rows_with_a_trained_question():
     assert seen_share(trained, scored, 1, 4) == 0.25
 
 
-def test_leak_experiment_trains_alike_and_goes_on_where_it_stopped(tmp_path, capsys):
-    """Both splits train and score equally many rows, once before and once after; what is finished is not repeated."""
+def test_leak_experiment_uses_equal_row_counts_and_resumes(tmp_path, capsys):
+    """Both splits train and score equally many rows, before and after training; finished runs are not repeated."""
     base = tiny_base(tmp_path / "base", "llama")
     recipe = recipe_for(base, tmp_path, max_val_rows=6, seeds=(1,))
 
@@ -90,8 +89,7 @@ def test_leak_experiment_trains_alike_and_goes_on_where_it_stopped(tmp_path, cap
 
 
 def test_seeds_added_later_do_not_mix_row_counts(tmp_path, capsys):
-    """Every run of the table trains on as many rows; what was finished on more is trained again, and fewer seeds go
-    on with what is there."""
+    """Every run trains on the same number of rows: a run with more is repeated, and fewer seeds reuse what is there."""
     base = tiny_base(tmp_path / "base", "llama")
     recipe = recipe_for(base, tmp_path, max_rows=None, max_val_rows=99, max_steps=2, store="")
     config = replace(recipe, val_share=0.2, test_share=0.0).data_config()
@@ -111,8 +109,8 @@ def test_seeds_added_later_do_not_mix_row_counts(tmp_path, capsys):
     assert "trained again" not in capsys.readouterr().out
 
 
-def test_an_experiment_goes_on_with_its_own_data_only(tmp_path):
-    """Another file under the same name is refused, and the rows that the finished runs saw stay."""
+def test_an_experiment_resumes_with_its_own_data_only(tmp_path):
+    """Other data under the same name is refused, and the rows of the finished runs are kept."""
     base = tiny_base(tmp_path / "base", "llama")
     recipe = recipe_for(base, tmp_path, max_steps=2, seeds=(1,), store="")
     leak_experiment(recipe)
@@ -126,15 +124,50 @@ def test_an_experiment_goes_on_with_its_own_data_only(tmp_path):
 
 
 def test_overwrite_removes_experiments_only(tmp_path):
-    """A folder that is no experiment is not removed, and neither is one whose data the new one would read."""
+    """A folder that is not an experiment is not removed, and neither is one that contains the new one's data."""
     recipe = recipe_for(tmp_path / "base", tmp_path, overwrite=True)
     folder = Path(recipe.runs) / "tiny-leak"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="no earlier run"):
+    with pytest.raises(UserError, match="not an earlier run"):
         leak_experiment(recipe)
     (folder / "config.json").write_text("{}")
     write_jsonl(folder / "rows.jsonl", [row("a", 1)])
     with pytest.raises(UserError, match=r"data is .* inside the run"):
         leak_experiment(replace(recipe, data=str(folder / "rows.jsonl")))
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+def test_seeds_give_mean_and_standard_deviation(base, tmp_path):
+    """Two seeds are two runs; the mean and the standard deviation are those of their validation losses."""
+    from train.experiments import train_seeds
+
+    done = train_seeds(recipe_for(base, tmp_path, seeds=(1, 2), samples=0, max_steps=2, evaluations=1, store=""))
+
+    one, two = (read_json(tmp_path / "runs" / f"tiny-s{seed}" / "train.json")["val_loss"] for seed in (1, 2))
+    assert one != two
+    assert done["val_loss_mean"] == pytest.approx((one + two) / 2, abs=1e-5)
+    assert done["val_loss_sd"] == pytest.approx(abs(one - two) / 2**0.5, abs=1e-5)
+
+
+def test_seeds_resume_and_need_no_validation(base, tmp_path):
+    """With --resume, finished seeds are read and others trained; without validation rows there is no mean."""
+    from train.experiments import train_seeds
+
+    recipe = recipe_for(base, tmp_path, seeds=(1,), samples=0, max_steps=2, evaluations=1, store="", val_share=0.0)
+    first = train_seeds(recipe)
+    assert (first["val_loss_mean"], first["val_loss_sd"], first["val_losses"]) == (None, None, [])
+    before = contents(tmp_path / "runs" / "tiny-s1")
+
+    both = train_seeds(replace(recipe, seeds=(1, 2), resume=True))
+
+    assert both["n"] == 2
+    assert contents(tmp_path / "runs" / "tiny-s1") == before
+    assert (tmp_path / "runs" / "tiny-s2" / "train.json").is_file()
+    with pytest.raises(UserError, match="rank is 8"):
+        train_seeds(replace(recipe, seeds=(1, 2), resume=True, rank=8))

@@ -1,4 +1,4 @@
-"""The shipped recipes, and the checks that come before training."""
+"""The shipped recipes, and the checks before training."""
 
 import json
 import os
@@ -12,8 +12,9 @@ from counsel.cli import load_config
 from counsel.errors import UserError
 from counsel.lora_layers import Layers, served_layers
 from tests.tiny import tiny_base, tiny_gpt2
-from train.hardware import TrainHardware, machine, plan
-from train.preflight import check, needed_rank
+from train.hardware import TrainHardware, choose_precision, detect
+from train.lora import needed_rank
+from train.preflight import Finding, check
 from train.recipe import RECIPES, Recipe
 
 SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
@@ -22,8 +23,8 @@ GPU = TrainHardware("cuda", "a GPU", bf16=True, memory_bytes=24 << 30)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_recipe_loads_and_opens_with_its_command(path):
-    """Each shipped recipe is valid, is named by its file, and its first line is the command that runs it."""
+def test_a_recipe_loads_and_starts_with_its_command(path):
+    """Each shipped recipe is valid, has the name of its file, and its first line is the command that runs it."""
     recipe = load_config(Recipe, str(path), {})
 
     assert recipe.name == path.stem
@@ -31,7 +32,7 @@ def test_a_recipe_loads_and_opens_with_its_command(path):
 
 
 def test_reference_holds_the_notebooks_numbers():
-    """The reference recipe is the source project's, number for number."""
+    """The reference recipe has the numbers of the notebook it came from."""
     recipe = load_config(Recipe, str(RECIPES / "reference.yaml"), {})
 
     assert (recipe.base, recipe.load_in_4bit, recipe.attn_implementation) == ("gemma-2-2b-it", True, "eager")
@@ -45,21 +46,21 @@ def test_reference_holds_the_notebooks_numbers():
     assert (recipe.max_length, recipe.optim) == (2000, "paged_adamw_8bit")
 
 
-def test_without_cuda_4_bits_are_dropped_and_said():
-    """On a CPU the base is bf16 and the optimizer plain, each with asked, used and because; strict refuses."""
+def test_without_cuda_4_bits_are_dropped_and_reported():
+    """On a CPU the base is bf16 and the optimizer plain, each reported with a reason; strict refuses."""
     recipe = load_config(Recipe, str(RECIPES / "reference.yaml"), {})
 
-    here = plan(recipe, CPU)
+    precision = choose_precision(recipe, CPU)
 
-    assert (here.load_in_4bit, here.optimizer, here.dtype) == (False, "adamw_torch_fused", "bfloat16")
-    assert [(d.asked, d.used) for d in here.downgrades] == [
+    assert (precision.load_in_4bit, precision.optimizer, precision.dtype) == (False, "adamw_torch_fused", "bfloat16")
+    assert [(d.asked, d.used) for d in precision.downgrades] == [
         ("a 4-bit base", "a bfloat16 base"),
         ("paged_adamw_8bit", "adamw_torch_fused"),
     ]
-    assert plan(recipe, GPU).downgrades == ()
-    assert plan(recipe, GPU).load_in_4bit
+    assert choose_precision(recipe, GPU).downgrades == ()
+    assert choose_precision(recipe, GPU).load_in_4bit
     with pytest.raises(UserError, match="--strict: asked a 4-bit base, used a bfloat16 base, because"):
-        plan(replace(recipe, strict=True), CPU)
+        choose_precision(replace(recipe, strict=True), CPU)
 
 
 @pytest.mark.parametrize(("rank", "needed"), [(1, 1), (2, 8), (16, 16), (48, 64), (64, 64), (512, 512)])
@@ -68,9 +69,16 @@ def test_the_rank_the_server_needs(rank, needed):
     assert needed_rank(rank) == needed
 
 
-def findings(folder_of_base, folder, machine=CPU, **changes):
-    recipe = replace(Recipe(base=str(folder_of_base), runs=str(folder), max_rows=8, system="listen"), **changes)
-    return {finding.check: finding for finding in check(recipe, plan(recipe, machine), machine)}
+def checked(recipe, hardware=CPU) -> list[Finding]:
+    found: list[Finding] = []
+    prepared = check(recipe, choose_precision(recipe, hardware), hardware, found.append)
+    assert (prepared is not None) == all(finding.ok for finding in found)
+    return found
+
+
+def findings(base_folder, folder, hardware=CPU, **changes) -> dict[str, Finding]:
+    recipe = replace(Recipe(base=str(base_folder), runs=str(folder), max_rows=8, system="listen"), **changes)
+    return {finding.check: finding for finding in checked(recipe, hardware)}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +87,7 @@ def llama(tmp_path_factory):
 
 
 def test_a_good_recipe_passes_every_check(llama, tmp_path):
-    """Everything holds, and what was found is said: 14 layers, the server's rank, no leak."""
+    """Every check passes and reports details: 14 layers, the server's rank, no leak."""
     found = findings(llama, tmp_path, rank=4)
 
     assert [str(finding) for finding in found.values() if not finding.ok] == []
@@ -89,8 +97,8 @@ def test_a_good_recipe_passes_every_check(llama, tmp_path):
     assert "leak 0" in found["data"].seen
 
 
-def test_layers_that_the_server_would_leave_out_are_refused_before_training(llama, tmp_path, monkeypatch):
-    """Each kind is named, with what to do; an adapter that is not published may have them."""
+def test_layers_that_the_server_would_ignore_are_refused_before_training(llama, tmp_path, monkeypatch):
+    """The error names each kind of layer and says what to do; an unpublished adapter may have them."""
     layers = served_layers(llama)
     fewer = {layer: place for layer, place in layers.places.items() if "mlp" in layer}
     monkeypatch.setattr("train.preflight.served_layers", lambda base: Layers(fewer, layers.targets))
@@ -107,24 +115,24 @@ def test_layers_that_the_server_would_leave_out_are_refused_before_training(llam
 
 
 def test_a_base_on_which_no_adapter_is_served_is_refused_before_training(tmp_path):
-    """GPT-2, of which vLLM serves the base alone."""
+    """vLLM serves GPT-2 only without adapters."""
     refused = findings(tiny_gpt2(tmp_path / "gpt2"), tmp_path)["served"]
 
     assert not refused.ok
     assert "vLLM serves no LoRA on GPT2LMHeadModel" in refused.seen
 
 
-def test_where_vllm_is_not_installed_the_layers_are_not_tried(llama, tmp_path, monkeypatch):
-    """A machine that only trains: it says so, and trains."""
+def test_without_vllm_the_layers_are_not_checked(llama, tmp_path, monkeypatch):
+    """A machine that only trains reports that, and trains."""
     monkeypatch.setattr("counsel.lora_layers._vllm_versions", list)
 
     found = findings(llama, tmp_path)["served"]
     assert found.ok
-    assert found.seen.startswith("not tried: vLLM is not installed here")
+    assert found.seen.startswith("not checked: vLLM is not installed here")
 
 
 def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_path):
-    """The form of the file, and for each reason the rows with the text that they are dropped for."""
+    """The format of the file, and for each reason some dropped rows, with the text that caused it."""
     rows = [
         {"Context": f"How do I rest, {n}?", "Response": f"Take one small step today, number {n}."} for n in range(60)
     ]
@@ -135,18 +143,18 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
     )
     recipe = Recipe(base=str(llama), runs=str(tmp_path), data=str(path), system="listen")
 
-    said = [str(finding) for finding in check(recipe, plan(recipe, CPU), CPU)]
-    masked = [str(finding) for finding in check(replace(recipe, contacts="mask"), plan(recipe, CPU), CPU)]
+    lines = [str(finding) for finding in checked(recipe)]
+    masked = [str(finding) for finding in checked(replace(recipe, contacts="mask"))]
 
-    assert "ok    read as    a table, semicolon between fields, UTF-8; 'context' taken for 'Context'" in said
-    dropped = next(line for line in said if "dropped" in line)
+    assert "ok    read as    a table, semicolon between fields, UTF-8; 'context' used as 'Context'" in lines
+    dropped = next(line for line in lines if "dropped" in line)
     assert dropped.startswith("ok    dropped    link: 1 (contacts: mask keeps these), such as row 5: ")
     assert "https://help.example.com/x" in dropped
     assert "ok    masked     link: 1" in masked
 
 
 @pytest.mark.parametrize(
-    ("changes", "failed", "said"),
+    ("changes", "failed", "message"),
     [
         ({"name": "Not Allowed"}, "name", "not allowed"),
         ({"base": "no-such-base"}, "base", "no base model"),
@@ -160,7 +168,7 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
         (
             {"system": "x" * 8001},
             "system",
-            "the system prompt has 8,001 characters, and an adapter is published with at",
+            "the system prompt has 8,001 characters, but an adapter is published with at",
         ),
         ({"optim": "adamm"}, "optimizer", "did you mean 'adamw_torch'?"),
         ({"optim": "paged_adamw_8bits"}, "optimizer", "did you mean 'paged_adamw_8bit'"),
@@ -170,16 +178,16 @@ def test_check_shows_what_was_read_and_examples_of_what_is_dropped(llama, tmp_pa
         ({"store": str(RECIPES / "smoke.yaml" / "store")}, "store", "is a file; give a folder"),
     ],
 )
-def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, said):
-    """Each fault is found by its own check, and the message says what to do."""
+def test_what_would_fail_later_fails_now(llama, tmp_path, changes, failed, message):
+    """Each error is found by its own check, and the message says what to do."""
     found = findings(llama, tmp_path, **changes)
 
     assert not found[failed].ok
-    assert said in found[failed].seen
+    assert message in found[failed].seen
 
 
 def test_paths_where_nothing_can_be_written_are_found(llama, tmp_path):
-    """A run folder that is a file, one without permission; without a store nothing is published, and nothing asked."""
+    """A run folder that is a file, or not writable. Without a store, the checks for publishing are skipped."""
     file, closed = tmp_path / "file", tmp_path / "closed"
     file.write_text("x")
     closed.mkdir(mode=0o500)
@@ -188,12 +196,12 @@ def test_paths_where_nothing_can_be_written_are_found(llama, tmp_path):
     assert findings(llama, tmp_path, store="", system="x" * 9000)["system"].ok
     assert "store" not in findings(llama, tmp_path, store="")
     if os.geteuid() != 0:  # root may write anywhere
-        assert "nothing can be written" in findings(llama, closed / "runs")["disk"].seen
-        assert "nothing can be written" in findings(llama, tmp_path, store=str(closed / "store"))["store"].seen
+        assert "is not writable" in findings(llama, closed / "runs")["disk"].seen
+        assert "is not writable" in findings(llama, tmp_path, store=str(closed / "store"))["store"].seen
 
 
 def test_rows_longer_than_the_base_are_found(llama, tmp_path):
-    """Beyond its positions a base answers noise, or dies in the middle of training."""
+    """Past its positions a base produces noise, or fails in the middle of training."""
     path = tmp_path / "long.jsonl"
     data = with_long_questions(path, 30)
     path.write_text(path.read_text().replace("and so on", "and so on and on"))
@@ -205,7 +213,7 @@ def test_rows_longer_than_the_base_are_found(llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"max_rows": 0}, r"max_rows is 0; it must be at least 1 \(or none\)"),
         ({"max_rows": -1}, "max_rows is -1"),
@@ -249,31 +257,31 @@ def test_rows_longer_than_the_base_are_found(llama, tmp_path):
         ({"resume": True, "overwrite": True}, "exclude each other"),
     ],
 )
-def test_a_value_out_of_range_is_refused_at_once(changes, said):
-    """Each number of a recipe has its range; what is outside would train something else, or fail after hours."""
-    with pytest.raises(UserError, match=said):
+def test_a_value_out_of_range_is_refused_at_once(changes, message):
+    """Each number of a recipe has a range; a value outside would train something else, or fail after hours."""
+    with pytest.raises(UserError, match=message):
         Recipe(**changes)
 
 
 def test_the_ends_of_the_ranges_are_allowed():
-    """Zero switches off: steps by epochs, no patience, no samples, no decay, no clipping, no dropout, no validation."""
+    """Zero disables: max_steps, patience, samples, weight decay, clipping, dropout, warm-up and held-out rows."""
     Recipe(max_rows=1, max_steps=0, patience=0, samples=0, weight_decay=0.0, max_grad_norm=0.0, dropout=0.0,
            warmup_ratio=0.0, val_share=0.0, test_share=0.0, seed=0, split_seed=2**32 - 1, system="",
            store="")  # fmt: skip
 
 
 def test_sharding_without_a_gpu_is_refused(monkeypatch):
-    """What accelerate launch says of FSDP is seen; on a CPU, where it would shard nothing, the run is refused."""
+    """FSDP from accelerate launch is detected; on a CPU, where nothing would be sharded, the run is refused."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert machine().sharded
+    assert detect().sharded
 
     with pytest.raises(UserError, match=r"on GPUs only; use train/accelerate/ddp\.yaml"):
-        plan(Recipe(), replace(CPU, sharded=True))
-    assert plan(Recipe(), replace(GPU, sharded=True)).device == "cuda"
+        choose_precision(Recipe(), replace(CPU, sharded=True))
+    assert choose_precision(Recipe(), replace(GPU, sharded=True)).device == "cuda"
 
 
 def with_long_questions(path: Path, n_long: int) -> str:
-    """A file of 200 rows, of which so many have questions of more than 200 tokens."""
+    """The path of 200 rows; `n_long` of them have questions of more than 200 tokens."""
     rows = [
         {
             "Context": f"question {n}" + " and so on" * 100 * (n < n_long),
@@ -300,7 +308,7 @@ def test_a_few_rows_without_an_answer_are_left_out(llama, tmp_path):
 
 
 def test_sdpa_is_refused_for_gemma_2(tmp_path):
-    """Gemma 2 caps its attention scores, which sdpa drops: eager is asked for."""
+    """Gemma 2 caps its attention scores, and sdpa drops the cap; the error asks for eager."""
     base = tiny_base(tmp_path / "tiny-gemma2", "gemma2")
 
     assert "eager" in findings(base, tmp_path, attn_implementation="sdpa")["attention"].seen
@@ -308,7 +316,7 @@ def test_sdpa_is_refused_for_gemma_2(tmp_path):
 
 
 def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
-    """No end of turn after the answer, two BOS, or a prompt that is no prefix: each would teach something else."""
+    """No end of turn after the answer, two BOS tokens, or a prompt that is not a prefix would train something else."""
     base = tiny_base(tmp_path / "base", "llama")
     template = base / "chat_template.jinja"
     whole = template.read_text()
@@ -324,7 +332,7 @@ def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):
 
 
 def test_too_much_memory_is_refused(llama, tmp_path):
-    """The estimate is held against what the machine has."""
+    """The estimate is compared with the memory of the machine."""
     small = TrainHardware("cpu", "a small machine", bf16=True, memory_bytes=1 << 30)
 
-    assert "lower batch_size" in findings(llama, tmp_path, machine=small)["memory"].seen
+    assert "lower batch_size" in findings(llama, tmp_path, hardware=small)["memory"].seen

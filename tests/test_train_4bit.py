@@ -1,11 +1,11 @@
-"""A 4-bit base on a CPU: right gradients after an evaluation pass."""
+"""A 4-bit base on a CPU has correct gradients after an evaluation pass."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from counsel.catalog import Base
-from train.hardware import TrainHardware, plan
+from train.hardware import TrainHardware, choose_precision
 from train.recipe import Recipe
 from train.sft import load_base
 
@@ -16,7 +16,9 @@ def gradient(base: Base, evaluate_first: bool) -> torch.Tensor:
     """Every adapter gradient of one fixed batch, in one vector."""
     recipe = Recipe(base=str(base.path), load_in_4bit=True, force_4bit=True)
     torch.manual_seed(0)
-    model = get_peft_model(load_base(recipe, plan(recipe, CPU), base), LoraConfig(r=4, target_modules="all-linear"))
+    model = get_peft_model(
+        load_base(recipe, choose_precision(recipe, CPU), base), LoraConfig(r=4, target_modules="all-linear")
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -31,8 +33,8 @@ def gradient(base: Base, evaluate_first: bool) -> torch.Tensor:
     return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
 
-def test_gradients_are_right_after_an_evaluation_pass(tmp_path):
-    """Their cosine to those of a model that was never evaluated is at least .999 (stock bitsandbytes 0.50: .73)."""
+def test_gradients_are_correct_after_an_evaluation_pass(tmp_path):
+    """Their cosine to those of a model without an evaluation pass is at least .999 (plain bitsandbytes 0.50: .73)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # Wide enough for the packed kernel: it takes layers whose sizes are multiples of its block.
@@ -52,6 +54,6 @@ def test_gradients_are_right_after_an_evaluation_pass(tmp_path):
 @pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "adamw_torch_fused"])
 def test_forced_4_bits_keep_the_recipes_optimizer(optimizer):
     """force_4bit keeps base and optimizer as asked, without a downgrade."""
-    here = plan(Recipe(load_in_4bit=True, force_4bit=True, optim=optimizer), CPU)
+    precision = choose_precision(Recipe(load_in_4bit=True, force_4bit=True, optim=optimizer), CPU)
 
-    assert (here.load_in_4bit, here.optimizer, here.downgrades) == (True, optimizer, ())
+    assert (precision.load_in_4bit, precision.optimizer, precision.downgrades) == (True, optimizer, ())

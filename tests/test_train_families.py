@@ -1,4 +1,4 @@
-"""Every causal family of transformers, tiny: what takes the fast CPU path trains as the model's own forward does."""
+"""Every causal model family, tiny: those on the fast CPU path train exactly as by the model's own forward."""
 
 import importlib.util
 
@@ -7,32 +7,32 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.families import families, tiny_model
-from train.cpu.loss import unservable_reason
-from train.cpu.proof import loss_of, speed_up, why_unproven
+from train.cpu.loss import unsupported_reason
+from train.cpu.proof import fast_loss, mismatch, speed_up
 
-# Convolution, Mamba, linear attention or recurrence: a line of rows would carry their state from row to row.
+# Convolution, Mamba, linear attention or recurrence: packed rows would carry their state from row to row.
 MIXES_ROWS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "nemotron_h",
               "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba2")  # fmt: skip
-# Their own masks or losses, which the fast path does not make.
-OTHERWISE_OWN = ("bloom", "cohere", "cohere2", "falcon", "mamba", "modernbert-decoder", "mpt", "nemotron", "stablelm")
-# What people train on a CPU; EXAONE 4 has a window on its object and not on every layer.
+# These make their own masks or losses, which the fast path does not support.
+UNSUPPORTED = ("bloom", "cohere", "cohere2", "falcon", "mamba", "modernbert-decoder", "mpt", "nemotron", "stablelm")
+# Common on CPUs. EXAONE 4 has a window in its config but not on every layer.
 FAST = ("apertus", "arcee", "deepseek_v3", "exaone4", "gemma", "gemma3_text", "glm4", "gpt2", "granite", "llama",
         "ministral", "mistral", "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3",
         "starcoder2")  # fmt: skip
-# The same in a plain run of the tests: one of each kind.
+# One of each kind, for a quick run of the tests.
 QUICK = ("bamba", "exaone4", "falcon", "gemma3_text", "gpt2", "lfm2", "llama", "nemotron", "qwen3_5_text",
          "recurrent_gemma", "stablelm")  # fmt: skip
-# What these names cannot make small, or what needs a package or a part (another model, images) that is not here.
+# SIZES cannot make these small, or they need a package or a part (another model, images) that is missing here.
 NOT_BUILT = ("blt", "cohere_compass_text", "dbrx", "fuyu", "gemma4_assistant", "gemma4_unified_assistant", "got_ocr2",
              "moshi", "musicgen", "musicgen_melody", "qwen4_exp", "qwen4_exp_text", "reformer",
              "roc_bert", "xlm")  # fmt: skip
-# What is built, and whose own forward wants more than tokens and a mask.
+# These can be built, but their forward needs more than tokens and a mask.
 NEEDS_MORE: tuple[str, ...] = ()
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Layers of this size gain nothing from a second thread, and its waiting costs most of the time."""
+    """Tiny layers gain nothing from a second thread, and waiting for it takes most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,7 +40,7 @@ def one_thread():
 
 
 def rows() -> dict[str, torch.Tensor]:
-    """Three rows of 40, 33 and 21 tokens that share an opening of 12; answers begin at 20, 15 and 14."""
+    """Three rows of 40, 33 and 21 tokens that share a prefix of 12; answers start at 20, 15 and 14."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 300, (3, 40), generator=generator)
     ids[:, :12] = ids[0, :12]
@@ -52,7 +52,7 @@ def rows() -> dict[str, torch.Tensor]:
 
 
 def lora_for(model) -> LoraConfig:
-    """All linear layers, but for those that PEFT refuses in Mamba models."""
+    """All linear layers, except those that PEFT rejects in Mamba models."""
     refused = ["out_proj", "conv1d"] if model.config.model_type in ("falcon_h1", "nemotron_h") else None
     return LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", exclude_modules=refused, task_type="CAUSAL_LM")
 
@@ -80,25 +80,25 @@ def own_loss(model, inputs):
 
 
 def gradients(model):
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    values = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return values
 
 
-def verdict(family: str) -> str | None:
-    """Why a tiny model of the family takes TRL's own path; None where it takes the fast one and that was right."""
+def slow_reason(family: str) -> str | None:
+    """Why a tiny model of the family takes TRL's path; None if it takes the fast path, which is then checked."""
     model = tiny_model(family)
     lora = lora_for(model)
-    reason = unservable_reason(model, "cpu") or why_unproven(model, lora)
+    reason = unsupported_reason(model, "cpu") or mismatch(model, lora)
     if reason is None:
         peft_model, inputs = adapted(model, lora), rows()
         expected = own_loss(peft_model, inputs)
         expected.backward()
         expected_gradients = gradients(peft_model)
         speed_up(peft_model)
-        found = loss_of(peft_model, inputs)
-        found.backward()
-        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        loss = fast_loss(peft_model, inputs)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         for name, gradient in gradients(peft_model).items():
             scale = float(expected_gradients[name].abs().max())
             torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-3 * scale, msg=name)
@@ -106,23 +106,23 @@ def verdict(family: str) -> str | None:
 
 
 def check(family: str) -> None:
-    reason = verdict(family)
+    reason = slow_reason(family)
     if family in FAST:
         assert reason is None
-    if family in (*MIXES_ROWS, *OTHERWISE_OWN):
+    if family in (*MIXES_ROWS, *UNSUPPORTED):
         assert reason
 
 
 @pytest.mark.parametrize("family", QUICK)
 def test_a_family_of_each_kind_trains_as_by_its_own_forward(family):
-    """Full and windowed attention take the fast path and are right; what mixes rows does not take it."""
+    """Full and windowed attention take the fast path and agree; families that mix rows do not take it."""
     check(family)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(set(families()) - {*QUICK, *NOT_BUILT, *NEEDS_MORE}))
 def test_every_family_trains_as_by_its_own_forward(family):
-    """All that can be built tiny: the fast path where it is right, and TRL's own elsewhere."""
+    """Every family that can be built tiny takes the fast path if it agrees, and TRL's otherwise."""
     if family == "gemma3n" and not importlib.util.find_spec("timm"):
         pytest.skip("its images need timm")
     check(family)
@@ -130,15 +130,15 @@ def test_every_family_trains_as_by_its_own_forward(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", NOT_BUILT)
-def test_what_is_left_out_cannot_be_built(family):
-    """A family that transformers' next version makes buildable is to move into the test above."""
+def test_excluded_families_cannot_be_built(family):
+    """A family that a later transformers can build must move to the test above."""
     with pytest.raises(Exception, match=r".*"):  # each fails in its own way
         tiny_model(family)
 
 
 @pytest.mark.parametrize("first", ["conv", "full_attention"])
-def test_state_that_crosses_between_rows_is_what_is_found(first):
-    """LFM2 with convolutions is refused for what the first row does to the second; without, it takes the fast path."""
+def test_state_that_crosses_between_rows_is_detected(first):
+    """LFM2 with convolutions leaves the fast path because its first row changes the second; without, it takes it."""
     from transformers import AutoModelForCausalLM
 
     from tests.families import tiny_config
@@ -147,6 +147,6 @@ def test_state_that_crosses_between_rows_is_what_is_found(first):
     config.layer_types = [first, "full_attention"] * 2
     model = AutoModelForCausalLM.from_config(config)
 
-    reason = why_unproven(model, lora_for(model))
+    reason = mismatch(model, lora_for(model))
 
     assert (reason is None) == (first == "full_attention"), reason

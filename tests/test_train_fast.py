@@ -1,4 +1,4 @@
-"""The fast CPU path: the same loss and the same gradients as TRL's, for fewer operations."""
+"""The fast CPU path computes the same loss and gradients as TRL's, with fewer operations."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import tiny_base
 from train.cpu.lora import fuse_lora
-from train.cpu.loss import AnswerLoss, unservable_reason
-from train.cpu.packing import as_line
-from train.cpu.proof import loss_of, speed_up
+from train.cpu.loss import AnswerLoss, unsupported_reason
+from train.cpu.packing import pack
+from train.cpu.proof import fast_loss, speed_up
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Three rows of 40, 33 and 21 tokens that share an opening of 12; answers begin at 20, 15 and 14."""
+    """Three rows of 40, 33 and 21 tokens that share a prefix of 12; answers start at 20, 15 and 14."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, 300, (3, 40), generator=generator)
     ids[:, :12] = ids[0, :12]
@@ -26,7 +26,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def adapted(path, dtype=torch.float32):
-    """A tiny model with a LoRA whose B is not zero, the same at each call."""
+    """A tiny model with a LoRA whose B is not zero, the same in every call."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     torch.manual_seed(3)
     peft_model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
@@ -58,7 +58,7 @@ def with_config(base, **changes):
     return base
 
 
-SLIDES_THEN_SEES_ALL = ["sliding_attention", "full_attention"]
+SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ SLIDES_THEN_SEES_ALL = ["sliding_attention", "full_attention"]
         ("llama", {}),
         ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
         ("gemma3", {}),
-        # Rows of 40, 33 and 21 tokens: windows that end inside the opening, inside the row, and beyond short rows.
-        ("gemma3", {"sliding_window": 5, "layer_types": SLIDES_THEN_SEES_ALL}),
-        ("gemma3", {"sliding_window": 16, "layer_types": SLIDES_THEN_SEES_ALL}),
-        ("gemma3", {"sliding_window": 30, "layer_types": SLIDES_THEN_SEES_ALL}),
+        # Rows of 40, 33 and 21 tokens: windows that end inside the prefix, inside the row, and beyond short rows.
+        ("gemma3", {"sliding_window": 5, "layer_types": SLIDING_THEN_FULL}),
+        ("gemma3", {"sliding_window": 16, "layer_types": SLIDING_THEN_FULL}),
+        ("gemma3", {"sliding_window": 30, "layer_types": SLIDING_THEN_FULL}),
     ],
 )
 def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, changes):
@@ -78,58 +78,58 @@ def test_fast_path_gives_the_same_loss_and_gradients(tmp_path, kind, changes):
     base = with_config(tiny_base(tmp_path / "base", kind), **changes)
     inputs = batch()
     slow, fast = adapted(base), adapted(base)
-    assert unservable_reason(fast.get_base_model(), "cpu") is None
+    assert unsupported_reason(fast.get_base_model(), "cpu") is None
     assert fuse_lora(adapted(base)) == 14  # seven linear layers in each of two blocks
     speed_up(fast)
 
-    slow_value, fast_value = slow_loss(slow, inputs), loss_of(fast, inputs)
+    slow_value, fast_value = slow_loss(slow, inputs), fast_loss(fast, inputs)
     slow_value.backward()
     fast_value.backward()
 
     assert fast_value.item() == pytest.approx(slow_value.item(), rel=1e-5)
-    expected, found = gradients(slow), gradients(fast)
-    assert expected.keys() == found.keys()
+    expected, actual = gradients(slow), gradients(fast)
+    assert expected.keys() == actual.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_the_window_counts(tmp_path):
-    """By transformers' own path the same weights score otherwise without it: the test above would see it lost."""
+def test_the_window_changes_the_loss(tmp_path):
+    """Without the window, transformers itself scores the same weights differently, so the test above would notice."""
     base = tiny_base(tmp_path / "base", "gemma3")
     narrow, wide = (
-        slow_loss(adapted(with_config(base, sliding_window=window, layer_types=SLIDES_THEN_SEES_ALL)), batch()).item()
+        slow_loss(adapted(with_config(base, sliding_window=window, layer_types=SLIDING_THEN_FULL)), batch()).item()
         for window in (16, 4096)
     )
 
     assert narrow != pytest.approx(wide, rel=1e-3)
 
 
-def test_a_batch_becomes_one_line_without_padding():
-    """The opening appears once, padding not at all, and each target is the next token of the same row."""
+def test_a_batch_is_packed_without_padding():
+    """The shared prefix appears once, padding not at all, and each target is the next token of the same row."""
     inputs = batch()
 
-    line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    packed = pack(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
 
     # 12 shared tokens, of which the last stays with its rows: 11 + (40 - 11) + (33 - 11) + (21 - 11)
-    assert (line.rows.opening, line.ids.shape[1]) == (11, 72)
-    assert line.rows.ends == (40, 62, 72)
-    assert line.positions[0, :12].tolist() == list(range(12))
-    assert line.positions[0, 40].item() == 11
-    scored = [(line.targets[0, start:end] != -100).sum().item() for start, end in line.rows.spans()]
+    assert (packed.rows.shared_prefix, packed.ids.shape[1]) == (11, 72)
+    assert packed.rows.ends == (40, 62, 72)
+    assert packed.positions[0, :12].tolist() == list(range(12))
+    assert packed.positions[0, 40].item() == 11
+    scored = [(packed.targets[0, start:end] != -100).sum().item() for start, end in packed.rows.spans()]
     assert scored == [20, 18, 7]
-    assert line.targets[0, 39].item() == -100
-    assert line.targets[0, 38].item() == inputs["input_ids"][0, 39].item()
+    assert packed.targets[0, 39].item() == -100
+    assert packed.targets[0, 38].item() == inputs["input_ids"][0, 39].item()
 
 
 def test_equal_rows_keep_their_own_first_answer_token():
-    """Rows that share the whole prompt still each predict their own first answer token."""
+    """Rows with the same prompt still predict their own first answer tokens."""
     ids = torch.tensor([[7, 8, 9, 20], [7, 8, 9, 21]])
     labels = torch.tensor([[-100, -100, -100, 20], [-100, -100, -100, 21]])
 
-    line = as_line(ids, torch.ones_like(ids), labels)
+    packed = pack(ids, torch.ones_like(ids), labels)
 
-    assert line.rows.opening == 2
-    assert line.targets[0].tolist() == [-100, -100, 20, -100, 21, -100]
+    assert packed.rows.shared_prefix == 2
+    assert packed.targets[0].tolist() == [-100, -100, 20, -100, 21, -100]
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -151,14 +151,14 @@ def test_answer_loss_matches_cross_entropy(softcap):
     torch.testing.assert_close(hidden.grad, twin.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_says_where_it_is_not_tried(tmp_path):
-    """A GPU, eager attention and a loss of the experts' router are left to TRL, with the reason."""
+def test_unsupported_models_get_a_reason(tmp_path):
+    """A GPU, eager attention and a router loss leave the model to TRL, with the reason."""
     base = tiny_base(tmp_path / "base", "gemma2")
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="sdpa")
 
-    assert unservable_reason(model, "cpu") is None
-    assert "cuda" in unservable_reason(model, "cuda")
+    assert unsupported_reason(model, "cpu") is None
+    assert "cuda" in unsupported_reason(model, "cuda")
     model.config.output_router_logits, model.config.router_aux_loss_coef = False, 0.01
-    assert "router_aux_loss_coef 0.01" in unservable_reason(model, "cpu")
+    assert "router_aux_loss_coef 0.01" in unsupported_reason(model, "cpu")
     model.set_attn_implementation("eager")
-    assert "eager" in unservable_reason(model, "cpu")
+    assert "eager" in unsupported_reason(model, "cpu")

@@ -1,4 +1,4 @@
-"""What training leaves, in real vLLM: the adapter beside its base, and the merged folder on its own."""
+"""A trained adapter and a merged folder, served by real vLLM."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from serve.server import Server
 from tests.conftest import Served, tiny_config
 from tests.greedy import greedy_answers
 from tests.test_serve import EXACT
-from tests.test_train import recipe_for
+from tests.train_runs import recipe_for
 from tests.waiting import until
 from train.merge import Merge, merge
 from train.recipe import Recipe
@@ -25,7 +25,7 @@ N_TOKENS = 24
 
 @pytest.fixture(scope="module")
 def trained(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A run on the base that is being served, published into the server's store."""
+    """A run on the served base, published to the server's store."""
     from train.sft import train
 
     folder = tmp_path_factory.mktemp("work")
@@ -48,31 +48,31 @@ def answers(base_url: str, key: str | None, model: str, asked: list[list[dict[st
     return [reply.choices[0].token_ids for reply in replies]
 
 
-def test_vllm_says_what_peft_says_with_the_trained_adapter(server, trained):
+def test_vllm_and_peft_agree_on_the_trained_adapter(server, trained):
     """The published adapter is served without a restart; its greedy answers are PEFT's, and not the base's.
 
-    It is asked without a system text: the one of its training comes from the store.
+    The request has no system prompt; the server adds that of the training from the store.
     """
     plain = [prompt_messages(question, "") for question in QUESTIONS]
     with_system = [prompt_messages(question, trained.system) for question in QUESTIONS]
     until(lambda: "trained" in [card.id for card in server.client().models.list()])
 
-    said = answers(server.base_url, server.user_key, "trained", plain)
+    replies = answers(server.base_url, server.user_key, "trained", plain)
 
     adapter = Run(trained.run_path).adapter
-    assert said == [answer.ids for answer in greedy_answers(server.base.path, adapter, with_system, N_TOKENS)]
-    assert said != [answer.ids for answer in greedy_answers(server.base.path, None, with_system, N_TOKENS)]
+    assert replies == [answer.ids for answer in greedy_answers(server.base.path, adapter, with_system, N_TOKENS)]
+    assert replies != [answer.ids for answer in greedy_answers(server.base.path, None, with_system, N_TOKENS)]
 
 
 @pytest.mark.slow
-def test_vllm_says_what_peft_says_with_the_merged_folder(server, trained, tmp_path):
-    """A server of its own, started on the merged folder alone, answers as PEFT does with base and adapter."""
+def test_vllm_and_peft_agree_on_the_merged_folder(server, trained, tmp_path):
+    """A server on the merged folder alone answers as PEFT does with base and adapter."""
     asked = [prompt_messages(question, trained.system) for question in QUESTIONS]
     out = Path(tmp_path / "merged")
     merge(Merge(str(trained.run_path), out=str(out), dtype="float32"))
 
     with Server(tiny_config(tmp_path, resolve(str(out)).path), quiet=True) as merged:
-        said = answers(merged.base_url, None, "merged", asked)
+        replies = answers(merged.base_url, None, "merged", asked)
 
     expected = greedy_answers(server.base.path, Run(trained.run_path).adapter, asked, N_TOKENS)
-    assert said == [answer.ids for answer in expected]
+    assert replies == [answer.ids for answer in expected]

@@ -1,28 +1,28 @@
-"""The trainer's own pieces: which rows a process counts, and in which order rows come."""
+"""Parts of the trainer: which rows a process counts, and the order of rows."""
 
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from train.trainer import EpochLengthSampler, rows_of_its_own
+from train.trainer import EpochLengthSampler, own_rows
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("n_rows", [1, 2, 5, 6, 7, 12, 13, 23])
 def test_each_validation_row_is_counted_once(n_rows, processes):
-    """Of the batches that accelerate gives to each process, the rows counted are all rows, each once."""
+    """Over the batches that accelerate gives to all processes, each row is counted exactly once."""
     counted = []
     for process in range(processes):
         batches = BatchSamplerShard(BatchSampler(SequentialSampler(range(n_rows)), 3, False), processes, process)
         for step, batch in enumerate(batches):
-            counted += batch[: rows_of_its_own(n_rows, 3, step, processes, process)]
+            counted += batch[: own_rows(n_rows, 3, step, processes, process)]
 
     assert sorted(counted) == list(range(n_rows))
 
 
-def test_the_order_by_length_depends_on_seed_and_epoch_alone():
-    """Asked again, in another process or after other random draws, an epoch has the same order; another has another."""
+def test_the_order_by_length_depends_on_seed_and_epoch_only():
+    """An epoch has the same order after other random draws; another epoch or seed has another."""
     lengths = torch.randint(1, 99, (64,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def order(epoch: int, seed: int = 7) -> list[int]:

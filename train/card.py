@@ -1,4 +1,4 @@
-"""The model card of a run: what it is, what it is not for, how it was made, how it scored. Written from its files."""
+"""The model card of a run, written from its files: purpose, limits, training and scores."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from counsel.chat import NOTICE, prompt_messages
 from counsel.files import read_json
 from counsel.run import Run
 
-# Endings of data files, compressed ones too: a hub id (org/name) may hold a dot, but none of these after it.
+# Suffixes of data files, also compressed. A hub id (org/name) may contain a dot, but never one of these after it.
 FILE_KINDS = ("csv", "tsv", "txt", "json", "jsonl", "ndjson", "parquet", "gz", "zip", "bz2", "xz", "zst")
 
 _HEAD = """---
@@ -24,8 +24,8 @@ tags: [lora, sft, trl, supportive-conversation]
 
 ## Summary
 
-{kind} of {base}, fine-tuned on questions people ask about their lives and answers
-to them, so that it replies at length, warmly and practically. Made with Counsel Stack.
+{kind} of {base}, fine-tuned on questions about people's lives and answers to them.
+It replies at length, warmly and practically. Made with Counsel Stack.
 
 ## Direct use
 
@@ -39,33 +39,33 @@ A starting point for further fine-tuning, or one adapter of several behind a ser
 
 - crisis management, or any use where someone in danger relies on the reply
 - diagnosis, advice on medication, or replacing a qualified person
-- use with people who have not been told that they talk to a research model, or with minors
+- use with minors, or with people who do not know that they are talking to a research model
 
 ## Bias, risks and limitations
 
-- It can be wrong, generic or harmful, and sounds sure of itself either way.
-- It learnt from {rows:,} answers; cultures and situations that are not among them are poorly covered.
+- It can be wrong, generic or harmful, and it sounds confident in any case.
+- It was trained on {rows:,} answers. Cultures and situations that they do not cover are handled poorly.
 - It remembers nothing between conversations and cannot see, verify or act on anything.
-- A small base model repeats itself and invents facts. Fine-tuning changed its tone more than its knowledge.
+- A small base model repeats itself and invents facts. Fine-tuning changes the tone more than the knowledge.
 
 ## Recommendations
 
-Keep a person in charge, show the notice above, route signs of danger to local emergency services or a crisis line
-(findahelpline.com), log no private text, and evaluate on your own questions before any use.
+Keep a person in charge. Show the notice above. Direct people in danger to local emergency services or a crisis line
+(findahelpline.com). Do not log private text. Evaluate on your own questions before any use.
 """
 
 
 def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = None) -> str:
-    """The README.md of a run's adapter, or of its merged model. `summary` stands in for train.json before it exists."""
+    """The README.md of a run's adapter, or of its merged model. `summary` replaces train.json before that exists."""
     recipe, report, provenance = run.config(), read_json(run.path / "data" / "report.json"), _provenance(run)
     done = summary if summary is not None else run.summary()
     base = done["base"]
     hub_id = base["hub_id"] if is_public(base) else None
     head = _HEAD.format(
-        # The hub refuses a card whose base is a path, and a path may name people.
+        # The hub rejects a card whose base is a path, and a path may contain a person's name.
         base_model=f"base_model: {hub_id}\n" if hub_id else "",
         base=f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"{base['name']}, a local model",
-        # Of other data nobody has said the language.
+        # The language of other data is unknown.
         language="language: en\n" if report["source"] == "sample" else "",
         license=_hub_license(base["license"]),
         rows=done["rows"],
@@ -79,12 +79,12 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
 
 
 def is_public(base: dict[str, str]) -> bool:
-    """Is the base known by a hub id (org/name)? Else its `hub_id` is a folder's path on the machine that trained."""
+    """Whether the base has a hub id (org/name). Otherwise its `hub_id` is a path on the machine that trained."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", base["hub_id"]) is not None
 
 
 def _hub_license(name: str) -> str:
-    """The licence as the hub names it; `other` where it is not known, which the hub's check takes."""
+    """The license as the hub names it; `other` if it is unknown, which the hub accepts."""
     return name if re.fullmatch(r"[a-z0-9.-]+", name) and name != "unknown" else "other"
 
 
@@ -115,9 +115,9 @@ def _start(base: dict[str, str], recipe: dict[str, Any], merged: bool) -> list[s
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))",
         "```",
         "",
-        "It was trained with this system text; leave it out and the answers change."
+        "It was trained with this system prompt. Without it, the answers change."
         if recipe["system"]
-        else "It was trained without a system text; add one and the answers change.",
+        else "It was trained without a system prompt. With one, the answers change.",
         "",
     ]
 
@@ -132,8 +132,10 @@ def _training(
                  f"validation {report['rows']['val']}, test {report['rows']['test']}; trained on {done['rows']}"),
         ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
         ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}, dropout {recipe['dropout']}, "
-                 f"targets {', '.join(recipe['targets'])}; {done['trainable_parameters']:,} trainable parameters"),
-        ("optimiser", f"{recipe['optimizer']}, peak learning rate {recipe['learning_rate']:g}, {recipe['schedule']}"),
+                 f"target modules {', '.join(recipe['target_modules'])}; "
+                 f"{done['trainable_parameters']:,} trainable parameters"),
+        ("optimizer", f"{recipe['optim']}, peak learning rate {recipe['learning_rate']:g}, "
+                      f"{recipe['lr_scheduler_type']}"),
         ("batch", f"{recipe['batch_size']} rows x {recipe['gradient_accumulation_steps']}"),
         ("length", f"{done['steps']} steps, {done['epochs']:.2f} epochs, {done['tokens']:,} tokens"),
         ("precision", provenance["dtype"] + (", 4-bit base" if _kept_4bit(recipe, done) else "")),
@@ -154,7 +156,7 @@ def _training(
 def _scores(run: Run, done: dict[str, Any]) -> list[str]:
     by_row = run.config()["split"] == "row"
     unseen = (
-        "on rows that were not in training, though most of their questions were: the split is by row"
+        "on rows that were not in training, but most of their questions were: the split is by row"
         if by_row
         else "on questions that were not in training"
     )
@@ -165,12 +167,16 @@ def _scores(run: Run, done: dict[str, Any]) -> list[str]:
             f"after (step {done['best_step']}), {unseen}.",
             "",
         ]
-    found = sorted((run.path / "eval").glob("*/summary.json"))
-    return [*lines, *(_answers(read_json(found[-1])) if found else ["No evaluation of generated answers was run."]), ""]
+    summaries = sorted((run.path / "eval").glob("*/summary.json"))
+    return [
+        *lines,
+        *(_answers(read_json(summaries[-1])) if summaries else ["No evaluation of generated answers was run."]),
+        "",
+    ]
 
 
 def _answers(summary: dict[str, Any]) -> list[str]:
-    """An evaluation (its format is in eval/summary.py): metrics by arms, yardsticks left out, and its warnings."""
+    """An evaluation (eval/summary.py has its format): a table of metrics by arm, without yardsticks, and warnings."""
     arms = {name: arm for name, arm in summary["arms"].items() if arm["kind"] != "yardstick"}
     metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["metrics"]))
     table = [
@@ -179,7 +185,7 @@ def _answers(summary: dict[str, Any]) -> list[str]:
     ]
     return [
         f"Answers to {summary['questions']} held-out questions (evaluation {summary['stamp']}): value and 95 % "
-        "interval. The scores say how like human answers they are, not whether they help.",
+        "interval. The scores tell how similar to human answers they are, not whether they help.",
         "",
         f"| metric | {' | '.join(arms)} |",
         "|---" * (len(arms) + 1) + "|",
@@ -190,7 +196,7 @@ def _answers(summary: dict[str, Any]) -> list[str]:
 
 
 def _cell(value: dict[str, Any] | None) -> str:
-    """A value with its interval; an arm may lack a metric, and a single question has no interval."""
+    """A value with its interval. An arm may lack a metric, and a single question has no interval."""
     if value is None:
         return "-"
     interval = "" if value["low"] is None else f" ({value['low']:.3g} to {value['high']:.3g})"
@@ -206,6 +212,6 @@ def _kept_4bit(recipe: dict[str, Any], done: dict[str, Any]) -> bool:
 
 
 def _public(source: str) -> str:
-    """A hub id as it is; of a file only its name, since folders may name people."""
+    """A hub id unchanged, or the name of a file without its folders, which may contain a person's name."""
     is_file = Path(source).suffix.lower().lstrip(".") in FILE_KINDS or source.startswith((".", "/", "~"))
     return Path(source).name if is_file else source

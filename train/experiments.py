@@ -1,13 +1,13 @@
-"""Several runs of one recipe: seeds, and how much of a score is leak.
+"""Several runs of one recipe: one per seed, or the leak experiment.
 
-`python -m train RECIPE --seeds 1,2,3` trains once per seed and reports mean and spread.
+`python -m train RECIPE --seeds 1,2,3` trains once per seed and reports the mean and the standard deviation.
 
-`python -m train leak-experiment RECIPE` trains under both splits, three seeds each. Every run trains on the same number
-of rows and is scored on the same number of held-out rows, once before and once after training: no checkpoint is chosen
-by the rows it is scored on. A run's gain is the base's loss on its held-out rows less its own. What the row split gains
-beyond the question split is leak: those held-out questions were in training with another answer.
+`python -m train leak-experiment RECIPE` trains with both splits, three seeds each. Every run trains on the same number
+of rows, and is scored on the same number of held-out rows, before and after training, so no checkpoint is chosen by the
+rows it is scored on. A run's gain is the base's loss on its held-out rows minus its own. What the row split gains
+beyond the question split is leak: those held-out questions were in training, with another answer.
 
-`--max-rows` makes it cheaper by leaving out whole questions. Thinning out rows would thin out the leak too.
+`--max-rows` makes it cheaper by leaving out whole questions. Leaving out single rows would reduce the leak too.
 """
 
 import dataclasses
@@ -19,25 +19,24 @@ from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl, replaced_directory, write_json, write_jsonl
 from counsel.run import Run
 from train import data
-from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row
+from train.data import DEFAULT_TOPIC_COLUMN, DataConfig, Row, evenly_spaced
 from train.recipe import Recipe
-from train.resume import as_json, check_run_directory, refuse_other_settings, refuse_to_replace
-from train.sft import evenly_spaced, train
-from train.sources import load
+from train.resume import as_json, check_replaceable, check_run_directory, check_same_settings
+from train.sft import train
 
 SEEDS = (1, 2, 3)
 UNITS = ("row", "question")
-# In the experiment's folder: the rows that all its runs draw on, and how many of them each trains on and is scored on.
+# In the experiment's folder: the rows of all its runs, and how many of them each run trains on and is scored on.
 ROWS, COUNTS = "rows.jsonl", "counts.json"
 
 
 def train_seeds(recipe: Recipe) -> dict[str, Any]:
     """One run per seed; the mean and the sample standard deviation of their best validation losses.
 
-    With `resume` a finished run is read, one that was stopped goes on, and one that was not begun is trained. Without
-    validation rows there is no loss to report, and its fields are None.
+    With `resume`, a finished run is read, a stopped run continues, and a missing run is trained. Without validation
+    rows there is no loss to report, and its fields are None.
     """
-    runs = [_of_seed(recipe.with_seed(seed)) for seed in recipe.seeds]
+    runs = [_train_seed(recipe.with_seed(seed)) for seed in recipe.seeds]
     losses = [run["val_loss"] for run in runs if run["val_loss"] is not None]
     return {
         "runs": [run["run"] for run in runs],
@@ -49,38 +48,36 @@ def train_seeds(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _of_seed(recipe: Recipe) -> dict[str, Any]:
+def _train_seed(recipe: Recipe) -> dict[str, Any]:
     run = Run(recipe.run_path)
     if not recipe.resume or not run.path.exists():
         return train(dataclasses.replace(recipe, resume=False))
     if not run.complete:
         return train(recipe)
-    refuse_other_settings(recipe)
+    check_same_settings(recipe)
     return run.summary()
 
 
 def leak_experiment(recipe: Recipe) -> dict[str, Any]:
-    """Train under both splits and several seeds (of split and training); draw gain by split into a PNG.
+    """Train with both splits and several seeds (of split and training); draw the gain by split into a PNG.
 
-    A finished run of the experiment is read, not repeated, so that a stopped one can go on; unless seeds that were
-    added leave fewer rows to every run. Raises UserError when the experiment of that name was started with other
-    settings or other data.
+    Finished runs are read, not repeated, so a stopped experiment can continue; they are repeated only if added seeds
+    leave fewer rows to every run. Raises UserError if the experiment was started with other settings or other data.
     """
     from train.plot import gains
 
     whole = dataclasses.replace(recipe, name=f"{recipe.name}-leak")
     folder, seeds = whole.run_path, recipe.seeds or SEEDS
-    going_on = folder.exists() and not recipe.overwrite
-    if going_on:
+    resuming = folder.exists() and not recipe.overwrite
+    if resuming:
         check_run_directory(dataclasses.replace(whole, resume=True))
     elif folder.exists():
-        refuse_to_replace(whole, ("config.json", ROWS))
+        check_replaceable(whole, ("config.json", ROWS))
     held_out = recipe.val_share + recipe.test_share
-    source = load(recipe.data, recipe.revision)
-    rows = data.clean_rows(source.rows, data.with_columns(recipe.data_config(), source.columns)[0]).rows
+    rows = data.load_rows(recipe.data_config()).cleaned.rows
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
-    if not going_on:
+    if not resuming:
         with replaced_directory(folder) as new:
             write_json(new / "config.json", whole.document())
             write_jsonl(new / ROWS, rows)
@@ -96,13 +93,13 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     )  # fmt: skip
     n_train, n_val = equal_counts(common.data_config(), seeds)
     n_train, n_val = min(n_train, recipe.max_rows or n_train), min(n_val, recipe.max_val_rows)
-    if going_on and (folder / COUNTS).is_file():
-        # With fewer seeds there may be more rows: what is finished is not to be trained again for that.
+    if resuming and (folder / COUNTS).is_file():
+        # Fewer seeds may allow more rows, but that is no reason to repeat finished runs.
         counts = read_json(folder / COUNTS)
         n_train, n_val = min(n_train, counts["train_rows"]), min(n_val, counts["held_out_rows"])
     write_json(folder / COUNTS, {"train_rows": n_train, "held_out_rows": n_val})
     print(f"{2 * len(seeds)} runs, each on {n_train} rows, scored on {n_val} held-out rows", flush=True)
-    found: dict[str, list[dict[str, Any]]] = {unit: [] for unit in UNITS}
+    results: dict[str, list[dict[str, Any]]] = {unit: [] for unit in UNITS}
     for seed in seeds:
         for unit in UNITS:
             one = dataclasses.replace(
@@ -111,26 +108,26 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
             )  # fmt: skip
             run = Run(one.run_path)
             if run.complete and not same_run(run, one):
-                print(f"{unit:<9} seed {seed}  is trained again: it was of other row counts", flush=True)
+                print(f"{unit:<9} seed {seed}  is trained again, with the new row counts", flush=True)
             summary = run.summary() if run.complete and same_run(run, one) else train(one)
-            figures = {key: summary[key] for key in ("rows", "tokens", "val_loss_base", "val_loss")}
+            scores = {key: summary[key] for key in ("rows", "tokens", "val_loss_base", "val_loss")}
             gain = summary["val_loss_base"] - summary["val_loss"]
-            seen = seen_share(run.split("train"), run.split("val"), n_train, n_val)
-            found[unit].append({"seed": seed, "gain": gain, "seen_share": seen, **figures})
+            share = seen_share(run.split("train"), run.split("val"), n_train, n_val)
+            results[unit].append({"seed": seed, "gain": gain, "seen_share": share, **scores})
             print(f"{unit:<9} seed {seed}  base {summary['val_loss_base']:.4f}  tuned {summary['val_loss']:.4f}  "
-                  f"gain {gain:.4f}  {seen:.0%} of the questions seen in training", flush=True)  # fmt: skip
-    values = {unit: [run["gain"] for run in runs] for unit, runs in found.items()}
+                  f"gain {gain:.4f}  {share:.0%} of the questions seen in training", flush=True)  # fmt: skip
+    values = {unit: [run["gain"] for run in runs] for unit, runs in results.items()}
     mean = {unit: statistics.fmean(gained) for unit, gained in values.items()}
     document = {
         "gain_mean": {unit: round(value, 5) for unit, value in mean.items()},
         "gain_sd": {unit: round(statistics.stdev(gained), 5) if len(gained) > 1 else None
                     for unit, gained in values.items()},
-        # Of no gain there is no share.
+        # Without a gain there is no share.
         "leak_share_of_gain": round(1 - mean["question"] / mean["row"], 4) if mean["row"] > 0 else None,
         "n": len(seeds),
         "train_rows": n_train,
         "held_out_rows": n_val,
-        "runs": found,
+        "runs": results,
         "figure": str(folder / "leak.png"),
     }  # fmt: skip
     gains(values, folder / "leak.png")
@@ -139,12 +136,12 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
 
 
 def same_run(run: Run, recipe: Recipe) -> bool:
-    """Whether a finished run is what `recipe` would train: the same settings, and so the same number of rows."""
+    """Whether a finished run has the settings of `recipe`, and so its number of rows."""
     return run.config() == as_json(recipe.document())
 
 
 def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:
-    """At least `limit` rows, of evenly spaced questions with all their answers; every row where there are fewer."""
+    """At least `limit` rows: evenly spaced questions with all their answers. Every row if there are fewer."""
     by_question: dict[str, list[Row]] = {}
     for row in rows:
         by_question.setdefault(row["question_id"], []).append(row)
@@ -156,9 +153,12 @@ def whole_questions(rows: Sequence[Row], limit: int) -> list[Row]:
 
 
 def equal_counts(config: DataConfig, seeds: Sequence[int]) -> tuple[int, int]:
-    """(training rows, held-out rows) that every split of `config` by either unit, under every seed, can give."""
+    """(training rows, held-out rows) that every split of `config`, by either unit and with any of the seeds, has."""
+    rows = data.load_rows(config).cleaned.rows
     splits = [
-        data.prepare(dataclasses.replace(config, split=unit, split_seed=seed))[0] for unit in UNITS for seed in seeds
+        data.full_splits(rows, dataclasses.replace(config, split=unit, split_seed=seed))
+        for unit in UNITS
+        for seed in seeds
     ]
     return min(len(split["train"]) for split in splits), min(len(split["val"]) for split in splits)
 

@@ -1,5 +1,6 @@
-"""What this machine does with a recipe: precision, quantisation, optimizer, and every downgrade, said out loud."""
+"""What this machine does with a recipe: precision, quantization, optimizer, and every downgrade, which is reported."""
 
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +11,9 @@ from train.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainHardware:
-    """What training can use here. memory_bytes: of the device, or of the machine for a CPU.
+    """What training can use here. memory_bytes: of the GPU, or of the machine on a CPU.
 
-    sharded: launched by accelerate with FSDP.
+    sharded: accelerate launched this process with FSDP.
     """
 
     device: str
@@ -24,7 +25,7 @@ class TrainHardware:
 
 
 class Downgrade(NamedTuple):
-    """One thing the recipe asked for and did not get."""
+    """One thing that the recipe asked for and did not get."""
 
     asked: str
     used: str
@@ -36,7 +37,7 @@ class Downgrade(NamedTuple):
 
 @dataclass(frozen=True)
 class Precision:
-    """How the recipe runs here."""
+    """How the recipe runs on this machine."""
 
     device: str
     dtype: str
@@ -45,10 +46,8 @@ class Precision:
     downgrades: tuple[Downgrade, ...]
 
 
-def machine() -> TrainHardware:
-    """This machine, as torch sees it."""
-    import os
-
+def detect() -> TrainHardware:
+    """This machine as torch sees it."""
     import torch
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,27 +57,28 @@ def machine() -> TrainHardware:
         bf16 = torch.cuda.is_bf16_supported()
         return TrainHardware("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    # As a server chooses, so that an adapter is trained in what it is served in.
-    here = processor()
-    return TrainHardware("cpu", f"{here}, {torch.get_num_threads()} threads", here.bf16, memory, processes, sharded)
+    # The same choice as the server's, so that an adapter is trained in the precision in which it is served.
+    cpu = processor()
+    return TrainHardware("cpu", f"{cpu}, {torch.get_num_threads()} threads", cpu.bf16, memory, processes, sharded)
 
 
-def plan(recipe: Recipe, here: TrainHardware) -> Precision:
-    """Fit `recipe` to `here`; with `strict`, refuse instead of falling back.
+def choose_precision(recipe: Recipe, hardware: TrainHardware) -> Precision:
+    """Fit `recipe` to `hardware`. With `strict`, raise UserError instead of downgrading.
 
-    On a CPU a 4-bit base is only slower and less exact, so bf16 takes its place; force_4bit keeps it. Raises UserError
-    for FSDP without CUDA: accelerate 1.15 would keep the model whole there without a word.
+    On a CPU a 4-bit base is slower and less exact than bf16, so bf16 replaces it; force_4bit keeps it. Raises UserError
+    for FSDP without CUDA: accelerate 1.15 would silently keep the whole model in each process.
     """
-    if here.sharded and here.device != "cuda":
+    if hardware.sharded and hardware.device != "cuda":
         raise UserError(
-            f"FSDP was asked for on a {here.device}, but accelerate shards on GPUs only; use train/accelerate/ddp.yaml"
+            f"FSDP was asked for on a {hardware.device}, but accelerate shards on GPUs only; "
+            "use train/accelerate/ddp.yaml"
         )
     downgrades = []
-    dtype = "bfloat16" if here.bf16 else "float32"
-    if not here.bf16 and here.device == "cuda":
-        downgrades.append(Downgrade("bfloat16", "float32", f"{here.name} has no bfloat16"))
+    dtype = "bfloat16" if hardware.bf16 else "float32"
+    if not hardware.bf16 and hardware.device == "cuda":
+        downgrades.append(Downgrade("bfloat16", "float32", f"{hardware.name} has no bfloat16"))
     load_in_4bit, optimizer = recipe.load_in_4bit, recipe.optim
-    if here.device != "cuda":
+    if hardware.device != "cuda":
         if load_in_4bit and not recipe.force_4bit:
             load_in_4bit = False
             downgrades.append(
@@ -91,4 +91,4 @@ def plan(recipe: Recipe, here: TrainHardware) -> Precision:
         raise UserError(
             f"--strict: {'; '.join(map(str, downgrades))}; run on a CUDA machine, change the recipe, or drop --strict"
         )
-    return Precision(here.device, dtype, load_in_4bit, optimizer, tuple(downgrades))
+    return Precision(hardware.device, dtype, load_in_4bit, optimizer, tuple(downgrades))

@@ -1,4 +1,4 @@
-"""`python -m train merge RUN`: base and adapter as one folder that loads with AutoModelForCausalLM alone."""
+"""`python -m train merge RUN`: merge base and adapter into one folder that AutoModelForCausalLM loads by itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,20 +15,20 @@ from train.postflight import PROBE
 
 @dataclass(frozen=True)
 class Merge:
-    """What to merge, and where to."""
+    """What to merge, and where to write it."""
 
     run: str = argument("finished run: its name under runs/, or its path")
-    out: str = option("", "folder to make; by default <run>/merged")
+    out: str = option("", "folder to write; by default <run>/merged")
     dtype: str = option("bfloat16", "precision of the merged weights: bfloat16 or float32")
-    overwrite: bool = option(False, "replace the folder if it is an earlier merge")
+    overwrite: bool = option(False, "replace the folder, if it is an earlier merge")
 
 
-# In a merged folder: what it was made of, how it agrees with base and adapter, and the names of its files.
+# In a merged folder: what it was merged from, and the names of its files.
 RECORD = "merge.json"
 
 
 def merge(config: Merge) -> dict[str, Any]:
-    """Fold the adapter into the base's weights and save model, tokenizer and card; return what was measured."""
+    """Merge the adapter into the base's weights; save model, tokenizer and card; return how the result compares."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,11 +39,11 @@ def merge(config: Merge) -> dict[str, Any]:
         raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
     run = open_run(config.run)
     out = Path(config.out) if config.out else run.path / "merged"
-    refuse_unless_earlier_merge(out, config.overwrite)
+    check_mergeable_into(out, config.overwrite)
     recipe = run.config()
     base = catalog.resolve(recipe["base"])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    # The sum is made in fp32, whatever the result is kept in: rounding once is better than twice.
+    # Added in fp32 whatever the final dtype, to round once instead of twice.
     plain = AutoModelForCausalLM.from_pretrained(
         base.path, dtype=torch.float32, attn_implementation=recipe["attn_implementation"]
     )
@@ -55,7 +55,7 @@ def merge(config: Merge) -> dict[str, Any]:
         merged.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card_text(run, merged=True), encoding="utf-8")
-        # Of the folder itself, as others will load it.
+        # Measured on the saved folder, as others will load it.
         written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=recipe["attn_implementation"])
         after = next_logits(written, tokenizer, recipe["system"])
         document |= {
@@ -67,24 +67,24 @@ def merge(config: Merge) -> dict[str, Any]:
     return document
 
 
-def refuse_unless_earlier_merge(out: Path, overwrite: bool) -> None:
-    """Raise UserError unless nothing is at `out`, or `overwrite` is given and all that is there came from a merge."""
+def check_mergeable_into(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless `out` is free, or `overwrite` is set and everything in it came from a merge."""
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
         raise UserError(f"{str(out)!r} exists; replace it with --overwrite if it is an earlier merge, or choose "
                         "another --out")  # fmt: skip
     if out.is_symlink() or not (out / RECORD).is_file():
-        raise UserError(f"{str(out)!r} is no earlier merge (it has no {RECORD}), so it is not replaced; choose another "
-                        "--out, or move it away yourself")  # fmt: skip
+        raise UserError(f"{str(out)!r} is not an earlier merge (it has no {RECORD}), so it is not replaced; choose "
+                        "another --out, or move it away yourself")  # fmt: skip
     others = {path.name for path in out.iterdir()} - {RECORD, *read_json(out / RECORD).get("files", [])}
     if others:
-        raise UserError(f"{str(out)!r} also holds {min(others)!r}, which no merge made, so it is not replaced; choose "
-                        "another --out, or move that away")  # fmt: skip
+        raise UserError(f"{str(out)!r} also contains {min(others)!r}, which no merge wrote, so it is not replaced; "
+                        "choose another --out, or move that file away")  # fmt: skip
 
 
 def next_logits(model: Any, tokenizer: Any, system: str) -> Any:
-    """The next-token logits (V,) on the probe question, in fp32."""
+    """The next-token logits (V,) for the probe question, in fp32."""
     import torch
 
     from counsel.chat import prompt_messages

@@ -1,4 +1,4 @@
-"""Is the adapter that training left worth publishing? Every target trained, no pickle, and it changes the answers."""
+"""Checks a trained adapter before it is published: every layer was trained, no pickles, and the answers changed."""
 
 from pathlib import Path
 from typing import Any
@@ -13,28 +13,29 @@ PROBE = "I feel overwhelmed at work and I cannot sleep. What could help?"
 
 
 def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
-    """Hold a freshly saved adapter against its rules and against the model in memory; UserError at the first breach.
+    """Check a saved adapter against the store's rules and the model in memory. Raises UserError at the first failure.
 
-    Returns what was seen: rank, number of adapted modules, the largest change of a logit on a probe question.
+    Returns the rank, the number of adapted modules, and the largest change of a logit on a probe question.
     """
     pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
     if pickles:
-        raise UserError(f"the adapter folder holds a pickle, {pickles[0]}; nothing was published")
-    # What is not published may be for another server.
+        raise UserError(f"the adapter folder contains a pickle, {pickles[0]}; nothing was published")
+    # `store.publish` checks again, on purpose: it checks the copy that will be served, and adapters from elsewhere too.
+    # An adapter that is not published may be for another server.
     facts = adapter_check.check(folder, base.path, served=bool(recipe.store))
     saved = {key.rsplit(".lora_", 1)[0] for key in adapter_check.tensor_shapes(folder / adapter_check.WEIGHTS)}
     trained = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if saved != trained:
-        missing = sorted(trained ^ saved)
-        raise UserError(f"{len(missing)} adapted modules are not in both model and file, first {missing[0]}")
+        differing = sorted(trained ^ saved)
+        raise UserError(f"{len(differing)} adapted modules are not in both model and file, such as {differing[0]}")
     change = logit_change(model, tokenizer, recipe.system)
     if not change > 0:
-        raise UserError("the adapter answers exactly as the base; train longer or with a higher learning rate")
+        raise UserError("the adapter answers exactly like the base; train longer or with a higher learning rate")
     return {"rank": facts.rank, "modules": len(saved), "largest_logit_change": round(change, 4)}
 
 
 def logit_change(model: Any, tokenizer: Any, system: str) -> float:
-    """The largest absolute difference of a next-token logit with the adapter on and off, on `PROBE`."""
+    """The largest absolute change of a next-token logit when the adapter is enabled, on `PROBE`."""
     import torch
 
     ids = tokenizer.apply_chat_template(

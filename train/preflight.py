@@ -1,7 +1,7 @@
-"""`python -m train check RECIPE`: what would fail after hours, found in seconds and without loading weights.
+"""`python -m train check RECIPE`: find in seconds, without loading weights, what would fail after hours.
 
-Once for each base it also asks vLLM, for some 20 s, which layers of an adapter it would apply.
-Each check is one line, ok or FAIL. `train` runs the same checks first and refuses where one fails.
+Each check is one line, ok or FAIL. `train` runs the same checks first, stops if one fails, and uses what they prepared.
+The first check of a base takes about 20 s longer: it asks vLLM which layers it can adapt.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from counsel import adapter_check, catalog, store
 from counsel.chat import prompt_messages
@@ -25,17 +25,20 @@ from counsel.lora_layers import served_layers
 from train import data
 from train.contacts import EMAIL, LINK, PHONE
 from train.hardware import Precision, TrainHardware
+from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
+from train.prompts import RowLengths, row_lengths
 from train.recipe import Recipe
 
-# What vLLM 0.32 accepts as --max-lora-rank.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MIN_FREE_DISK_BYTES = 2 << 30
-# Rows whose prompt alone fills max_length teach nothing. A few are left out; more means that max_length is wrong.
+# A row whose prompt alone fills max_length teaches nothing. A few are left out; more means that max_length is wrong.
 MAX_LEFT_OUT_SHARE = 0.01
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
 
 class Finding(NamedTuple):
-    """One check: its name, whether it holds, and what was seen."""
+    """The result of one check: its name, whether it passed, and the details."""
 
     check: str
     ok: bool
@@ -46,229 +49,129 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Token counts of the training rows: of the whole row, and of its answer after cutting at max_length."""
+class Prepared:
+    """What the checks loaded, for the run to use, so that a training loads each of them once."""
 
-    whole: list[int]
-    scored: list[int]
+    base: catalog.Base
+    tokenizer: Any
+    splits: data.Splits
+    report: data.Report
 
 
-def refuse_unless_ready(recipe: Recipe, how: Precision, here: TrainHardware) -> None:
-    """Print each finding on stderr; raise UserError when one is a failure."""
-    failed = []
-    for finding in check(recipe, how, here):
+def prepare(recipe: Recipe, precision: Precision, hardware: TrainHardware) -> Prepared:
+    """Run every check, print the findings on stderr, and return what was loaded. Raises UserError if a check fails."""
+    failed: list[Finding] = []
+
+    def show(finding: Finding) -> None:
         print(finding, file=sys.stderr, flush=True)
-        failed += [] if finding.ok else [finding]
-    if failed:
+        if not finding.ok:
+            failed.append(finding)
+
+    prepared = check(recipe, precision, hardware, show)
+    if prepared is None:
         raise UserError(f"{failed[0].check}: {failed[0].seen}; nothing was trained")
+    return prepared
 
 
-def check(recipe: Recipe, how: Precision, here: TrainHardware) -> Iterator[Finding]:
-    """Run every check in turn; one that cannot go on because an earlier one failed is left out."""
-    # bitsandbytes says, on import, that a kernel from the hub is missing; none is wanted.
+def check(
+    recipe: Recipe, precision: Precision, hardware: TrainHardware, on_finding: Callable[[Finding], None]
+) -> Prepared | None:
+    """Run every check and report each finding as it is made. Returns None if a check failed.
+
+    A check that needs what an earlier one failed to load is skipped.
+    """
+    # On import, bitsandbytes warns that a hub kernel is missing. We use none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    yield _guard("name", lambda: _name(recipe))
-    yield _guard("system", lambda: _system(recipe))
-    yield _guard("optimizer", lambda: optimizer(recipe, how))
-    for item in how.downgrades:
-        yield Finding("machine", True, str(item))
-    found: dict[str, Any] = {}
+    checks = _Checklist(on_finding)
+    checks.run("name", check_name, recipe)
+    checks.run("system", check_system, recipe)
+    checks.run("optimizer", check_optimizer, recipe, precision)
+    for downgrade in precision.downgrades:
+        checks.add(Finding("machine", True, str(downgrade)))
+    base = checks.load("base", find_base, recipe)
+    prepared_data = checks.load("data", prepare_data, recipe)
+    if prepared_data is not None:
+        for finding in _data_findings(prepared_data[1]):
+            checks.add(finding)
+    if base is None:
+        return None
+    from transformers import AutoConfig, AutoTokenizer
 
-    def base() -> str:
-        found["base"] = catalog.resolve(recipe.base)
-        if recipe.store and recipe.name == found["base"].name:
-            raise UserError(f"name is {recipe.name!r}, under which the base is served; choose another --name")
-        return f"{found['base'].hub_id} ({found['base'].license}) is at hand"
-
-    def rows() -> str:
-        found["splits"], report = data.prepare(recipe.data_config())
-        found["report"] = report
-        n, unit = report.rows, " (split by row)" if report.split == "row" else ""
-        return (
-            f"{report.rows_in} rows in, {report.rows_out} kept; train {n['train']}, val {n['val']}, test {n['test']}; "
-            f"leak {report.leak} questions{unit}"
-        )
-
-    yield _guard("base", base)
-    yield _guard("data", rows)
-    if "report" in found:
-        yield from _what_became_of_rows(found["report"])
-    if "base" not in found:
-        return
-    folder = found["base"].path
-    yield _guard("lora", lambda: lora_config(recipe, folder))
-    yield _guard("targets", lambda: _count_targets(recipe, folder, found))
-    if "adapted" in found:
-        yield _guard("served", lambda: served(recipe, folder, found["adapted"]))
-    yield _guard("attention", lambda: attention(recipe, folder))
-    yield _guard("template", lambda: template(recipe, folder))
-    if "splits" in found:
-        yield _guard("rows", lambda: _measure_rows(recipe, folder, found))
-    if "lengths" in found and "adapted" in found:
-        yield _guard("memory", lambda: memory(recipe, how, here, folder, found["adapted"], found["lengths"]))
-    yield _guard("disk", lambda: disk(Path(recipe.runs)))
+    config = AutoConfig.from_pretrained(base.path)
+    checks.run("lora", check_lora, recipe)
+    layers = checks.load("targets", find_layers, recipe, config)
+    if layers is not None:
+        checks.run("served", check_served, recipe, base.path, layers)
+    checks.run("attention", check_attention, recipe, config)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    checks.run("template", check_template, recipe, base.path, tokenizer)
+    if prepared_data is not None:
+        lengths = checks.load("rows", measure_rows, recipe, config, tokenizer, prepared_data[0])
+        if lengths is not None and layers is not None:
+            checks.run("memory", check_memory, recipe, precision, hardware, base.path, config, layers, lengths)
+    checks.run("disk", check_disk, Path(recipe.runs))
     if recipe.store:
-        yield _guard("store", lambda: writable("store", Path(recipe.store)))
+        checks.run("store", check_writable, "store", Path(recipe.store))
+    if prepared_data is None or not checks.all_ok:
+        return None
+    return Prepared(base, tokenizer, *prepared_data)
 
 
-def _what_became_of_rows(report: data.Report) -> Iterator[Finding]:
-    """How the file was read, and of each reason to drop or mask the number of rows, and examples."""
-    yield Finding("read as", True, report.read_as)
-    for reason, n in report.dropped.items():
-        choice = " (contacts: mask keeps these)" if reason in (EMAIL, LINK, PHONE) else ""
-        yield Finding("dropped", True, f"{reason}: {n}{choice}, such as {'; '.join(report.examples[reason])}")
-    for kind, n in report.masked.items():
-        yield Finding("masked", True, f"{kind}: {n}")
+class _Checklist:
+    """Runs checks, turns each result or UserError into a finding, and remembers whether all passed."""
+
+    def __init__(self, on_finding: Callable[[Finding], None]) -> None:
+        self.on_finding = on_finding
+        self.all_ok = True
+
+    def add(self, finding: Finding) -> None:
+        self.all_ok &= finding.ok
+        self.on_finding(finding)
+
+    def run(
+        self, name: str, function: Callable[Arguments, str], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> None:
+        """Run a check that returns the finding's details."""
+        try:
+            self.add(Finding(name, True, function(*args, **kwargs)))
+        except UserError as error:
+            self.add(Finding(name, False, str(error)))
+
+    def load(
+        self,
+        name: str,
+        function: Callable[Arguments, tuple[Value, str]],
+        *args: Arguments.args,
+        **kwargs: Arguments.kwargs,
+    ) -> Value | None:
+        """Run a check that also loads something, and return that; None if the check fails."""
+        try:
+            value, details = function(*args, **kwargs)
+        except UserError as error:
+            self.add(Finding(name, False, str(error)))
+            return None
+        self.add(Finding(name, True, details))
+        return value
 
 
-def needed_rank(rank: int) -> int:
-    """The smallest --max-lora-rank of vLLM that holds `rank`. Raises UserError above the largest."""
-    for allowed in SERVED_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise UserError(f"rank is {rank}; vLLM serves at most {SERVED_RANKS[-1]}")
+def check_name(recipe: Recipe) -> str:
+    names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
+    for name in names:
+        store.check_name(name)
+    return f"{', '.join(map(repr, names))} may name an adapter"
 
 
-def lora_config(recipe: Recipe, folder: Path) -> str:
-    """Hold the LoRA config that training will save against the rules of the adapter store."""
-    from train.sft import adapter_config
-
-    document = json.loads(json.dumps(adapter_config(recipe).to_dict(), default=list))
-    adapter_check.check_config(document)
-    return f"rank {recipe.rank}, alpha {recipe.alpha}: vLLM serves it with --max-lora-rank {needed_rank(recipe.rank)}"
-
-
-def adapted_modules(recipe: Recipe, folder: Path) -> dict[str, tuple[int, int]]:
-    """{module: (outputs, inputs)} that the recipe's targets resolve to, on a model without weights."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from train.sft import lora_targets
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        names = sorted({name.rsplit(".", 1)[-1] for name in linear} - {"lm_head"})
-        missing = [target for target in recipe.target_modules if target != "all-linear" and target not in names]
-        if missing:
-            raise UserError(f"targets has {missing[0]!r}, which matches no layer; the base has {', '.join(names)}")
-        peft_model = get_peft_model(model, LoraConfig(r=1, target_modules=lora_targets(recipe)))
-    # Sizes as LoRA has them: the weight of a Conv1D, GPT-2's linear layer, is the other way round.
-    return {
-        name.removeprefix("base_model.model."): (
-            module.lora_B["default"].out_features,
-            module.lora_A["default"].in_features,
+def check_system(recipe: Recipe) -> str:
+    if recipe.store and len(recipe.system) > store.MAX_SYSTEM_CHARS:
+        raise UserError(
+            f"the system prompt has {len(recipe.system):,} characters, but an adapter is published with at most "
+            f"{store.MAX_SYSTEM_CHARS:,}; shorten it, or set store to '' to train without publishing"
         )
-        for name, module in peft_model.named_modules()
-        if hasattr(module, "lora_A")
-    }
+    return f"{len(recipe.system):,} characters" if recipe.system else "no system prompt"
 
 
-def served(recipe: Recipe, folder: Path, adapted: Iterable[str]) -> str:
-    """Hold the adapted layers against those that vLLM applies; what is not published may be for another server."""
-    try:
-        layers = served_layers(folder)
-    except UserError as error:
-        return f"not tried: {error}"
-    reason = layers.why_unserved(adapted)
-    if reason and recipe.store:
-        raise UserError(f"{reason}; or set store to '' to train without publishing")
-    return f"it could not be published: {reason}" if reason else "vLLM applies each of these layers"
-
-
-def attention(recipe: Recipe, folder: Path) -> str:
-    """Refuse sdpa for a model that caps its attention scores: transformers' sdpa leaves the cap out, silently."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    cap = getattr(config, "attn_logit_softcapping", None)
-    if cap and recipe.attn_implementation == "sdpa":
-        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attn_implementation: eager")
-    return recipe.attn_implementation
-
-
-def template(recipe: Recipe, folder: Path) -> str:
-    """The chat template renders, the prompt is a prefix of the whole, the turn's end is trained, one BOS leads."""
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise UserError(f"the base at {str(folder)!r} has no chat template; use an instruction-tuned base")
-    messages = prompt_messages("How are you?", recipe.system)
-    answer = {"role": "assistant", "content": "Well."}
-    try:
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template([*messages, answer], return_dict=False)
-    except TemplateError as error:
-        raise UserError(f"the chat template refuses our messages: {' '.join(str(error).split())}") from error
-    if whole[: len(prompt)] != prompt:
-        raise UserError("the rendered prompt is not a prefix of prompt and answer; training would see other prompts")
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [token for token in whole[len(prompt) :] if token in special]
-    if not ends:
-        raise UserError("no end-of-turn token follows the answer: the model would not learn to stop")
-    bos = tokenizer.bos_token_id
-    if bos is not None and whole[:2] == [bos, bos]:
-        raise UserError(f"the template puts {tokenizer.bos_token!r} twice at the start")
-    end = tokenizer.convert_ids_to_tokens(ends[0])
-    stops = "" if ends[0] in _stop_tokens(folder, tokenizer) else ", but is no stop token in generation_config.json"
-    return f"prompt is a prefix, {len(prompt)} tokens around a short question; {end} ends the answer, trained{stops}"
-
-
-def row_lengths(recipe: Recipe, folder: Path, rows: list[dict[str, Any]]) -> Lengths:
-    """Tokenise the training rows as training will."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    whole, scored = [], []
-    for row in rows:
-        messages = prompt_messages(row["question"], recipe.system)
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        answer = {"role": "assistant", "content": row["answer"]}
-        total = len(tokenizer.apply_chat_template([*messages, answer], return_dict=False))
-        whole.append(total)
-        scored.append(max(0, min(total, recipe.max_length) - len(prompt)))
-    return Lengths(whole, scored)
-
-
-def memory(
-    recipe: Recipe,
-    how: Precision,
-    here: TrainHardware,
-    folder: Path,
-    adapted: dict[str, tuple[int, int]],
-    lengths: Lengths,
-) -> str:
-    """A rough estimate of the most memory training will hold, beside what the machine has."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    weights = sum(file.stat().st_size for file in catalog.weight_files(folder))
-    if how.dtype == "float32":
-        weights *= 2
-    if how.load_in_4bit:
-        weights = round(weights * 0.28) + config.vocab_size * config.hidden_size * 2
-    trainable = recipe.rank * sum(out + into for out, into in adapted.values())
-    # fp32 weight, gradient and two moments; 8-bit moments are a quarter.
-    optimizer = trainable * (8 + (2 if "8bit" in how.optimizer else 8))
-    tokens = recipe.batch_size * min(max(lengths.whole), recipe.max_length)
-    # Kept for the backward pass of one layer, in model-width rows of 2 bytes: about 34 without checkpointing, 2 with.
-    kept = 2 if recipe.gradient_checkpointing else 34
-    activations = tokens * config.hidden_size * config.num_hidden_layers * kept * (2 if how.dtype == "bfloat16" else 4)
-    total = weights + optimizer + activations + (1 << 30)
-    text = (
-        f"about {_gib(total)}: weights {_gib(weights)}, optimizer {_gib(optimizer)} for {trainable:,} parameters, "
-        f"activations {_gib(activations)}, libraries 1.0 GiB; the {here.device} has {_gib(here.memory_bytes)}"
-    )
-    if total > here.memory_bytes:
-        raise UserError(f"{text}; lower batch_size or max_length, or set gradient_checkpointing")
-    return text
-
-
-def optimizer(recipe: Recipe, how: Precision) -> str:
-    """The optimizer is one of transformers', and what it needs is installed."""
+def check_optimizer(recipe: Recipe, precision: Precision) -> str:
+    """transformers has the optimizer, and the packages that it needs are installed."""
     from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
 
@@ -276,127 +179,221 @@ def optimizer(recipe: Recipe, how: Precision) -> str:
     if recipe.optim not in known:
         raise UserError(
             f"optim is {recipe.optim!r}, which transformers does not have; "
-            f"did you mean {_most_like(recipe.optim, known)!r}?"
+            f"did you mean {_most_similar(recipe.optim, known)!r}?"
         )
-    # As much of TrainingArguments as is read here: made whole, they would set up this process's devices again.
+    # Only the fields that are read here: a real TrainingArguments would set up the devices of this process again.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    arguments: Any = SimpleNamespace(**defaults | {"optim": OptimizerNames(how.optimizer)})
+    arguments: Any = SimpleNamespace(**defaults | {"optim": OptimizerNames(precision.optimizer)})
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except (ImportError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"optimizer {how.optimizer!r} does not work here ({reason}); try adamw_torch_fused") from error
-    return how.optimizer
+        raise UserError(
+            f"optimizer {precision.optimizer!r} does not work here ({reason}); try adamw_torch_fused"
+        ) from error
+    return precision.optimizer
 
 
-def _most_like(word: str, names: list[str]) -> str:
-    """The name most like `word`, as a whole or by its beginning: `adamm` is most like `adamw_torch`."""
+def _most_similar(word: str, names: list[str]) -> str:
+    """The name most similar to `word`, as a whole or by its beginning: `adamm` gives `adamw_torch`."""
 
-    def likeness(name: str) -> float:
+    def similarity(name: str) -> float:
         return max(difflib.SequenceMatcher(None, word, part).ratio() for part in (name, name[: len(word)]))
 
-    return max(names, key=likeness)
+    return max(names, key=similarity)
 
 
-def disk(runs: Path) -> str:
-    """At least 2 GiB where the run will be, and leave to write there."""
-    writable("runs", runs)
-    free = shutil.disk_usage(_nearest_folder(runs)).free
-    if free < MIN_FREE_DISK_BYTES:
-        raise UserError(f"{_gib(free)} free at {str(runs)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}")
-    return f"{_gib(free)} free"
+def find_base(recipe: Recipe) -> tuple[catalog.Base, str]:
+    base = catalog.resolve(recipe.base)
+    if recipe.store and recipe.name == base.name:
+        raise UserError(f"name is {recipe.name!r}, the name under which the base is served; choose another --name")
+    return base, f"{base.hub_id} ({base.license}) is on disk"
 
 
-def writable(option_name: str, folder: Path) -> str:
-    """`folder` is a folder in which files may be made, or may become one. Raises UserError, naming the option."""
-    existing = _nearest_folder(folder)
-    if not existing.is_dir():
-        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{option_name} is {str(folder)!r}, but nothing can be written in {str(existing)!r}; "
-                        "change its permissions or give another folder")  # fmt: skip
-    return f"{str(folder)!r} can be written"
+def prepare_data(recipe: Recipe) -> tuple[tuple[data.Splits, data.Report], str]:
+    splits, report = data.prepare(recipe.data_config())
+    n, unit = report.rows, " (split by row)" if report.split == "row" else ""
+    return (splits, report), (
+        f"{report.rows_in} rows in, {report.rows_out} kept; train {n['train']}, val {n['val']}, test {n['test']}; "
+        f"leak {report.leak} questions{unit}"
+    )
 
 
-def _nearest_folder(path: Path) -> Path:
-    """`path`, or the first of its parents that exists."""
-    absolute = path.absolute()
-    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
+def _data_findings(report: data.Report) -> Iterator[Finding]:
+    """How the file was read, and how many rows were dropped or masked for each reason, with examples."""
+    yield Finding("read as", True, report.read_as)
+    for reason, n in report.dropped.items():
+        hint = " (contacts: mask keeps these)" if reason in (EMAIL, LINK, PHONE) else ""
+        yield Finding("dropped", True, f"{reason}: {n}{hint}, such as {'; '.join(report.examples[reason])}")
+    for kind, n in report.masked.items():
+        yield Finding("masked", True, f"{kind}: {n}")
 
 
-def _guard(name: str, run: Callable[[], str]) -> Finding:
+def check_lora(recipe: Recipe) -> str:
+    """The adapter store would accept the LoRA config that training will save."""
+    document = json.loads(json.dumps(lora_config(recipe).to_dict(), default=list))
+    adapter_check.check_config(document)
+    return f"rank {recipe.rank}, alpha {recipe.alpha}: vLLM serves it with --max-lora-rank {needed_rank(recipe.rank)}"
+
+
+def find_layers(recipe: Recipe, config: Any) -> tuple[LayerSizes, str]:
+    layers = adapted_layers(recipe, config)
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    parameters = count_parameters(recipe, layers)
+    return layers, f"{len(layers)} layers ({', '.join(kinds)}), {parameters:,} trainable parameters"
+
+
+def check_served(recipe: Recipe, base: Path, layers: Iterable[str]) -> str:
+    """vLLM applies every adapted layer. An adapter that is not published may be for another server."""
     try:
-        return Finding(name, True, run())
+        known = served_layers(base)
     except UserError as error:
-        return Finding(name, False, str(error))
+        return f"not checked: {error}"
+    reason = known.why_unserved(layers)
+    if reason and recipe.store:
+        raise UserError(f"{reason}; or set store to '' to train without publishing")
+    return f"it could not be published: {reason}" if reason else "vLLM applies each of these layers"
 
 
-def _name(recipe: Recipe) -> str:
-    names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
-    for name in names:
-        store.check_name(name)
-    return f"{', '.join(map(repr, names))} may name an adapter"
+def check_attention(recipe: Recipe, config: Any) -> str:
+    """sdpa is not used on a model that caps its attention scores: transformers would silently drop the cap."""
+    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if cap and recipe.attn_implementation == "sdpa":
+        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attn_implementation: eager")
+    return recipe.attn_implementation
 
 
-def _system(recipe: Recipe) -> str:
-    if recipe.store and len(recipe.system) > store.MAX_SYSTEM_CHARS:
+def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
+    """The chat template renders, the prompt is a prefix of the whole, the end of turn is trained, one BOS leads."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise UserError(f"the base at {str(base)!r} has no chat template; use an instruction-tuned base")
+    messages = prompt_messages("How are you?", recipe.system)
+    answer = {"role": "assistant", "content": "Well."}
+    try:
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template([*messages, answer], return_dict=False)
+    except TemplateError as error:
+        raise UserError(f"the chat template rejects our messages: {' '.join(str(error).split())}") from error
+    if whole[: len(prompt)] != prompt:
         raise UserError(
-            f"the system prompt has {len(recipe.system):,} characters, and an adapter is published with at most "
-            f"{store.MAX_SYSTEM_CHARS:,}; shorten it, or set store to '' to train without publishing"
+            "the rendered prompt is not a prefix of prompt and answer; training would see different prompts than the "
+            "server sends: use a base whose template renders both alike"
         )
-    return f"{len(recipe.system):,} characters" if recipe.system else "no system prompt"
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [token for token in whole[len(prompt) :] if token in special]
+    if not ends:
+        raise UserError("no end-of-turn token follows the answer: the model would not learn to stop")
+    bos = tokenizer.bos_token_id
+    if bos is not None and whole[:2] == [bos, bos]:
+        raise UserError(f"the template puts {tokenizer.bos_token!r} at the start twice")
+    end = tokenizer.convert_ids_to_tokens(ends[0])
+    stops = "" if ends[0] in _stop_tokens(base, tokenizer) else ", but is not a stop token in generation_config.json"
+    return f"the prompt is a prefix, {len(prompt)} tokens with a short question; {end} ends the answer, trained{stops}"
 
 
-def _count_targets(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
-    found["adapted"] = adapted_modules(recipe, folder)
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in found["adapted"]})
-    parameters = recipe.rank * sum(out + into for out, into in found["adapted"].values())
-    return f"{len(found['adapted'])} layers ({', '.join(kinds)}), {parameters:,} trainable parameters"
+def _stop_tokens(base: Path, tokenizer: Any) -> set[int]:
+    """The tokens at which a server stops: the tokenizer's end of sequence, and those of generation_config.json."""
+    from transformers import GenerationConfig
+
+    stops = {tokenizer.eos_token_id}
+    if (base / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(base).eos_token_id
+        stops |= set(listed if isinstance(listed, list) else [listed])
+    return stops - {None}
 
 
-def _measure_rows(recipe: Recipe, folder: Path, found: dict[str, Any]) -> str:
-    from train.sft import evenly_spaced
-
-    val = row_lengths(recipe, folder, evenly_spaced(found["splits"]["val"], recipe.max_val_rows))
+def measure_rows(recipe: Recipe, config: Any, tokenizer: Any, splits: data.Splits) -> tuple[RowLengths, str]:
+    """Token counts of the training rows. Raises UserError if too many rows have no room left for an answer."""
+    val, lengths = (
+        row_lengths(tokenizer, data.evenly_spaced(splits[name], limit), recipe.system, recipe.max_length)
+        for name, limit in (("val", recipe.max_val_rows), ("train", recipe.max_rows))
+    )
     if val.scored and not any(val.scored):
         raise UserError(
             f"each of the {len(val.scored)} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
             "raise max_length"
         )
-    lengths = found["lengths"] = row_lengths(recipe, folder, evenly_spaced(found["splits"]["train"], recipe.max_rows))
     cut = sum(n > recipe.max_length for n in lengths.whole)
     empty = sum(n == 0 for n in lengths.scored)
     ordered = sorted(lengths.whole)
-    text = (
-        f"{len(ordered)} rows of {ordered[len(ordered) // 2]} tokens (median), {ordered[-1]} at most; "
-        f"{cut} cut at {recipe.max_length}, {empty} left out, whose prompt alone fills that"
+    details = (
+        f"{len(ordered)} rows, {ordered[len(ordered) // 2]} tokens in the median and {ordered[-1]} at most; "
+        f"{cut} cut at {recipe.max_length}, {empty} left out because the prompt alone fills that"
     )
-    longest, positions = min(ordered[-1], recipe.max_length), _positions(folder)
+    longest = min(ordered[-1], recipe.max_length)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest > positions:
-        raise UserError(f"{text}; the base has {positions:,} positions: set max_length to at most that")
+        raise UserError(f"{details}; the base has {positions:,} positions: set max_length to at most that")
     if empty > MAX_LEFT_OUT_SHARE * len(ordered):
-        raise UserError(f"{text}: more than {MAX_LEFT_OUT_SHARE:.0%} of the rows; raise max_length")
+        raise UserError(f"{details}: more than {MAX_LEFT_OUT_SHARE:.0%} of the rows; raise max_length")
     if empty and recipe.strict:
-        raise UserError(f"{text}; --strict allows none: raise max_length, or drop --strict")
-    return text
+        raise UserError(f"{details}; --strict allows none: raise max_length, or drop --strict")
+    return lengths, details
 
 
-def _positions(folder: Path) -> float:
-    """The longest text that the base was made for, in tokens; no bound where its config names none."""
-    from transformers import AutoConfig
+def check_memory(
+    recipe: Recipe,
+    precision: Precision,
+    hardware: TrainHardware,
+    base: Path,
+    config: Any,
+    layers: LayerSizes,
+    lengths: RowLengths,
+) -> str:
+    """A rough estimate of training's peak memory fits in the machine's."""
+    config = config.get_text_config()
+    weights = sum(file.stat().st_size for file in catalog.weight_files(base))
+    if precision.dtype == "float32":
+        weights *= 2
+    if precision.load_in_4bit:
+        weights = round(weights * 0.28) + config.vocab_size * config.hidden_size * 2
+    trainable = count_parameters(recipe, layers)
+    # fp32 weight, gradient and two moments; 8-bit moments are a quarter of that.
+    optimizer = trainable * (8 + (2 if "8bit" in precision.optimizer else 8))
+    tokens = recipe.batch_size * min(max(lengths.whole), recipe.max_length)
+    # Kept per layer for the backward pass, in rows of the model's width at 2 bytes: about 34, or 2 with checkpointing.
+    kept = 2 if recipe.gradient_checkpointing else 34
+    width = 2 if precision.dtype == "bfloat16" else 4
+    activations = tokens * config.hidden_size * config.num_hidden_layers * kept * width
+    total = weights + optimizer + activations + (1 << 30)
+    details = (
+        f"about {_gib(total)}: weights {_gib(weights)}, optimizer {_gib(optimizer)} for {trainable:,} parameters, "
+        f"activations {_gib(activations)}, libraries 1.0 GiB; the {hardware.device} has {_gib(hardware.memory_bytes)}"
+    )
+    if total > hardware.memory_bytes:
+        raise UserError(f"{details}; lower batch_size or max_length, or set gradient_checkpointing")
+    return details
 
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None) or math.inf
+
+def check_disk(runs: Path) -> str:
+    """The run's folder can be written, and its disk has at least 2 GiB free."""
+    check_writable("runs", runs)
+    free = shutil.disk_usage(_nearest_folder(runs)).free
+    if free < MIN_FREE_DISK_BYTES:
+        raise UserError(
+            f"{_gib(free)} free at {str(runs)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}: free some space, or choose "
+            "another --runs"
+        )
+    return f"{_gib(free)} free"
 
 
-def _stop_tokens(folder: Path, tokenizer: Any) -> set[int]:
-    """The tokens on which a server stops: the tokenizer's end of sequence, and those of generation_config.json."""
-    from transformers import GenerationConfig
+def check_writable(option_name: str, folder: Path) -> str:
+    """`folder` is a folder in which files can be made, or can become one. Raises UserError that names the option."""
+    existing = _nearest_folder(folder)
+    if not existing.is_dir():
+        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is not writable; change its "
+                        "permissions, or give another folder")  # fmt: skip
+    return f"{str(folder)!r} is writable"
 
-    ends = {tokenizer.eos_token_id}
-    if (folder / "generation_config.json").is_file():
-        listed = GenerationConfig.from_pretrained(folder).eos_token_id
-        ends |= set(listed if isinstance(listed, list) else [listed])
-    return ends - {None}
+
+def _nearest_folder(path: Path) -> Path:
+    """`path`, or its nearest parent that exists."""
+    absolute = path.absolute()
+    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
 
 
 def _gib(n_bytes: float) -> str:

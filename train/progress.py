@@ -1,16 +1,16 @@
-"""Watches a training run: metrics.jsonl, a line with ETA on stderr, sample answers.
+"""Reports on a training run: metrics.jsonl, sample answers, and a line on stderr with the time left.
 
-metrics.jsonl, one object a line:
+metrics.jsonl has one object per line, for each step and each evaluation:
 
   step          optimizer steps done (0: before the first)
   epoch         passes over the training rows, fractional
-  loss          training loss of this step: mean over its answer tokens, in nats; only on training rows
-  val_loss      mean over the validation answers' tokens, in nats; only on evaluation rows
-  lr            learning rate of this step; only on training rows
+  loss          training loss of this step: mean over its answer tokens, in nats (steps only)
+  val_loss      mean over the validation answers' tokens, in nats (evaluations only)
+  lr            learning rate of this step (steps only)
   tokens        real tokens (prompt and answer, no padding) trained on so far
-  tokens_per_s  of this step, evaluation and checkpoints not counted; only on training rows
+  tokens_per_s  of this step, without evaluation and checkpoints (steps only)
 
-samples.jsonl, one object a line: step, question, answer (greedy, cut at 64 tokens).
+samples.jsonl has one object per line: step, question, answer (greedy, at most 64 tokens).
 """
 
 import json
@@ -29,11 +29,11 @@ from counsel.files import read_jsonl, write_jsonl
 from counsel.run import Run
 
 SAMPLE_TOKENS = 64
-LINE_EVERY_S = 10.0
+PRINT_EVERY_S = 10.0
 
 
 class Progress(TrainerCallback):
-    """Writes down what the trainer logs, and says where it stands.
+    """Writes what the trainer logs to files, and prints progress.
 
     prompts: {question: rendered prompt} to answer at each evaluation.
     """
@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
         self.train_s = 0.0
         self.session_tokens = 0
         self._tokens_before = 0
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._step_started = self._step_s = 0.0
         self._steps = 0
         self._validations: list[float] = []
@@ -56,18 +56,18 @@ class Progress(TrainerCallback):
 
     @property
     def tokens(self) -> int:
-        """Real tokens trained on since the run began."""
+        """Real tokens trained on since the run began, also before a --resume."""
         return self._tokens_before + self.session_tokens
 
     @property
     def tokens_per_s(self) -> float:
-        """Real tokens a second over the steps of this process."""
+        """Real tokens per second over the steps of this process."""
         return self.session_tokens / self.train_s if self.train_s else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        # What a killed run logged after its last checkpoint is trained, and logged, again.
+        # The steps that a killed run logged after its last checkpoint are trained and logged again.
         for path in (self.metrics_path, self.samples_path):
             logged = read_jsonl(path, torn=True) if path.is_file() else []
             kept = [row for row in logged if row["step"] <= state.global_step]
@@ -87,9 +87,9 @@ class Progress(TrainerCallback):
         if self._validating_since is None:
             self._validating_since, self._validated = now, 0
         self._validated += 1
-        # Before the first step this is all that happens, for half a minute and more on a CPU.
-        if state.is_world_process_zero and now - self._said >= LINE_EVERY_S:
-            self._print(f"validation   batch {self._validated} of {len(eval_dataloader)}", ends=False)
+        # The validation before the first step can take half a minute or more on a CPU.
+        if state.is_world_process_zero and now - self._printed >= PRINT_EVERY_S:
+            self._print(f"validation   batch {self._validated} of {len(eval_dataloader)}", keep=False)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
@@ -111,7 +111,7 @@ class Progress(TrainerCallback):
             )
         if state.is_world_process_zero:
             _append(self.metrics_path, row)
-            self._say(args, state, evaluated="eval_loss" in logs)
+            self._print_progress(args, state, evaluated="eval_loss" in logs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         self._answer_samples(args, state, model)
@@ -120,16 +120,16 @@ class Progress(TrainerCallback):
             self._validating_since = None
 
     def _answer_samples(self, args: Any, state: Any, model: Any) -> None:
-        # With several processes generation would need every one of them; samples are a single-process comfort.
+        # With several processes, all of them would have to generate.
         if not self.prompts or args.world_size > 1:
             return
         answers = greedy_answers(model, self.tokenizer, list(self.prompts.values()), SAMPLE_TOKENS)
         for question, answer in zip(self.prompts, answers, strict=True):
             _append(self.samples_path, {"step": state.global_step, "question": question, "answer": answer})
 
-    def _say(self, args: Any, state: Any, evaluated: bool) -> None:
+    def _print_progress(self, args: Any, state: Any, evaluated: bool) -> None:
         now = time.monotonic()
-        if not (evaluated or sys.stderr.isatty() or now - self._said >= LINE_EVERY_S):
+        if not (evaluated or sys.stderr.isatty() or now - self._printed >= PRINT_EVERY_S):
             return
         left_s = seconds_left(
             state.max_steps - state.global_step, self._steps, self.train_s, args.eval_steps, self._validations
@@ -143,13 +143,13 @@ class Progress(TrainerCallback):
         line += f"  {self.tokens_per_s:.0f} tok/s" if self._steps else ""
         line += f"  {_clock(now - self._started)} elapsed"
         line += "" if left_s is None else f", {_clock(left_s)} left"
-        self._print(line, ends=evaluated)
+        self._print(line, keep=evaluated)
 
-    def _print(self, line: str, ends: bool) -> None:
-        """One line on stderr; on a terminal it is written over the line before, unless that one was to stay."""
-        self._said = time.monotonic()
+    def _print(self, line: str, keep: bool) -> None:
+        """Print one line on stderr. On a terminal the next line overwrites it, unless `keep` is true."""
+        self._printed = time.monotonic()
         terminal = sys.stderr.isatty()
-        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if ends or not terminal else "", file=sys.stderr)
+        print(f"\r{line}\x1b[K" if terminal else line, end="\n" if keep or not terminal else "", file=sys.stderr)
         sys.stderr.flush()
 
 
@@ -158,8 +158,8 @@ def seconds_left(
 ) -> float | None:
     """Seconds until the last step and its validation are done; None before the first step.
 
-    Steps and validations are counted apart: on a CPU one validation takes as long as many steps.
-    train_s: of the steps done. validations_s: what each validation so far took.
+    Steps and validations are estimated separately: on a CPU one validation takes as long as many steps.
+    train_s: seconds of the steps done. validations_s: seconds of each validation so far.
     """
     if not steps_done:
         return None

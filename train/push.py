@@ -1,6 +1,6 @@
-"""`python -m train push RUN ORG/NAME`: put an adapter or a merged model on the Hub, with its card.
+"""`python -m train push RUN ORG/NAME`: upload an adapter or a merged model to the Hub, with its card.
 
-The token is read from the environment variable HF_TOKEN and shown nowhere; HF_ENDPOINT names another hub.
+The token comes from the environment variable HF_TOKEN and is never printed. HF_ENDPOINT selects another hub.
 """
 
 import json
@@ -16,33 +16,33 @@ from counsel.files import read_json, write_text
 from counsel.run import Run, open_run
 from train.card import card_text
 
-# Only what a model repository holds: never checkpoints, pickles or the conversations.
+# Only what belongs in a model repository: never checkpoints, pickles or the conversations.
 PUBLISHED = (".safetensors", ".json", ".jinja", ".md", ".model", ".txt")
-# Where PEFT and transformers keep the name of what a model was made from: of a local base, a path of this machine.
+# Where PEFT and transformers save the name of the model's origin: for a local base, a path on this machine.
 ORIGINS = {"adapter_config.json": "base_model_name_or_path", "config.json": "_name_or_path",
            "tokenizer_config.json": "name_or_path"}  # fmt: skip
-# For a hub to take a connection, and to go on with an answer. An upload may take as long as it goes on.
+# Time limits for a connection, and between two parts of an answer. An upload has no limit while data flows.
 CONNECT_S, ANSWER_S = 10.0, 60.0
 
 
 @dataclass(frozen=True)
 class Push:
-    """What to publish, and where to."""
+    """What to publish, and where."""
 
     run: str = argument("finished run: its name under runs/, or its path")
     repo: str = argument("repository on the hub: org/name")
     what: str = option("adapter", "adapter, or merged (made by python -m train merge)")
     public: bool = option(False, "make the repository public; private otherwise")
-    dry_run: bool = option(False, "list what would be sent and send nothing")
+    dry_run: bool = option(False, "list what would be sent, and send nothing")
 
 
 def push(config: Push) -> dict[str, Any]:
-    """Send the files, or list them with --dry-run. Raises UserError when there is no token or the hub refuses."""
+    """Upload the files, or list them with --dry-run. Raises UserError without a token, or if the hub refuses."""
     run = open_run(config.run)
     if config.repo.count("/") != 1 or not all(config.repo.split("/")):
         raise UserError(f"repo is {config.repo!r}; it must be org/name")
     folder = published_folder(run, config.what)
-    # Written again: there may have been an evaluation since.
+    # Written again, because the run may have been evaluated since.
     write_text(folder / "README.md", card_text(run, merged=config.what == "merged"))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in PUBLISHED}
     for name, size in files.items():
@@ -52,7 +52,7 @@ def push(config: Push) -> dict[str, Any]:
         return document | {"sent": False, "url": None}
     token = os.environ.get("HF_TOKEN")
     if not token:
-        raise UserError("no token: set HF_TOKEN to a hub token with write access, or look first with --dry-run")
+        raise UserError("no token: set HF_TOKEN to a hub token with write access, or list the files with --dry-run")
     return document | {"sent": True, "url": _send(config, folder, list(files), run.summary()["base"]["name"], token)}
 
 
@@ -70,7 +70,7 @@ def _send(config: Push, folder: Path, names: list[str], base_name: str, token: s
     import httpx2
     from huggingface_hub import HfApi, errors, get_session
 
-    # By itself the hub's client waits for ever.
+    # By default the hub's client waits forever.
     get_session().timeout = httpx2.Timeout(ANSWER_S, connect=CONNECT_S)
     hub = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
@@ -89,13 +89,13 @@ def _send(config: Push, folder: Path, names: list[str], base_name: str, token: s
             f"the hub refused {config.repo!r}: {_reason(error, token)}; check HF_TOKEN and the name"
         ) from error
     except (ValueError, KeyError) as error:
-        # Metadata that the hub's check refuses, or an answer that is none of the hub's.
-        raise UserError(f"the hub at {hub.endpoint} did not take {config.repo!r}: {_reason(error, token)}") from error
+        # The hub rejected the metadata, or the server is not a hub.
+        raise UserError(f"the hub at {hub.endpoint} rejected {config.repo!r}: {_reason(error, token)}") from error
     return str(done.repo_url)
 
 
 def _stage(folder: Path, names: list[str], base_name: str, staged: Path) -> None:
-    """Put what is to be sent into `staged`: links, but for configs that would tell a path of this machine."""
+    """Link the files into `staged`; copy the configs that name a path on this machine, with the base's name instead."""
     for name in names:
         origin = ORIGINS.get(name)
         document = read_json(folder / name) if origin else {}

@@ -1,4 +1,4 @@
-"""A run directory before training: may it be made, replaced or continued, and from which checkpoint."""
+"""A run directory before training: whether it may be made, replaced or resumed, and from which checkpoint."""
 
 import contextlib
 import fcntl
@@ -15,31 +15,31 @@ from counsel.run import Run
 from train import data
 from train.recipe import Recipe
 
-# Written into a checkpoint when all else is on the disk: the SHA-256 of each of its files.
-WHOLE = "whole.json"
+# Written into a checkpoint after its other files reached the disk: the SHA-256 of each of them.
+SEAL = "whole.json"
 
 
 def check_run_directory(recipe: Recipe) -> None:
-    """Refuse, before anything is touched, a run that exists, or a --resume that would not continue the same run."""
+    """Raise UserError, before anything is written, if the run exists or --resume would not continue the same run."""
     run = Run(recipe.run_path)
     if not recipe.resume:
         if run.path.exists() and not recipe.overwrite:
             raise UserError(
-                f"run {str(run.path)!r} exists; go on with --resume, replace it with --overwrite, "
+                f"run {str(run.path)!r} exists; continue it with --resume, replace it with --overwrite, "
                 "or choose another --name"
             )
         if run.path.exists():
-            refuse_to_replace(recipe, ("config.json", "data/report.json"))
+            check_replaceable(recipe, ("config.json", "data/report.json"))
         return
     if run.complete:
         raise UserError(f"run {recipe.name!r} is finished: nothing to resume; --overwrite trains it again")
     if not (run.path / "config.json").is_file():
         raise UserError(f"no run to resume at {str(run.path)!r}; leave --resume out to start it")
-    refuse_other_settings(recipe)
+    check_same_settings(recipe)
 
 
-def refuse_other_settings(recipe: Recipe) -> None:
-    """Raise UserError when the run at the recipe's path was started with other settings."""
+def check_same_settings(recipe: Recipe) -> None:
+    """Raise UserError if the run at the recipe's path was started with other settings."""
     before, now = Run(recipe.run_path).config(), as_json(recipe.document())
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
@@ -50,15 +50,15 @@ def refuse_other_settings(recipe: Recipe) -> None:
         )
 
 
-def refuse_to_replace(recipe: Recipe, marks: tuple[str, ...]) -> None:
-    """Raise UserError unless --overwrite may remove what is at the recipe's path.
+def check_replaceable(recipe: Recipe, required: tuple[str, ...]) -> None:
+    """Raise UserError unless --overwrite may remove the folder at the recipe's path.
 
-    marks: files that a folder of the kind always holds. Nor may the training need anything that lies in it.
+    It must hold the `required` files, as every folder of its kind does, and nothing that the new training reads.
     """
     path = recipe.run_path
-    missing = [mark for mark in marks if not (path / mark).is_file()]
+    missing = [name for name in required if not (path / name).is_file()]
     if path.is_symlink() or missing:
-        what = "a symbolic link" if path.is_symlink() else f"no earlier run (it has no {missing[0]})"
+        what = "a symbolic link" if path.is_symlink() else f"not an earlier run (it has no {missing[0]})"
         raise UserError(
             f"{str(path)!r} is {what}, so --overwrite does not remove it; choose another --name, or move it away"
         )
@@ -69,19 +69,19 @@ def refuse_to_replace(recipe: Recipe, marks: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def opened_run(recipe: Recipe) -> Iterator[None]:
-    """Make the run's directory, config and data in place, and hold the run against other processes until the end.
+def opened_run(recipe: Recipe, prepared: tuple[data.Splits, data.Report] | None) -> Iterator[None]:
+    """Make the run's directory with its config and data, and lock it against other processes until the block ends.
 
-    A run that is resumed keeps what it has. Raises UserError when another process trains it.
+    prepared: the data of a new run; None keeps what a resumed run has. Raises UserError if another process trains it.
     """
     path = recipe.run_path
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if path.exists():
-            held.enter_context(_lock(path, recipe.name))
-        if not recipe.resume:
-            splits, report = data.prepare(recipe.data_config())
+            stack.enter_context(_lock(path, recipe.name))
+        if prepared is not None:
+            splits, report = prepared
             with (replaced_directory if recipe.overwrite else new_directory)(path) as folder:
-                held.enter_context(_lock(folder, recipe.name))
+                stack.enter_context(_lock(folder, recipe.name))
                 write_json(folder / "config.json", recipe.document())
                 data.write(folder, splits, report)
             print(report)
@@ -100,39 +100,39 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole, once its files are on the disk."""
+    """Mark a checkpoint as complete, after its files have reached the disk."""
     sums = {}
     for path in sorted(checkpoint.iterdir()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         sums[path.name] = sha256_of(path)
-    write_json(checkpoint / WHOLE, sums)
+    write_json(checkpoint / SEAL, sums)
 
 
 def last_checkpoint(run: Run) -> Path | None:
-    """The newest whole checkpoint, said on stderr; later ones that a kill or a full disk cut short are removed."""
+    """The newest complete checkpoint, named on stderr. Newer ones that a kill or a full disk damaged are removed."""
     folders = (run.path / "checkpoints").glob("checkpoint-*")
     for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
         if reason := _damage(folder):
-            print(f"resume       {folder.name} is left out: {reason}", file=sys.stderr)
+            print(f"resume       skipping {folder.name}: {reason}", file=sys.stderr)
             shutil.rmtree(folder)
             continue
         print(f"resume       from {folder.name}", file=sys.stderr)
         return folder
-    print("resume       from the first step: there is no whole checkpoint", file=sys.stderr)
+    print("resume       from the first step: there is no complete checkpoint", file=sys.stderr)
     return None
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is not as it was written; None of a whole checkpoint."""
+    """Why a checkpoint cannot be used; None if it is as it was written."""
     try:
-        sums = read_json(checkpoint / WHOLE)
-        changed = [name for name, found in sums.items() if sha256_of(checkpoint / name) != found]
+        sums = read_json(checkpoint / SEAL)
+        changed = [name for name, expected in sums.items() if sha256_of(checkpoint / name) != expected]
     except (UserError, OSError):
-        return "it was not written to its end"
-    return f"{changed[0]} is not as it was written" if changed else None
+        return "it is incomplete"
+    return f"{changed[0]} has changed since it was written" if changed else None
 
 
 def as_json(document: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from config.json: tuples are lists there."""
+    """`document` as it reads back from config.json, where tuples are lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in document.items()}

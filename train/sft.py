@@ -1,6 +1,6 @@
-"""One training run, top to bottom: data, base, LoRA, SFTTrainer, checks, adapter, summary, store.
+"""One training run from start to end: data, base, LoRA, SFTTrainer, checks, adapter, summary, store.
 
-Each step leaves its files in the run directory (counsel/run.py lists them); train.json is written last.
+Each step writes its files to the run directory (counsel/run.py lists them). train.json is written last.
 """
 
 import contextlib
@@ -14,21 +14,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from counsel import catalog, store
-from counsel.chat import prompt_messages
 from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl, replaced_directory, write_json
 from counsel.fingerprint import fingerprint
 from counsel.run import Run, how_to_go_on, provenance
 from train.card import card_text
-from train.hardware import Precision, TrainHardware, machine, plan
-from train.preflight import refuse_unless_ready
+from train.data import evenly_spaced
+from train.hardware import Precision, TrainHardware, choose_precision, detect
+from train.lora import lora_config
+from train.preflight import Prepared, prepare
+from train.prompts import examples, rendered_prompts
 from train.recipe import Recipe
 from train.resume import check_run_directory, last_checkpoint, opened_run
-
-Item = TypeVar("Item")
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -37,32 +37,35 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     started = time.monotonic()
     store.check_name(recipe.name)
-    here = machine()
-    how = plan(recipe, here)
-    # What a launcher's config file says of precision would overrule the plan, which knows this machine.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if how.dtype == "bfloat16" else "no"
-    processes = PartialState(cpu=how.device == "cpu")
-    with contextlib.ExitStack() as held:
+    hardware = detect()
+    precision = choose_precision(recipe, hardware)
+    # A launcher's config file must not overrule the precision chosen for this machine.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision.dtype == "bfloat16" else "no"
+    processes = PartialState(cpu=precision.device == "cpu")
+    prepared = None
+    with contextlib.ExitStack() as stack:
         with processes.main_process_first():
             if processes.is_main_process:
                 check_run_directory(recipe)
                 if not recipe.resume:
-                    refuse_unless_ready(recipe, how, here)
-                base = catalog.resolve(recipe.base)
-                held.enter_context(opened_run(recipe))
-                write_json(recipe.run_path / "provenance.json", _provenance(recipe, here, how, base))
-                _say(how, here, base)
-        run, base = Run(recipe.run_path), catalog.resolve(recipe.base)
-        trainer, progress = build(recipe, how, base, run)
+                    prepared = prepare(recipe, precision, hardware)
+            base = prepared.base if prepared else catalog.resolve(recipe.base)
+            if processes.is_main_process:
+                new_data = (prepared.splits, prepared.report) if prepared else None
+                stack.enter_context(opened_run(recipe, new_data))
+                write_json(recipe.run_path / "provenance.json", _provenance(recipe, hardware, precision, base))
+                _print_start(precision, hardware, base)
+        run = Run(recipe.run_path)
+        trainer, progress = build(recipe, precision, base, run, prepared)
         _run_steps(recipe, run, trainer, progress, processes)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return {}
-        return finish(recipe, how, base, run, trainer, progress, time.monotonic() - started)
+        return finish(recipe, precision, base, run, trainer, progress, time.monotonic() - started)
 
 
 def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes: Any) -> None:
-    """Train to the end, from the last whole checkpoint on --resume. Raises KeyboardInterrupt where Ctrl-C ended it."""
+    """Train to the end; with --resume, from the last complete checkpoint. Raises KeyboardInterrupt after Ctrl-C."""
     from train.stop import StopAfterStep
 
     checkpoint = None
@@ -75,17 +78,22 @@ def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes:
     trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
     stop = StopAfterStep()
     trainer.add_callback(stop)
-    # One process of several would stop a step before the others, which would wait for it.
+    # With several processes, one could stop a step before the others, which would then wait for it forever.
     with stop.listening() if processes.num_processes == 1 else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
                                 f"checkpoint; {how_to_go_on(run)}")  # fmt: skip
 
 
-def build(recipe: Recipe, how: Precision, base: catalog.Base, run: Run) -> tuple[Any, Any]:
-    """The trainer and the callback that watches it, ready to start."""
-    # It says, on import, that a kernel from the hub is missing; none is wanted.
+def build(
+    recipe: Recipe, precision: Precision, base: catalog.Base, run: Run, prepared: Prepared | None = None
+) -> tuple[Any, Any]:
+    """The trainer, ready to start, and the callback that reports its progress.
+
+    prepared: what the checks loaded; None on --resume, and in every process but the first.
+    """
+    # On import, bitsandbytes warns that a hub kernel is missing. We use none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
     from datasets import Dataset
@@ -99,30 +107,25 @@ def build(recipe: Recipe, how: Precision, base: catalog.Base, run: Run) -> tuple
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(recipe.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base.path)
-    model = load_base(recipe, how, base)
-    lora = adapter_config(recipe)
-    slow_because = why_slow(recipe, how, model, lora)
-    fast = slow_because is None
-    print(f"path         {'fast CPU' if fast else f'TRL, because {slow_because}'}", file=sys.stderr)
-    if how.device == "cpu":
+    tokenizer = prepared.tokenizer if prepared else transformers.AutoTokenizer.from_pretrained(base.path)
+    model = load_base(recipe, precision, base)
+    lora = lora_config(recipe)
+    slow_reason = slow_path_reason(recipe, precision, model, lora)
+    fast = slow_reason is None
+    print(f"path         {'fast CPU' if fast else f'TRL, because {slow_reason}'}", file=sys.stderr)
+    if precision.device == "cpu":
         keep_freed_memory()
     train_rows = evenly_spaced(run.split("train"), recipe.max_rows)
     val_rows = evenly_spaced(run.split("val"), recipe.max_val_rows)
     questions = list(dict.fromkeys(row["question"] for row in val_rows))
-    prompts = {
-        question: tokenizer.apply_chat_template(
-            prompt_messages(question, recipe.system), tokenize=False, add_generation_prompt=True
-        )
-        for question in evenly_spaced(questions, recipe.samples)
-    }
+    prompts = rendered_prompts(tokenizer, evenly_spaced(questions, recipe.samples), recipe.system)
     progress = Progress(run, tokenizer, prompts)
     callbacks: list[Any] = [progress]
     if recipe.patience and val_rows:
         callbacks.append(transformers.EarlyStoppingCallback(recipe.patience))
     trainer = AnswerTrainer(
         model=model,
-        args=trainer_arguments(recipe, how, run, validate=bool(val_rows)),
+        args=trainer_arguments(recipe, precision, run, validate=bool(val_rows)),
         train_dataset=Dataset.from_list(examples(train_rows, recipe.system)),
         eval_dataset=Dataset.from_list(examples(val_rows, recipe.system)) if val_rows else None,
         processing_class=tokenizer,
@@ -131,16 +134,16 @@ def build(recipe: Recipe, how: Precision, base: catalog.Base, run: Run) -> tuple
         fast=fast,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if trainer.rows_left_out:
-        print(f"rows         {trainer.rows_left_out} of {len(train_rows)} training rows left out: their prompt alone "
-              f"fills {recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
-    if trainer.val_rows_left_out:
-        print(f"rows         {trainer.val_rows_left_out} of {len(val_rows)} validation rows left out: their prompt "
-              f"alone fills {recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
+    for kind, n_left_out, rows in (
+        ("training", trainer.rows_left_out, train_rows), ("validation", trainer.val_rows_left_out, val_rows),
+    ):  # fmt: skip
+        if n_left_out:
+            print(f"rows         {n_left_out} of {len(rows)} {kind} rows left out: their prompt alone fills "
+                  f"{recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
     if trainer.val_rows_left_out == len(val_rows) > 0:
         raise UserError(
             f"each of the {len(val_rows)} validation rows has a prompt that alone fills {recipe.max_length} tokens, so "
-            "there is nothing to choose a checkpoint by; raise max_length"
+            "no checkpoint can be chosen; raise max_length"
         )
     rows_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * trainer.args.world_size
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
@@ -148,60 +151,48 @@ def build(recipe: Recipe, how: Precision, base: catalog.Base, run: Run) -> tuple
     return trainer, progress
 
 
-def adapter_config(recipe: Recipe) -> Any:
-    """The adapter to train, in PEFT's words."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=lora_targets(recipe),
-        task_type="CAUSAL_LM",
-    )
-
-
-def why_slow(recipe: Recipe, how: Precision, model: Any, lora: Any) -> str | None:
-    """Why TRL's own path trains this model; None where the fast CPU path does, shown to compute the same."""
-    from train.cpu.loss import unservable_reason
-    from train.cpu.proof import why_unproven
+def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any) -> str | None:
+    """Why TRL's own path trains this model; None if the fast CPU path does, which was shown to compute the same."""
+    from train.cpu.loss import unsupported_reason
+    from train.cpu.proof import mismatch
 
     if not recipe.fast_cpu:
         return "fast_cpu is off"
     if recipe.gradient_checkpointing:
-        return "activations are checkpointed"
-    return unservable_reason(model, how.device) or why_unproven(model, lora)
+        return "gradient_checkpointing is on"
+    return unsupported_reason(model, precision.device) or mismatch(model, lora)
 
 
-def load_base(recipe: Recipe, how: Precision, base: catalog.Base) -> Any:
-    """The base model in the precision of the plan."""
+def load_base(recipe: Recipe, precision: Precision, base: catalog.Base) -> Any:
+    """The base model in the chosen precision."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
-    if how.load_in_4bit:
+    if precision.load_in_4bit:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, how.dtype),
+            bnb_4bit_compute_dtype=getattr(torch, precision.dtype),
         )
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
-        dtype=getattr(torch, how.dtype),
+        dtype=getattr(torch, precision.dtype),
         attn_implementation=recipe.attn_implementation,
         quantization_config=quantization,
     )
-    if how.load_in_4bit and how.device == "cpu":
+    if precision.load_in_4bit and precision.device == "cpu":
         keep_4bit_gradients(model)
     return model
 
 
 def keep_4bit_gradients(model: Any) -> None:
-    """Keep gradients right after an evaluation pass on a CPU with AVX512-BF16.
+    """Keep gradients correct after an evaluation pass on a CPU with AVX512-BF16.
 
-    bitsandbytes 0.50 repacks the weights in the first forward without gradients, and then also trains on the packed
-    form, whose kernel has no gradient: only a warning, and a gradient with a cosine of 0.73 to the true one.
+    In the first forward pass without gradients, bitsandbytes 0.50 repacks the weights, and then also trains on the
+    packed form. Its kernel has no gradient: there is only a warning, and the gradient has a cosine of 0.73 to the true
+    one.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -210,8 +201,8 @@ def keep_4bit_gradients(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def trainer_arguments(recipe: Recipe, how: Precision, run: Run, validate: bool) -> Any:
-    """The recipe in TRL's words."""
+def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: bool) -> Any:
+    """The recipe as TRL's SFTConfig."""
     from trl import SFTConfig
 
     every = "steps" if validate else "no"
@@ -227,12 +218,12 @@ def trainer_arguments(recipe: Recipe, how: Precision, run: Run, validate: bool) 
         warmup_steps=recipe.warmup_ratio,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        optim=how.optimizer,
+        optim=precision.optimizer,
         max_length=recipe.max_length,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
         completion_only_loss=True,
-        bf16=how.dtype == "bfloat16",
-        use_cpu=how.device == "cpu",
+        bf16=precision.dtype == "bfloat16",
+        use_cpu=precision.device == "cpu",
         gradient_checkpointing=recipe.gradient_checkpointing,
         eval_strategy=every,
         eval_on_start=validate,
@@ -248,12 +239,12 @@ def trainer_arguments(recipe: Recipe, how: Precision, run: Run, validate: bool) 
         data_seed=recipe.seed,
         disable_tqdm=True,
         report_to="none",
-        dataloader_pin_memory=how.device == "cuda",
+        dataloader_pin_memory=precision.device == "cuda",
     )
 
 
 def finish(
-    recipe: Recipe, how: Precision, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
+    recipe: Recipe, precision: Precision, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
 ) -> dict[str, Any]:
     """Save the adapter, check it, publish it, draw the curve, write the summary."""
     from train.plot import loss_curve
@@ -281,10 +272,10 @@ def finish(
         "tokens": progress.tokens,
         "tokens_per_s": round(tokens_per_s(rows), 1),
         "wall_s": round(wall_s, 1),
-        "peak_memory_bytes": peak_memory(how.device),
+        "peak_memory_bytes": peak_memory(precision.device),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "fast_loss": trainer.fast,
-        "downgrades": [item._asdict() for item in how.downgrades],
+        "downgrades": [item._asdict() for item in precision.downgrades],
     }
     with replaced_directory(run.adapter) as folder:
         save_adapter(trainer.model, trainer.processing_class, base, folder)
@@ -302,7 +293,7 @@ def finish(
 
 
 def tokens_per_s(rows: Sequence[dict[str, Any]]) -> float:
-    """Real tokens a second over all steps of metrics.jsonl, whatever process trained them."""
+    """Real tokens per second over all steps of metrics.jsonl, also those before a --resume."""
     before, seconds = 0, 0.0
     for row in rows:
         if "loss" in row:
@@ -312,42 +303,20 @@ def tokens_per_s(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def save_adapter(model: Any, tokenizer: Any, base: catalog.Base, folder: Path) -> None:
-    """Save weights, config and tokenizer, with the base's public identity in place of a path of this machine."""
+    """Save weights, config and tokenizer, with the base's public name instead of a path on this machine."""
     for config in model.peft_config.values():
-        # Of a local folder only its name: its path is this machine's, and push would publish it.
+        # Only the name of a local folder: push would publish its path.
         config.base_model_name_or_path = base.name if Path(base.hub_id).is_absolute() else base.hub_id
-    # Said explicitly: left to itself PEFT asks the hub whether the vocabulary has grown.
+    # Explicit, because PEFT would otherwise ask the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    # transformers keeps in tokenizer.json how a batch was last padded: for samples, on the left.
+    # transformers saves in tokenizer.json how the last batch was padded: on the left, for the samples.
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(str(folder))
 
 
-def examples(rows: Sequence[dict[str, Any]], system: str) -> list[dict[str, Any]]:
-    """Rows in TRL's prompt/completion form, whose loss is on the completion only."""
-    return [
-        {
-            "prompt": prompt_messages(row["question"], system),
-            "completion": [{"role": "assistant", "content": row["answer"]}],
-        }
-        for row in rows
-    ]
-
-
-def evenly_spaced(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most `limit` items, evenly spaced: neighbours in a data set are alike."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
-
-
-def lora_targets(recipe: Recipe) -> str | list[str]:
-    return "all-linear" if recipe.target_modules == ("all-linear",) else list(recipe.target_modules)
-
-
 def peak_memory(device: str) -> int:
-    """The most memory this process has held, in bytes: of the GPU, or resident on a CPU."""
+    """The peak memory of this process in bytes: on the GPU, or resident on a CPU."""
     if device == "cuda":
         import torch
 
@@ -355,19 +324,20 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _provenance(recipe: Recipe, here: TrainHardware, how: Precision, base: catalog.Base) -> dict[str, Any]:
+def _provenance(recipe: Recipe, hardware: TrainHardware, precision: Precision, base: catalog.Base) -> dict[str, Any]:
     report = read_json(recipe.run_path / "data" / "report.json")
     return provenance() | {
         "seed": recipe.seed,
         "data_sha256": report["source_sha256"],
         "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)},
-        "machine": asdict(here),
-        "dtype": how.dtype,
-        "downgrades": [item._asdict() for item in how.downgrades],
+        "machine": asdict(hardware),
+        "dtype": precision.dtype,
+        "downgrades": [item._asdict() for item in precision.downgrades],
     }
 
 
-def _say(how: Precision, here: TrainHardware, base: catalog.Base) -> None:
-    print(f"base         {base.hub_id} ({base.license}), {how.dtype}, on {here.device} ({here.name})", file=sys.stderr)
-    for item in how.downgrades:
+def _print_start(precision: Precision, hardware: TrainHardware, base: catalog.Base) -> None:
+    where = f"{hardware.device} ({hardware.name})"
+    print(f"base         {base.hub_id} ({base.license}), {precision.dtype}, on {where}", file=sys.stderr)
+    for item in precision.downgrades:
         print(f"note         {item}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Ctrl-C in a training run: one saves a checkpoint after the step and stops; a second one stops at once."""
+"""Ctrl-C in a training run: the first saves a checkpoint after the step and stops, the second stops at once."""
 
 import contextlib
 import signal
@@ -11,30 +11,30 @@ from transformers import TrainerCallback
 
 
 class StopAfterStep(TrainerCallback):
-    """Stops the trainer after the step in which Ctrl-C was pressed, with a checkpoint."""
+    """Stops the trainer, with a checkpoint, after the step in which Ctrl-C was pressed."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C in this block as the wish to stop; outside the main thread none can be taken."""
+        """Treat the first Ctrl-C in this block as a request to stop. Only the main thread can handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.getsignal(signal.SIGINT)
 
-        def ask(*_: Any) -> None:
-            self.asked = True
+        def request_stop(*_: Any) -> None:
+            self.requested = True
             signal.signal(signal.SIGINT, before)
             print("\nstopping after this step; Ctrl-C again stops at once, without a checkpoint", file=sys.stderr)
 
-        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGINT, request_stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.asked:
+        if self.requested:
             control.should_save = control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with this project's changes: exact validation loss, an order that resumes, a fast path on CPUs."""
+"""TRL's SFTTrainer with three changes: an exact validation loss, a row order that resumes, and a fast path on CPUs."""
 
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,25 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
 from counsel.errors import UserError
-from train.cpu.proof import loss_of, speed_up
+from train.cpu.proof import fast_loss, speed_up
 from train.resume import seal
 
-TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
+# What torch's checkpoint writer says in a RuntimeError, for which it has no class of its own.
+TORCH_WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class EpochLengthSampler(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch alone decide.
+    """Batches rows of similar length, in an order that depends on seed and epoch only.
 
-    transformers' own draws a new order each time it is asked: a run resumed in an epoch would go on in another one,
-    and train some rows twice and others not at all.
+    transformers' sampler draws a new order on each call, so a run resumed within an epoch would train some rows twice
+    and others not at all.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
         self.seed, self.epoch = seed, 0
 
-    # accelerate's data loader calls it before each epoch, as on its own random sampler.
+    # accelerate's data loader calls this before each epoch, as on its own random sampler.
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
@@ -37,12 +38,12 @@ class EpochLengthSampler(LengthGroupedSampler):
 
 
 class AnswerTrainer(SFTTrainer):
-    """SFTTrainer whose `eval_loss` is the mean over answer tokens, whatever the batches and the processes.
+    """SFTTrainer whose `eval_loss` is the mean over answer tokens, independent of batches and processes.
 
-    The Trainer's own averages over batches, so that it depends on which rows were batched together, and with several
-    processes it counts some rows twice.
-    fast: the same numbers by train/fast_{loss,rows,lora}.py; see train/cpu/proof.py for where it applies.
-    rows_left_out, val_rows_left_out: rows that TRL dropped without a word, since cutting them left no answer token.
+    The Trainer's own averages over batches, so it depends on which rows share a batch, and with several processes it
+    counts some rows twice.
+    fast: compute the same numbers with train/cpu; train/cpu/proof.py tells where that applies.
+    rows_left_out, val_rows_left_out: rows that TRL silently dropped because cutting them left no answer token.
     """
 
     def __init__(self, *args: Any, train_dataset: Any, fast: bool, eval_dataset: Any = None, **kwargs: Any) -> None:
@@ -60,14 +61,14 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         if not self.fast:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total = loss_of(model, inputs)
+        total = fast_loss(model, inputs)
         count = _answer_tokens(inputs["labels"]) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count).clamp(min=1)
         mode = "train" if self.model.training else "eval"
         if mode == "train":
             self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        # As in Trainer: the count is over all processes, and DDP averages their gradients.
+        # As in Trainer: the count covers all processes, and DDP averages their gradients.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
@@ -76,22 +77,21 @@ class AnswerTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            # torch's writer has no error of its own kind.
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER_ERRORS):
                 raise
             reason = " ".join(str(error).split())[:200]
             step = self.state.global_step
             raise UserError(
-                f"cannot write the checkpoint of step {step} ({reason}); free some space, then go on with --resume"
+                f"cannot write the checkpoint of step {step} ({reason}); free some space, then continue with --resume"
             ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def had_ended_at(self, checkpoint: Path, patience: int) -> bool:
-        """Whether training had ended at `checkpoint`, by its steps or by early stopping; then loads the best adapter.
+        """Whether training had ended at `checkpoint`, by its steps or by early stopping. If so, load the best adapter.
 
-        Resumed from there, the Trainer would train on.
+        If it resumed there, the Trainer would keep training.
         """
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
@@ -109,20 +109,20 @@ class AnswerTrainer(SFTTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         lengths = [len(ids) for ids in (train_dataset or self.train_dataset)["input_ids"]]
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return EpochLengthSampler(together, lengths, self.args.data_seed)
+        rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochLengthSampler(rows_per_step, lengths, self.args.data_seed)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        # In their own order, which `rows_of_its_own` counts on: by length, the Trainer would shuffle them.
+        # In file order, which `own_rows` relies on. With group_by_length, the Trainer would shuffle them.
         return torch.utils.data.SequentialSampler(eval_dataset)
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        own = rows_of_its_own(
+        n_own = own_rows(
             len(self.eval_dataset), self.args.per_device_eval_batch_size, self._val_steps,
             self.args.world_size, self.args.process_index,
         )  # fmt: skip
         self._val_steps += 1
-        inputs["labels"][own:] = -100
+        inputs["labels"][n_own:] = -100
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = float(_answer_tokens(inputs["labels"]))
         if tokens:
@@ -140,8 +140,8 @@ class AnswerTrainer(SFTTrainer):
         return output
 
 
-def rows_of_its_own(n_rows: int, batch_size: int, step: int, processes: int, process: int) -> int:
-    """How many rows of a process's batch are not repeats: accelerate fills the last round from the first rows."""
+def own_rows(n_rows: int, batch_size: int, step: int, processes: int, process: int) -> int:
+    """How many rows of a process's batch are not repeats: accelerate fills the last round with the first rows."""
     start = (step * processes + process) * batch_size
     return min(batch_size, max(0, n_rows - start))
 

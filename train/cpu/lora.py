@@ -1,7 +1,7 @@
-"""A LoRA layer as one step of autograd: frozen weight and adapter share each pass over the activations.
+"""A LoRA layer as one autograd step: the frozen weight and the adapter share each pass over the activations.
 
-PEFT's own forward makes the same product with five more passes over arrays of the layer's size (cast, scale, add, and
-their gradients), which on a CPU cost as much as the adapter's arithmetic.
+PEFT's forward computes the same with five more passes over arrays of the layer's size (cast, scale, add, and their
+gradients). On a CPU these cost as much as the adapter's arithmetic.
 """
 
 from types import MethodType
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class LoraLinear(torch.autograd.Function):
-    """x (..., n) -> x @ weight.T + bias + scale * x @ a.T @ b.T, with gradients to x, a and b; the rest is frozen."""
+    """x (..., n) -> x @ weight.T + bias + scale * x @ a.T @ b.T. Only x, a and b get gradients; the rest is frozen."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, a: Any, b: Any, scale: float) -> Any:
@@ -26,32 +26,32 @@ class LoraLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
         flat, weight, low_a, low_b, inner = ctx.saved_tensors
-        grad_output = upstream[0]
-        grad_scores = grad_output.reshape(-1, grad_output.shape[-1]).to(weight.dtype)
-        slope_inner = (grad_scores @ low_b).mul_(ctx.scale)
+        shape = grad_outputs[0].shape
+        grad_output = grad_outputs[0].reshape(-1, shape[-1]).to(weight.dtype)
+        grad_inner = (grad_output @ low_b).mul_(ctx.scale)
         x_dtype, a_dtype, b_dtype = ctx.dtypes
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_scores @ weight).addmm_(slope_inner, low_a)
-            grad_x = grad_x.view(*grad_output.shape[:-1], -1).to(x_dtype)
-        grad_a = (slope_inner.t() @ flat).to(a_dtype)
-        grad_b = (grad_scores.t() @ inner).to(b_dtype)
+            grad_x = (grad_output @ weight).addmm_(grad_inner, low_a)
+            grad_x = grad_x.view(*shape[:-1], -1).to(x_dtype)
+        grad_a = (grad_inner.t() @ flat).to(a_dtype)
+        grad_b = (grad_output.t() @ inner).to(b_dtype)
         return grad_x, None, None, grad_a, grad_b, None
 
 
 def fuse_lora(model: Any) -> int:
-    """Replace the forward of every plain LoRA linear layer of a PEFT model; return how many were.
+    """Replace the forward of every plain LoRA linear layer of a PEFT model; return how many were replaced.
 
-    Layers with dropout, a variant such as DoRA, several adapters, or a quantised base keep PEFT's own, and so does
-    every layer while its adapter is switched off or merged.
+    PEFT's own forward stays on layers with dropout, a variant such as DoRA, several adapters, or a quantized base, and
+    on every layer while its adapter is disabled or merged.
     """
     from peft.tuners.lora.layer import Linear
 
     count = 0
     for module in model.modules():
-        # An exact type: subclasses are the quantised layers.
+        # The exact type, because subclasses are the quantized layers.
         if type(module) is Linear and type(module.base_layer) is torch.nn.Linear and _is_plain(module):
             module.forward = MethodType(_forward, module)
             count += 1

@@ -1,9 +1,9 @@
-"""Does the fast path compute what the model itself computes? Shown on a copy of the model, before training starts.
+"""Checks, on a copy of the model before training, that the fast path computes what the model itself computes.
 
-Which layers a model has cannot be told from its config: one that mixes tokens by convolution, recurrence or its own
-kind of attention would read the line of rows (train/cpu/packing.py) as one sequence. So two short rows go through the
-model's own forward and through the fast path, in fp32, with the adapter that will be trained: loss and every gradient
-must agree, and nothing of the first row may reach the second.
+A config does not tell how a model mixes tokens. A layer with convolution, recurrence or its own kind of attention would
+read the packed rows (train/cpu/packing.py) as one sequence. So two short rows go through the model's own forward and
+through the fast path, in fp32, with the adapter that will be trained. The loss and every gradient must agree, and the
+first row must not influence the second.
 """
 
 import copy
@@ -14,15 +14,15 @@ import torch
 
 from train.cpu.lora import fuse_lora
 from train.cpu.loss import add_answer_loss, drop_needless_casts
-from train.cpu.packing import ATTENTION, as_line, register
+from train.cpu.packing import ATTENTION, pack, register
 
-# In fp32 what is equal differs by about 1e-6; a state that crosses between rows moves the loss by 1e-4 and more.
+# In fp32 equal losses differ by about 1e-6; state that crosses between rows changes the loss by 1e-4 or more.
 LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-3
 
 
 def speed_up(model: Any) -> None:
-    """Put a PEFT model on the fast path: its base then takes `targets` and `rows`, as `loss_of` gives them."""
+    """Put a PEFT model on the fast path: its base then accepts `targets` and `rows`, which `fast_loss` passes."""
     causal = model.get_base_model()
     register()
     causal.set_attn_implementation(ATTENTION)
@@ -31,26 +31,30 @@ def speed_up(model: Any) -> None:
     drop_needless_casts(model)
 
 
-def loss_of(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-    """The summed loss, in nats, of a right-padded batch (input_ids, attention_mask, labels) by the fast path."""
-    line = as_line(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-    # transformers makes each layer's mask from this one: of the longest row, which holds those of the shorter ones.
-    mask = torch.ones(1, line.rows.longest, dtype=torch.long)
+def fast_loss(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+    """The summed loss, in nats, of a right-padded batch (input_ids, attention_mask, labels) on the fast path."""
+    batch = pack(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    # transformers makes each layer's mask from this one. It covers the longest row, and so the shorter ones.
+    mask = torch.ones(1, batch.rows.longest, dtype=torch.long)
     return model(
-        input_ids=line.ids, position_ids=line.positions, attention_mask=mask, targets=line.targets, rows=line.rows
+        input_ids=batch.ids,
+        position_ids=batch.positions,
+        attention_mask=mask,
+        targets=batch.targets,
+        rows=batch.rows,
     )
 
 
-def why_unproven(model: Any, lora: Any) -> str | None:
-    """Why the fast path would not train `model` (causal, without adapter) with the PEFT config `lora` as TRL does.
+def mismatch(model: Any, lora: Any) -> str | None:
+    """How the fast path differs from TRL on `model` (causal, without adapter) with the PEFT config `lora`; None if not.
 
-    None when it would. The model is left as it was; memory for a copy of it in fp32 is needed meanwhile.
+    The model does not change. Needs memory for a copy of it in fp32.
     """
-    # Making an adapter draws random numbers: those of the run stay as they were.
+    # Making an adapter draws random numbers; the run's own generator must not advance.
     with torch.random.fork_rng(devices=[]):
         try:
             return _first_difference(model, lora)
-        except Exception as error:  # any failure of an unknown model means the same, and is said
+        except Exception as error:  # whatever fails in an unknown model, TRL trains it, and the run says why
             return f"the fast path fails on this model ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         finally:
             gc.collect()  # a patched copy refers to itself
@@ -58,19 +62,19 @@ def why_unproven(model: Any, lora: Any) -> str | None:
 
 def _first_difference(model: Any, lora: Any) -> str | None:
     inputs = _two_rows(model.config.get_text_config().vocab_size)
-    _try_in_its_own_precision(model, lora, inputs)
-    twin = _adapted_copy(model, lora, torch.float32)
-    own_loss, own_gradients = _own_loss(twin, inputs), _gradients(twin)
-    speed_up(twin)
-    total = loss_of(twin, inputs)
+    _try_training_step(model, lora, inputs)
+    copied = _adapted_copy(model, lora, torch.float32)
+    own_loss, own_gradients = _own_loss(copied, inputs), _gradients(copied)
+    speed_up(copied)
+    total = fast_loss(copied, inputs)
     total.backward()
-    fast_loss, fast_gradients = float(total.detach()), _gradients(twin)
-    second, second_after = _second_row(twin, inputs), _second_row(twin, _with_another_first_row(inputs))
-    if not _close(fast_loss, own_loss, LOSS_TOLERANCE):
-        return f"the fast path's loss is {fast_loss:.5f} on two rows where the model's own is {own_loss:.5f}"
+    fast_total, fast_gradients = float(total.detach()), _gradients(copied)
+    second, second_after = _second_row(copied, inputs), _second_row(copied, _with_another_first_row(inputs))
+    if not _close(fast_total, own_loss, LOSS_TOLERANCE):
+        return f"the fast path's loss is {fast_total:.5f} on two rows where the model's own is {own_loss:.5f}"
     if not _close(second, second_after, LOSS_TOLERANCE):
         return f"the first row changes the loss of the second from {second:.5f} to {second_after:.5f} on the fast path"
-    # Where a gradient nearly vanishes, rounding is all that it holds.
+    # A gradient that is nearly zero holds only rounding errors.
     least = 1e-3 * max(float(own.norm()) for own in own_gradients.values())
     for name, own in own_gradients.items():
         difference = float((fast_gradients[name] - own).norm()) / max(float(own.norm()), least)
@@ -80,7 +84,7 @@ def _first_difference(model: Any, lora: Any) -> str | None:
 
 
 def _two_rows(vocab_size: int) -> dict[str, torch.Tensor]:
-    """Rows of 44 and 30 tokens that open alike for 9 and then differ; the answers are their last 22 and 16."""
+    """Rows of 44 and 30 tokens that share their first 9; the answers are the last 22 and 16."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size // 4, vocab_size, (2, 44), generator=generator)
     ids[1, :9] = ids[0, :9]
@@ -92,7 +96,7 @@ def _two_rows(vocab_size: int) -> dict[str, torch.Tensor]:
 
 
 def _with_another_first_row(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same rows, but for what follows the shared prefix in the first."""
+    """The same rows, with other tokens after the shared prefix of the first row."""
     ids, labels = inputs["input_ids"].clone(), inputs["labels"].clone()
     ids[0, 9:] = ids[0, 9:].flip(0)
     labels[0, 22:] = ids[0, 22:]
@@ -100,30 +104,30 @@ def _with_another_first_row(inputs: dict[str, torch.Tensor]) -> dict[str, torch.
 
 
 def _adapted_copy(model: Any, lora: Any, dtype: torch.dtype) -> Any:
-    """A copy of the model in `dtype` whose adapter does something: as it starts, it adds nothing."""
+    """A copy of the model in `dtype` with an adapter that has an effect: a new adapter adds zero."""
     from peft import get_peft_model
 
-    twin = get_peft_model(copy.deepcopy(model).to(dtype), copy.deepcopy(lora))
+    copied = get_peft_model(copy.deepcopy(model).to(dtype), copy.deepcopy(lora))
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in twin.named_parameters():
+    for name, parameter in copied.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=generator)
-    return twin.eval()
+    return copied.eval()
 
 
-def _try_in_its_own_precision(model: Any, lora: Any, inputs: dict[str, torch.Tensor]) -> None:
-    """One step as in training, to see that it runs: dropout is on, and bf16 goes through autocast."""
-    twin = _adapted_copy(model, lora, model.dtype).train()
-    speed_up(twin)
+def _try_training_step(model: Any, lora: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Check that one training step runs: dropout is on, and bf16 goes through autocast."""
+    copied = _adapted_copy(model, lora, model.dtype).train()
+    speed_up(copied)
     with torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        loss = loss_of(twin, inputs)
+        loss = fast_loss(copied, inputs)
     loss.backward()
     if not torch.isfinite(loss):
         raise ValueError(f"the loss is {float(loss)}")
 
 
 def _own_loss(model: Any, inputs: dict[str, torch.Tensor]) -> float:
-    """The summed loss by the model's own forward, whose gradient is left in its adapter."""
+    """The summed loss by the model's own forward; its gradients stay in the adapter."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), inputs["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -133,18 +137,18 @@ def _own_loss(model: Any, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    """The adapter's gradients, which are then cleared."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    """The adapter's gradients, cleared from the model."""
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return gradients
 
 
 def _second_row(model: Any, inputs: dict[str, torch.Tensor]) -> float:
-    """The loss of the second row alone, by the fast path, with the first one beside it."""
+    """The loss of the second row alone, on the fast path, in a batch with the first."""
     labels = inputs["labels"].clone()
     labels[0] = -100
     with torch.no_grad():
-        return float(loss_of(model, {**inputs, "labels": labels}))
+        return float(fast_loss(model, {**inputs, "labels": labels}))
 
 
 def _close(one: float, other: float, tolerance: float) -> bool:
