@@ -12,9 +12,10 @@ from counsel.cli import load_config
 from counsel.errors import UserError
 from counsel.lora_layers import Layers, served_layers
 from tests.tiny import tiny_base, tiny_gpt2
+from train.checklist import Finding
 from train.hardware import TrainHardware, choose_precision, detect
 from train.lora import needed_rank
-from train.preflight import Finding, check
+from train.preflight import check
 from train.recipe import RECIPES, Recipe
 
 SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)

@@ -15,10 +15,11 @@ from counsel import catalog
 from counsel.files import write_jsonl
 from tests.tiny import tiny_base
 from tests.train_runs import recipe_for
+from train.checklist import Finding
 from train.data import load_rows
 from train.experiments import equal_counts
 from train.hardware import choose_precision, detect
-from train.preflight import Finding, check
+from train.preflight import check
 
 _opened: list[Path] = []
 _watching = False

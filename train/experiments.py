@@ -66,25 +66,25 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     """
     from train.plot import gains
 
-    whole = dataclasses.replace(recipe, name=f"{recipe.name}-leak")
-    folder, seeds = whole.run_path, recipe.seeds or SEEDS
+    experiment = dataclasses.replace(recipe, name=f"{recipe.name}-leak")
+    folder, seeds = experiment.run_path, recipe.seeds or SEEDS
     resuming = folder.exists() and not recipe.overwrite
     if resuming:
-        check_run_directory(dataclasses.replace(whole, resume=True))
+        check_run_directory(dataclasses.replace(experiment, resume=True))
     elif folder.exists():
-        check_replaceable(whole, ("config.json", ROWS))
+        check_replaceable(experiment, ("config.json", ROWS))
     held_out = recipe.val_share + recipe.test_share
     rows = data.load_rows(recipe.data_config()).cleaned.rows
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
     if not resuming:
         with replaced_directory(folder) as new:
-            write_json(new / "config.json", whole.document())
+            write_json(new / "config.json", experiment.document())
             write_jsonl(new / ROWS, rows)
     elif read_jsonl(folder / ROWS) != rows:
         raise UserError(
-            f"the rows of {recipe.data!r} are not those that experiment {whole.name!r} was started with; start again "
-            "with --overwrite, or choose another --name"
+            f"the rows of {recipe.data!r} are not those that experiment {experiment.name!r} was started with; "
+            "start again with --overwrite, or choose another --name"
         )
     common = dataclasses.replace(
         recipe, data=str(folder / ROWS), revision="", question_column="question", answer_column="answer",

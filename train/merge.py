@@ -39,7 +39,7 @@ def merge(config: Merge) -> dict[str, Any]:
         raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
     run = open_run(config.run)
     out = Path(config.out) if config.out else run.path / "merged"
-    check_mergeable_into(out, config.overwrite)
+    check_out_folder(out, config.overwrite)
     recipe = run.config()
     base = catalog.resolve(recipe["base"])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
@@ -67,7 +67,7 @@ def merge(config: Merge) -> dict[str, Any]:
     return document
 
 
-def check_mergeable_into(out: Path, overwrite: bool) -> None:
+def check_out_folder(out: Path, overwrite: bool) -> None:
     """Raise UserError unless `out` is free, or `overwrite` is set and everything in it came from a merge."""
     if not out.exists() and not out.is_symlink():
         return

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any
 
 from counsel import adapter_check, catalog, store
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
 from counsel.lora_layers import served_layers
 from train import data
+from train.checklist import Checklist, Finding
 from train.contacts import EMAIL, LINK, PHONE
 from train.hardware import Precision, TrainHardware
 from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
@@ -32,20 +33,6 @@ from train.recipe import Recipe
 MIN_FREE_DISK_BYTES = 2 << 30
 # A row whose prompt alone fills max_length teaches nothing. A few are left out; more means that max_length is wrong.
 MAX_LEFT_OUT_SHARE = 0.01
-
-Arguments = ParamSpec("Arguments")
-Value = TypeVar("Value")
-
-
-class Finding(NamedTuple):
-    """The result of one check: its name, whether it passed, and the details."""
-
-    check: str
-    ok: bool
-    seen: str
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.ok else 'FAIL'}  {self.check:<10} {self.seen}"
 
 
 @dataclass(frozen=True)
@@ -58,7 +45,7 @@ class Prepared:
     report: data.Report
 
 
-def prepare(recipe: Recipe, precision: Precision, hardware: TrainHardware) -> Prepared:
+def preflight(recipe: Recipe, precision: Precision, hardware: TrainHardware) -> Prepared:
     """Run every check, print the findings on stderr, and return what was loaded. Raises UserError if a check fails."""
     failed: list[Finding] = []
 
@@ -82,7 +69,7 @@ def check(
     """
     # On import, bitsandbytes warns that a hub kernel is missing. We use none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    checks = _Checklist(on_finding)
+    checks = Checklist(on_finding)
     checks.run("name", check_name, recipe)
     checks.run("system", check_system, recipe)
     checks.run("optimizer", check_optimizer, recipe, precision)
@@ -115,43 +102,6 @@ def check(
     if prepared_data is None or not checks.all_ok:
         return None
     return Prepared(base, tokenizer, *prepared_data)
-
-
-class _Checklist:
-    """Runs checks, turns each result or UserError into a finding, and remembers whether all passed."""
-
-    def __init__(self, on_finding: Callable[[Finding], None]) -> None:
-        self.on_finding = on_finding
-        self.all_ok = True
-
-    def add(self, finding: Finding) -> None:
-        self.all_ok &= finding.ok
-        self.on_finding(finding)
-
-    def run(
-        self, name: str, function: Callable[Arguments, str], *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> None:
-        """Run a check that returns the finding's details."""
-        try:
-            self.add(Finding(name, True, function(*args, **kwargs)))
-        except UserError as error:
-            self.add(Finding(name, False, str(error)))
-
-    def load(
-        self,
-        name: str,
-        function: Callable[Arguments, tuple[Value, str]],
-        *args: Arguments.args,
-        **kwargs: Arguments.kwargs,
-    ) -> Value | None:
-        """Run a check that also loads something, and return that; None if the check fails."""
-        try:
-            value, details = function(*args, **kwargs)
-        except UserError as error:
-            self.add(Finding(name, False, str(error)))
-            return None
-        self.add(Finding(name, True, details))
-        return value
 
 
 def check_name(recipe: Recipe) -> str:
@@ -284,10 +234,14 @@ def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [token for token in whole[len(prompt) :] if token in special]
     if not ends:
-        raise UserError("no end-of-turn token follows the answer: the model would not learn to stop")
+        raise UserError(
+            "no end-of-turn token follows the answer, so the model would not learn to stop; use another base"
+        )
     bos = tokenizer.bos_token_id
     if bos is not None and whole[:2] == [bos, bos]:
-        raise UserError(f"the template puts {tokenizer.bos_token!r} at the start twice")
+        raise UserError(
+            f"the template puts {tokenizer.bos_token!r} at the start twice; use a base with another chat template"
+        )
     end = tokenizer.convert_ids_to_tokens(ends[0])
     stops = "" if ends[0] in _stop_tokens(base, tokenizer) else ", but is not a stop token in generation_config.json"
     return f"the prompt is a prefix, {len(prompt)} tokens with a short question; {end} ends the answer, trained{stops}"
@@ -315,9 +269,9 @@ def measure_rows(recipe: Recipe, config: Any, tokenizer: Any, splits: data.Split
             f"each of the {len(val.scored)} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
             "raise max_length"
         )
-    cut = sum(n > recipe.max_length for n in lengths.whole)
+    cut = sum(n > recipe.max_length for n in lengths.total)
     empty = sum(n == 0 for n in lengths.scored)
-    ordered = sorted(lengths.whole)
+    ordered = sorted(lengths.total)
     details = (
         f"{len(ordered)} rows, {ordered[len(ordered) // 2]} tokens in the median and {ordered[-1]} at most; "
         f"{cut} cut at {recipe.max_length}, {empty} left out because the prompt alone fills that"
@@ -352,7 +306,7 @@ def check_memory(
     trainable = count_parameters(recipe, layers)
     # fp32 weight, gradient and two moments; 8-bit moments are a quarter of that.
     optimizer = trainable * (8 + (2 if "8bit" in precision.optimizer else 8))
-    tokens = recipe.batch_size * min(max(lengths.whole), recipe.max_length)
+    tokens = recipe.batch_size * min(max(lengths.total), recipe.max_length)
     # Kept per layer for the backward pass, in rows of the model's width at 2 bytes: about 34, or 2 with checkpointing.
     kept = 2 if recipe.gradient_checkpointing else 34
     width = 2 if precision.dtype == "bfloat16" else 4

@@ -7,9 +7,9 @@ from counsel.chat import prompt_messages
 
 
 class RowLengths(NamedTuple):
-    """Token counts of rows. whole: prompt and answer. scored: the answer tokens left after cutting at max_length."""
+    """Token counts of rows. total: prompt and answer. scored: the answer tokens left after cutting at max_length."""
 
-    whole: list[int]
+    total: list[int]
     scored: list[int]
 
 
@@ -40,10 +40,10 @@ def row_lengths(tokenizer: Any, rows: Sequence[dict[str, Any]], system: str, max
     TRL tokenizes them again for training: its own masks and cuts are private, and they need a trainer with weights,
     which the checks before training do without.
     """
-    whole, scored = [], []
+    totals, scored = [], []
     for example in examples(rows, system):
         prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
         total = len(tokenizer.apply_chat_template(example["prompt"] + example["completion"], return_dict=False))
-        whole.append(total)
+        totals.append(total)
         scored.append(max(0, min(total, max_length) - len(prompt)))
-    return RowLengths(whole, scored)
+    return RowLengths(totals, scored)

@@ -25,7 +25,7 @@ from train.card import card_text
 from train.data import evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect
 from train.lora import lora_config
-from train.preflight import Prepared, prepare
+from train.preflight import Prepared, preflight
 from train.prompts import examples, rendered_prompts
 from train.recipe import Recipe
 from train.resume import check_run_directory, last_checkpoint, opened_run
@@ -48,7 +48,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
             if processes.is_main_process:
                 check_run_directory(recipe)
                 if not recipe.resume:
-                    prepared = prepare(recipe, precision, hardware)
+                    prepared = preflight(recipe, precision, hardware)
             base = prepared.base if prepared else catalog.resolve(recipe.base)
             if processes.is_main_process:
                 new_data = (prepared.splits, prepared.report) if prepared else None
