@@ -86,12 +86,13 @@ def bench(config: Bench) -> Result:
 
 def run_arm(config: Bench) -> dict[str, Any]:
     """Train one arm here and score it."""
-    from peft import LoraConfig
     from transformers import AutoTokenizer, set_seed
 
     from counsel import catalog
     from train import data, sft
-    from train.hardware import machine, plan
+    from train.hardware import choose_precision, detect
+    from train.lora import lora_config
+    from train.prompts import examples
 
     recipe = Recipe(
         base=config.base,
@@ -102,16 +103,16 @@ def run_arm(config: Bench) -> dict[str, Any]:
     )
     base = catalog.resolve(recipe.base)
     splits, _ = data.prepare(recipe.data_config())
-    rows = sft.examples(sft.evenly_spaced(splits["train"], config.rows), recipe.system)
-    val = sft.examples(sft.evenly_spaced(splits["val"], config.val_rows), recipe.system)
-    how = plan(recipe, machine())
-    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    rows = examples(data.evenly_spaced(splits["train"], config.rows), recipe.system)
+    val = examples(data.evenly_spaced(splits["val"], config.val_rows), recipe.system)
+    precision = choose_precision(recipe, detect())
+    lora = lora_config(recipe)
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         if config.arm == "trl":
             trainer = _trl_trainer(recipe, base.path, rows, lora, Path(scratch))
         else:
-            trainer = _our_trainer(recipe, how, base, rows, lora, Path(scratch))
+            trainer = _our_trainer(recipe, precision, base, rows, lora, Path(scratch))
         clock = _clock_steps(trainer)
         trainer.train()
     tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
@@ -161,7 +162,9 @@ def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], lora:
     return SFTTrainer(str(folder), args=arguments, train_dataset=Dataset.from_list(rows), peft_config=lora)
 
 
-def _our_trainer(recipe: Recipe, how: Any, base: Any, rows: list[dict[str, Any]], lora: Any, scratch: Path) -> Any:
+def _our_trainer(
+    recipe: Recipe, precision: Any, base: Any, rows: list[dict[str, Any]], lora: Any, scratch: Path
+) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -170,11 +173,11 @@ def _our_trainer(recipe: Recipe, how: Any, base: Any, rows: list[dict[str, Any]]
     from train.cpu.loss import keep_freed_memory
     from train.trainer import AnswerTrainer
 
-    model = sft.load_base(recipe, how, base)
-    if reason := sft.why_slow(recipe, how, model, lora):
+    model = sft.load_base(recipe, precision, base)
+    if reason := sft.slow_path_reason(recipe, precision, model, lora):
         raise UserError(f"there is no fast path to measure: {reason}")
     keep_freed_memory()
-    arguments = sft.trainer_arguments(recipe, how, Run(scratch), validate=False)
+    arguments = sft.trainer_arguments(recipe, precision, Run(scratch), validate=False)
     arguments.save_strategy = "no"
     return AnswerTrainer(
         model=model,

@@ -131,8 +131,8 @@ def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monk
     pytest.importorskip("torch")
     monkeypatch.setattr(hardware, "processor", lambda: here)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    trains = hardware.machine()
-    assert hardware.plan(Recipe(), trains).dtype == dtype
+    trains = hardware.detect()
+    assert hardware.choose_precision(Recipe(), trains).dtype == dtype
     assert str(here) in trains.name
 
 

@@ -47,15 +47,18 @@ def _overview(summary: dict[str, Any]) -> str:
 
 
 def run_check(recipe: Recipe) -> Result:
-    from train.hardware import machine, plan
+    from train.checklist import Finding
+    from train.hardware import choose_precision, detect
     from train.preflight import check
 
-    here = machine()
-    findings = []
-    for finding in check(recipe, plan(recipe, here), here):
+    hardware = detect()
+    findings: list[Finding] = []
+
+    def show(finding: Finding) -> None:
         print(finding, flush=True)
         findings.append(finding)
-    ready = all(finding.ok for finding in findings)
+
+    ready = check(recipe, choose_precision(recipe, hardware), hardware, show) is not None
     checks = [finding._asdict() for finding in findings]
     return Result({"ready": ready, "checks": checks}, 0 if ready else 1, _after_check() if ready else "")
 
