@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from counsel import gguf
-from counsel.cache import cache_dir as cache_dir
+from counsel.cache import cache_dir
 from counsel.chat import template_text
 from counsel.cli import nearest
 from counsel.errors import UserError

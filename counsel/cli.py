@@ -68,6 +68,11 @@ class Command(NamedTuple):
     help: str
     presets: Path | None = None
 
+    @property
+    def schema(self) -> type:
+        """The config dataclass, imported now where `config` is a reference."""
+        return typing.cast(type, _imported(self.config))
+
 
 def option(default: Any, help: str, *, group: str = "options", metavar: str = "", shown: str = "") -> Any:
     """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`).
@@ -104,21 +109,27 @@ def as_typed(message: str) -> str:
     return re.sub(rf"\bpython -m (?=(?:{'|'.join(FOLDERS)})\b(?!\.))", f"{_LAUNCHER.get()} ", message)
 
 
-def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> int:
+def parse(program: str, commands: Mapping[str, Command], argv: Sequence[str]) -> tuple[Command, type, dict[str, Any]]:
+    """The command that `argv` names, its config class, and the flags as given. Exits with 2 on wrong usage."""
+    words = list(argv)
     name = words.pop(0) if words and words[0] in commands else ""
     command = commands[name]
-    schema = _imported(command.config)
+    schema = command.schema
     parser = _parser(program, name, commands, schema)
     if not words and command.presets is not None:
         parser.error(f"a recipe is needed; known: {', '.join(_shipped(command.presets))}, or a .yaml file")
     known, left_over = parser.parse_known_args(_with_dashed_values(words, schema))
     if wrong := _misspelt(getattr(known, "config", None), left_over, name, commands, schema):
         parser.error(wrong)
-    flags = vars(known)
+    return command, schema, vars(known)
+
+
+def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> int:
+    command, schema, flags = parse(program, commands, words)
     json_wanted = flags.pop("json")
 
     def run() -> int:
-        file = _yaml_file(flags.pop("config", None), command.presets)
+        file = yaml_file(flags.pop("config", None), command.presets)
         config: Any = load_config(schema, file, flags)
         result: Result = _imported(command.run)(config)
         document = json.dumps(result.document, allow_nan=False)
@@ -215,7 +226,7 @@ def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str,
     return schema(**values)
 
 
-def _yaml_file(given: str | None, presets: Path | None) -> str | None:
+def yaml_file(given: str | None, presets: Path | None) -> str | None:
     """The YAML file that the command line names: a path, or a preset's stem."""
     if given is None or presets is None or Path(given).suffix in _CONFIG_FILES:
         return given

@@ -7,7 +7,6 @@ is repeated with another seed. If that one is invalid too, the rate bounds the s
 """
 
 import dataclasses
-import html
 import math
 import sys
 from collections.abc import Callable
@@ -17,28 +16,33 @@ from typing import Any, NamedTuple
 from counsel.cli import Result, option
 from counsel.errors import UserError
 from counsel.files import write_json, write_text
+from counsel.report import page, section
+from counsel.values import PositiveFloat, PositiveInt
 from loadtest.charts import curves
 from loadtest.metrics import curve_point, rounded
 from loadtest.mix import shares
 from loadtest.prepare import results_directory, target_models
-from loadtest.report import page, section
 from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
 from loadtest.slo import min_requests, parse_objective
 from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
 
+_SEARCH = "search"
+
 
 @dataclass(frozen=True)
 class Capacity(Scenario):
     """A scenario, and how to search for its rate."""
 
-    rate: str = option("0.5", "rate to start with, requests/s")
-    lowest: float | None = option(None, "rate to start with (default: rate)")
-    highest: float = option(256.0, "highest rate to try")
-    repeats: int = option(2, "runs per rate; all must pass")
-    precision: float = option(
-        0.1, "stop when the lowest failing rate is within this fraction of the highest passing one"
+    rate: str = option("0.5", "rate to start with, requests/s", group=_SEARCH, metavar="RATE")
+    lowest: PositiveFloat | None = option(
+        None, "rate to start with", group=_SEARCH, metavar="RATE", shown="the value of --rate"
+    )
+    highest: PositiveFloat = option(256.0, "highest rate to try", group=_SEARCH, metavar="RATE")
+    repeats: PositiveInt = option(2, "runs per rate; all must pass", group=_SEARCH)
+    precision: PositiveFloat = option(
+        0.1, "stop when the lowest failing rate is within this fraction of the highest passing one", group=_SEARCH
     )
 
     def __post_init__(self) -> None:
@@ -58,10 +62,6 @@ class Capacity(Scenario):
                 f"the lowest rate is {self.start_rate:g} and highest is {self.highest:g}; "
                 "the lowest must be above 0 and not above highest"
             )
-        if self.repeats < 1:
-            raise UserError(f"repeats is {self.repeats}; it must be at least 1")
-        if self.precision <= 0:
-            raise UserError(f"precision is {self.precision:g}; it must be above 0")
 
     @property
     def start_rate(self) -> float:
@@ -217,13 +217,9 @@ def _cells(points: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _page(document: dict[str, Any], points: list[dict[str, Any]]) -> str:
-    result = SearchResult(document["held"], document["failed"])
-    sentence = f"{_sentence(result, document['invalid'])}, meeting {'; '.join(document['objectives'])}"
+    sentence = _sentence(SearchResult(document["held"], document["failed"]), document["invalid"])
     return page(
         "Capacity",
-        [
-            f"<h1>Capacity</h1><p>{html.escape(sentence)}</p>",
-            section("Every run", _cells(points)),
-            section("Against the offered rate", curves(points)),
-        ],
+        [section("Every run", _cells(points)), section("Against the offered rate", curves(points))],
+        finding=f"{sentence}, meeting {'; '.join(document['objectives'])}",
     )

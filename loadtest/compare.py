@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from counsel.cli import Result, argument, option
-from counsel.errors import UserError
 from counsel.files import read_json
+from counsel.values import PositiveFloat, Seed, ShareBelowOne, check_bounds
 from loadtest.blocks import MIN_BLOCKS, Statistic, Values, number_of_blocks, point, resampled
 from loadtest.metrics import LATENCIES, measured, rounded
 from loadtest.records import FAILED, RequestRecord
@@ -79,19 +79,18 @@ class Compare:
 
     a: str = argument("results directory of the baseline run")
     b: str = argument("results directory of the run to judge")
-    block_s: float | None = option(
-        None, "length of a block (default: as long as the requests of the run depend on each other)"
+    block_s: PositiveFloat | None = option(
+        None, "length of a block", shown="as long as the requests of the run depend on each other"
     )
-    margin: float = option(0.05, "smallest relative difference that counts; 0: any difference that can be shown")
-    seed: int = option(0, "seed of the bootstrap")
+    margin: ShareBelowOne = option(0.05, "smallest relative difference that counts; 0: any that can be shown")
+    seed: Seed = option(0, "seed of the bootstrap")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 def compare_runs(options: Compare) -> Result:
     """Print each metric of both runs. Exit 0 if B is not worse in any, 3 if it is, 4 if that cannot be told."""
-    if options.block_s is not None and options.block_s <= 0:
-        raise UserError(f"block_s is {options.block_s:g}; it must be above 0")
-    if not 0 <= options.margin < 1:
-        raise UserError(f"margin is {options.margin:g}; it must be at least 0 and below 1")
     folders = (Path(options.a), Path(options.b))
     verdicts = {str(folder): read_json(folder / "summary.json")["verdict"] for folder in folders}
     a, b = (read_results(folder) for folder in folders)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from counsel.cli import nearest
+from counsel.client import list_models
 from counsel.errors import UserError
 from counsel.files import read_jsonl, write_json, write_jsonl
 from counsel.run import open_run, provenance
+from counsel.values import nearest
 from loadtest.arrivals import due_times, rate_knots, trace_times
 from loadtest.mix import choose_models, shares, with_cold_requests
 from loadtest.scenario import Scenario
@@ -78,31 +79,19 @@ def read_questions(scenario: Scenario) -> list[str]:
 
 def target_models(scenario: Scenario) -> Models:
     """The models that the scenario names, or all that the server lists by name."""
-    import openai
-
     client = make_stream_client(scenario.url)
     try:
-        cards = client.with_options(timeout=10).models.list().data
-    except openai.APIStatusError as error:
-        raise UserError(f"{scenario.url} answered {error.status_code} to GET /models: {error.message}") from error
-    except openai.APIConnectionError as error:
-        raise UserError(
-            f"no server answers at {scenario.url}; start one with python -m serve, or give --url"
-        ) from error
+        server = list_models(client)
     finally:
         client.close()
-    # In vLLM's list an adapter has its base as parent; a base has none.
-    bases = [card.id for card in cards if not (card.model_extra or {}).get("parent")]
-    listed = [card.id for card in cards]
     for name in scenario.models:
-        if name not in listed:
-            raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, listed)}")
-    # `name@version` is an exact version of an adapter that is also listed by its name.
-    names = scenario.models or tuple(name for name in listed if "@" not in name)
+        if name not in server.roots:
+            raise UserError(f"the server at {scenario.url} has no model {name!r}; {nearest(name, server.roots)}")
+    names = scenario.models or server.names
     for scope in (parse_objective(text).scope for text in scenario.slo):
         if scope not in ("", "*", *names):
             raise UserError(f"slo names the model {scope!r}, which is not in this run; {nearest(scope, names)}")
-    return Models(names, next((base for base in bases if base in names), None))
+    return Models(names, server.base if server.base in names else None)
 
 
 def build_plan(scenario: Scenario, models: Models, questions: Sequence[str]) -> tuple[list[Arrival], list[str]]:

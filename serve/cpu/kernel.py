@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from counsel.catalog import cache_dir
+from counsel.cache import cache_dir
 
 SOURCE = Path(__file__).with_name("lora.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
