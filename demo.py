@@ -56,7 +56,7 @@ def main() -> int:
     print(f"\n{finding(evaluation)}\n")
     print(aligned([*quality(evaluation), *speed(load)[1:]]))
     for reason in load["invalid"]:
-        print(f"the load test is not reliable: {reason}")
+        print(f"the load test is invalid: {reason}")
     report = RUN.path / "report.html"
     write_text(report, report_page(evaluation, load))
     print(f"\nThe demo took {time.monotonic() - started:.0f} s. Read the answers side by side in")
@@ -85,14 +85,13 @@ def hot_load(server: Server) -> None:
         if time.monotonic() - started > LISTED_WITHIN_S:
             raise UserError(f"{NAME!r} is not served after {LISTED_WITHIN_S:.0f} s, only {served}; see {server.log}")
         time.sleep(0.2)
-    print(f"no restart: /v1/models lists {', '.join(served)} ({time.monotonic() - started:.1f} s after publishing)")
+    print(f"no restart: /v1/models lists {', '.join(served)} ({time.monotonic() - started:.1f} s after training ended)")
 
 
 def command(package: str, *words: str, accept: tuple[int, ...] = (0,)) -> dict[str, Any]:
     """Run one of the project's commands and show its output; return the JSON document on its last line.
 
-    `accept`: exit statuses that still leave a document. A load test that ends with 4 has figures, and says why they
-    are not reliable.
+    `accept`: exit statuses that still leave a document, such as 4 of an invalid load test.
     """
     print(f"$ python -m {package} {' '.join(words)}", flush=True)
     argv = [sys.executable, "-m", package, *words]
@@ -174,7 +173,7 @@ def report_page(evaluation: dict[str, Any], load: dict[str, Any]) -> str:
             note=f"{summary['steps']} steps in {summary['wall_s']:.0f} s, {summary['tokens_per_s']:.0f} tokens/s.",
         ),
     ]
-    doubts = [f"The load test is not reliable: {reason}." for reason in load["invalid"]]
+    doubts = [f"The load test is invalid: {reason}." for reason in load["invalid"]]
     return page(
         f"Counsel Stack demo: {BASE} and {NAME}",
         sections,

@@ -32,7 +32,7 @@ def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
         section("Models and versions", [("key", "value"), *_pairs(results.target)], folded=True),
     ]
     path = results.directory / "report.html"
-    doubts = [f"Not reliable: {reason}." for reason in summary["invalid"]]
+    doubts = [f"Invalid: {reason}." for reason in summary["invalid"]]
     text = page("Load test", sections, finding=finding(summary), verdict=summary["verdict"], warnings=doubts)
     write_text(path, text)
     return path

@@ -43,7 +43,7 @@ def verdict_text(summary: Mapping[str, Any]) -> str:
     lines = [aligned(objective_cells(summary))] if summary["slo"] else []
     if not summary["all"]["ok"]:
         lines.append("no request got a complete reply")
-    lines += [f"not to be believed: {reason}" for reason in summary["invalid"]]
+    lines += [f"invalid: {reason}" for reason in summary["invalid"]]
     return "\n".join([*lines, f"verdict: {summary['verdict']}"])
 
 
