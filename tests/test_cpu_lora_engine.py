@@ -40,6 +40,9 @@ def engine_of(base, **options):
         if options.get("enforce_eager"):
             # A compile ends the engine, as on a machine without a compiler.
             kept.setenv("CXX", "/nowhere/g++")
+        else:
+            # An eager engine of this module may still be running, with its setting in force.
+            kept.delenv("CXX", raising=False)
         started = vllm.LLM(
             str(base), dtype="float32", enable_lora=True, max_loras=2, max_cpu_loras=3, max_lora_rank=8,
             max_model_len=256, max_num_seqs=16, kv_cache_memory_bytes=64 << 20, block_size=32,
