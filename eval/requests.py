@@ -65,7 +65,7 @@ async def run_bounded(jobs: Sequence[Callable[[], Awaitable[None]]], concurrency
 
 
 async def server_version(client: openai.AsyncOpenAI) -> str | None:
-    """The version that vLLM's `GET /version` (beside `/v1`) reports; None if the server has no such route.
+    """The version that vLLM's `GET /version` (next to `/v1`) reports; None if the server has no such route.
 
     Raises openai.APIConnectionError when the server cannot be reached.
     """

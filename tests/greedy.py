@@ -1,4 +1,4 @@
-"""What transformers and PEFT answer, for tests to hold the server against."""
+"""Greedy answers of transformers and PEFT, to compare the server with."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,13 +7,13 @@ Conversation = list[dict[str, str]]
 
 
 class Greedy(NamedTuple):
-    """A greedy answer: for each step the token chosen, and by how many logits each of the next best lost."""
+    """A greedy answer: per step the chosen token, and by how many logits each runner-up lost."""
 
     ids: list[int]
     lost_by: list[dict[int, float]]
 
     def is_near_tie(self, ids: list[int], margin: float) -> bool:
-        """Whether `ids` first leaves this answer by taking a token that lost by under `margin`."""
+        """Whether the first token in `ids` that differs lost by less than `margin`."""
         step = next((n for n, (ours, theirs) in enumerate(zip(self.ids, ids, strict=False)) if ours != theirs), None)
         return step is not None and self.lost_by[step].get(ids[step], margin) < margin
 
@@ -21,13 +21,13 @@ class Greedy(NamedTuple):
 def greedy_ids(base: Path, adapter: Path | None, messages: Conversation, n_tokens: int) -> list[int]:
     """The base's (or PEFT adapter's) greedy answer in float32: `n_tokens` argmax steps, end-of-sequence ignored.
 
-    Token ids, since the tiny models write half characters that every detokenizer treats in its own way.
+    Token ids, because tiny models write incomplete characters, which detokenizers handle differently.
     """
     return greedy_answers(base, adapter, [messages], n_tokens)[0].ids
 
 
 def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], n_tokens: int) -> list[Greedy]:
-    """`greedy_ids`, and how clear each choice was, for several conversations with one loading of the model."""
+    """`greedy_ids` with the margin of each choice, for several conversations; the model is loaded once."""
     import torch
     from transformers import AutoTokenizer
 
@@ -37,16 +37,16 @@ def greedy_answers(base: Path, adapter: Path | None, asked: list[Conversation], 
     for messages in asked:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-        said, cache = Greedy([], []), None
+        answer, cache = Greedy([], []), None
         with torch.inference_mode():
             for _ in range(n_tokens):
                 step = model(ids, past_key_values=cache, use_cache=True)
                 best = step.logits[0, -1].topk(5)
                 cache, ids = step.past_key_values, best.indices[None, :1]
-                said.ids.append(int(best.indices[0]))
+                answer.ids.append(int(best.indices[0]))
                 lost_by = (best.values[0] - best.values).tolist()
-                said.lost_by.append(dict(zip(best.indices.tolist()[1:], lost_by[1:], strict=True)))
-        answers.append(said)
+                answer.lost_by.append(dict(zip(best.indices.tolist()[1:], lost_by[1:], strict=True)))
+        answers.append(answer)
     return answers
 
 

@@ -2,10 +2,10 @@
 
     python tests/mock_judge.py       prints its port, serves until killed
 
-The *model name* says how it judges, in words joined by dots. A pair: `first` always prefers the answer shown first,
-`longer` the one with more characters, `fair` the one that says "better" (neither or both: a tie). A criterion is met
-when the answer says its name. Its replies: `broken` cuts every pair's JSON in the middle, `fenced` wraps it in a code
-fence, `refused` answers 400 to pairs. GET /seen counts requests; GET /version is 9.9.
+The *model name* sets how it judges, in words joined by dots. Pairs: `first` always prefers the answer shown first,
+`longer` the one with more characters, `fair` the one that contains "better" (neither or both: a tie). A criterion is
+met if the answer contains its name. Replies: `broken` cuts the JSON of pairs in the middle, `fenced` wraps it in a code
+fence, `refused` answers pairs with 400. GET /seen counts requests per model; GET /version returns 9.9.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ SEEN: Counter = Counter()
 
 
 def between(text: str, tag: str) -> str:
-    """What stands between a tag's two ends."""
-    found = re.search(rf"<{tag}>\n(.*?)\n</{tag}>", text, re.DOTALL)
-    return found.group(1) if found else ""
+    """The text inside a tag."""
+    match = re.search(rf"<{tag}>\n(.*?)\n</{tag}>", text, re.DOTALL)
+    return match.group(1) if match else ""
 
 
 def verdict(how: list[str], body: dict) -> dict:
-    """The object that the request's schema asks for."""
+    """An object that follows the request's schema."""
     text = body["messages"][-1]["content"]
     schema = body["response_format"]["json_schema"]["schema"]
     if "better" not in schema["properties"]:
@@ -74,12 +74,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a test's output is its own."""
+        """Keep test output clean."""
 
 
 @contextlib.contextmanager
 def mock_judge() -> Iterator[str]:
-    """Run the judge in a process of its own; yield its base URL."""
+    """Run the judge in a separate process; yield its base URL."""
     with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None

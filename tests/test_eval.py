@@ -1,4 +1,4 @@
-"""An evaluation as a user runs it: the real command, against real vLLM, killed and continued, compared and gated."""
+"""An evaluation as a user runs it: the real command against real vLLM, killed, continued, compared and gated."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ QUESTIONS = 6
 
 
 def make_run(folder: Path, base: Path) -> Path:
-    """A finished run with twelve held-out rows to six questions, and two training rows."""
+    """A finished run with twelve held-out rows for six questions, and two training rows."""
     rows = [
         {
             "question_id": f"{i:016x}",
@@ -48,7 +48,7 @@ def make_run(folder: Path, base: Path) -> Path:
 
 
 def command(*words: str, key: str = "", stops: str = "") -> subprocess.Popen[str]:
-    """Start `python -m eval`; with `stops` it stops itself as soon as a row log (`self`) makes that expression true."""
+    """Start `python -m eval`; with `stops` it stops as soon as that expression of a row log (`self`) is true."""
     environment = {**os.environ, "COUNSEL_API_KEY": key}
     program = ["-c", stopping("eval", "eval.samples", "RowLog.append", stops)] if stops else ["-m", "eval"]
     return subprocess.Popen(
@@ -61,7 +61,7 @@ def command(*words: str, key: str = "", stops: str = "") -> subprocess.Popen[str
 
 
 def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """The same command in this process, where nothing is killed: its exit status, stdout and stderr."""
+    """Run the command in this process: its exit status, stdout and stderr."""
     capsys.readouterr()
     status = main("eval", COMMANDS, words)
     return status, *capsys.readouterr()
@@ -69,7 +69,7 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
 
 @pytest.fixture(scope="module")
 def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """An evaluation killed with -9 after a few rows and given again: its folder, the first part's rows, the output."""
+    """An evaluation killed with -9 after a few rows and continued: its folder, the rows before the kill, the output."""
     run = make_run(tmp_path_factory.mktemp("runs") / "tiny", server.base.path)
     words = ("--run", str(run), "--url", server.base_url, "--models", "base,gentle,calm", "--no-baselines",
              "--max-tokens", "24", "--concurrency", "1")  # fmt: skip
@@ -87,7 +87,7 @@ def killed_and_continued(server: Served, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_killed_evaluation_is_continued_without_a_row_lost_doubled_or_changed(killed_and_continued) -> None:
-    """After kill -9 and the same command: each key once, the first part's rows byte for byte as they were."""
+    """After kill -9 and the same command each key occurs once, and the rows from before the kill are unchanged."""
     folder, before, _ = killed_and_continued
     lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     keys = [tuple(json.loads(line)[name] for name in SAMPLE_KEY) for line in lines]
@@ -101,7 +101,7 @@ def test_a_killed_evaluation_is_continued_without_a_row_lost_doubled_or_changed(
 
 @pytest.mark.parametrize("arm", ["base", "gentle", "calm"])
 def test_likelihoods_are_those_of_transformers_and_peft(killed_and_continued, server: Served, arm: str) -> None:
-    """Over HTTP, from the right weights: each answer's nats agree with transformers (and PEFT) to 2 in 10,000."""
+    """Over HTTP, with the right weights: the nats of each answer agree with transformers and PEFT to 2 in 10,000."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -139,8 +139,8 @@ def test_the_last_line_is_the_findings(killed_and_continued) -> None:
     assert "bits per byte" in out
 
 
-def test_the_plan_says_what_answered(killed_and_continued, server: Served) -> None:
-    """Server version, chat template, adapters by content, data by hash: as they are, not as they were asked for."""
+def test_config_json_records_what_answered(killed_and_continued, server: Served) -> None:
+    """Server version, chat template, exact adapter versions and data hashes, as they really are."""
     folder, _, _ = killed_and_continued
     spec = read_json(folder / "config.json")
     versions = {card.id: card.root for card in server.client().models.list().data}
@@ -153,8 +153,8 @@ def test_the_plan_says_what_answered(killed_and_continued, server: Served) -> No
     assert {"sacrebleu", "rapidrouge", "openai"} < set(spec["provenance"]["versions"])
 
 
-def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:
-    """The page holds every answer as data, and fetches nothing."""
+def test_the_html_report_is_self_contained(killed_and_continued) -> None:
+    """The page contains every answer as data and fetches nothing."""
     folder, _, _ = killed_and_continued
     text = (folder / "report.html").read_text(encoding="utf-8")
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
@@ -166,7 +166,7 @@ def test_the_html_report_needs_nothing_beside_it(killed_and_continued) -> None:
 
 
 def test_two_arms_are_compared_and_gated(killed_and_continued, capsys: pytest.CaptureFixture[str]) -> None:
-    """compare pairs the questions of two arms; gate exits 0 when its rules hold, 1 when one fails or is no rule."""
+    """compare pairs the questions of two arms; gate exits 0 if its rules hold, 3 if one fails, 1 for a bad rule."""
     folder, _, _ = killed_and_continued
     _, out, _ = called(capsys, "compare", f"{folder}:gentle,{folder}:calm")
     document = json.loads(out.splitlines()[-1])
@@ -185,7 +185,7 @@ def test_two_arms_are_compared_and_gated(killed_and_continued, capsys: pytest.Ca
 
 
 def test_no_server_is_one_line(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nobody listens: exit 1, what to do, and no folder left to be taken for an evaluation."""
+    """Without a server: exit 1, what to do, and no folder that looks like an evaluation."""
     run = make_run(tmp_path / "run", tiny_model.path)
     status, _, err = called(capsys, "--run", str(run), "--url", "http://127.0.0.1:9/v1")
 
@@ -199,7 +199,7 @@ def row(sample: int, error: str | None = None) -> dict:
 
 
 def test_failed_rows_are_done_again(tmp_path: Path) -> None:
-    """Reopening a log forgets failed rows, keeps the others and those that would fail the same way."""
+    """Reopening a log drops failed rows, and keeps those that would always fail the same way."""
     path = tmp_path / "samples.jsonl"
     with RowLog(path, SAMPLE_KEY) as log:
         for each in (row(0), row(1, "APITimeoutError: timed out"), row(2, "too long")):
@@ -209,8 +209,8 @@ def test_failed_rows_are_done_again(tmp_path: Path) -> None:
         assert [key[2] for key in log.done] == [0, 2]
 
 
-def test_a_file_of_something_else_is_not_taken_for_a_log(tmp_path: Path) -> None:
-    """Its line is named and the file left as it is."""
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    """The error names the line, and the file is unchanged."""
     (tmp_path / "requests.jsonl").write_text('{"custom_id": "a"}\n')
 
     with pytest.raises(UserError, match=r"line 1 of .* lacks one of the keys error, custom_id"):
@@ -219,14 +219,14 @@ def test_a_file_of_something_else_is_not_taken_for_a_log(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("url", ["http://localhost:8000v1", "localhost:8000", "http://", "ftp://a/v1"])
-def test_an_address_that_is_none_is_one_line(url: str) -> None:
-    """Before anything is asked."""
+def test_a_wrong_url_is_a_one_line_error(url: str) -> None:
+    """Before any request."""
     with pytest.raises(UserError, match="it must be like http://"):
         make_client(url)
 
 
-def test_an_adapter_is_asked_by_the_version_it_means_at_the_start() -> None:
-    """Where the server has exact names they are used; stock vLLM's roots are paths, and no names."""
+def test_an_adapter_is_asked_by_its_version_at_the_start() -> None:
+    """Exact names are used if the server lists them; the roots of stock vLLM are paths, not names."""
     card = {"max_model_len": 512, "parent": None}
     ours = served([{**card, "id": "base", "root": "base"}, *(
         {**card, "id": name, "root": "gentle@3f2a", "parent": "base"} for name in ("gentle", "gentle@3f2a")
@@ -238,7 +238,7 @@ def test_an_adapter_is_asked_by_the_version_it_means_at_the_start() -> None:
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
-    """The second to open it is told; the first goes on."""
+    """The second to open it gets an error; the first continues."""
     with RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY), pytest.raises(UserError, match="another process"):
         RowLog(tmp_path / "samples.jsonl", SAMPLE_KEY)
 
@@ -246,7 +246,7 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:
 def test_a_batch_file_with_several_models_is_answered_once(
     server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every request has one line, from its own model; a second run asks nothing; a bad model is that line's error."""
+    """Each request has one line, from its own model; a second run asks nothing; a bad model is an error in its line."""
     models = ("base", "gentle", "calm")
     requests = [
         {"custom_id": f"{name}-{i}", "method": "POST", "url": "/v1/completions",

@@ -1,4 +1,4 @@
-"""Agreement coefficients against published and hand-worked values, and the bar that a judge must clear."""
+"""Agreement coefficients against published and hand-computed values, and the bar for a validated judge."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from eval.judge.agreement import MIN_QUESTIONS, Target, calibrate, cohen, krippe
 
 
 def units(*observers: str) -> dict[str, list[str]]:
-    """Each unit a question of its own, from one text of labels an observer; a dot is a missing label."""
+    """One string of labels per observer; each unit is a question; a dot is a missing label."""
     columns = zip(*observers, strict=True)
     return {str(i): ["".join(label for label in column if label != ".")] for i, column in enumerate(columns)}
 
@@ -48,14 +48,14 @@ def test_kappa_and_alpha_by_hand() -> None:
 
 
 def test_one_label_only_has_no_coefficient() -> None:
-    """Where everyone says yes to everything there is nothing to agree on; single labels say nothing either."""
+    """If all labels are equal, agreement is undefined; so it is with a single label per answer."""
     assert cohen([(True, True)] * 9) is None
     assert krippendorff(units("aaa", "aaa"), seed=0) is None
     assert krippendorff({"q": [["a"], ["b"]]}, seed=0) is None
 
 
 def test_the_interval_resamples_questions_not_answers() -> None:
-    """Twenty questions with five answers each that all go one way say no more than twenty answers do."""
+    """Twenty questions with five identical answers each are no more evidence than twenty answers."""
     rng = np.random.default_rng(0)
     people = rng.integers(0, 2, 20)
     pairs = [(int(p), int(p) if keep else 1 - int(p)) for p, keep in zip(people, rng.random(20) < 0.8, strict=True)]
@@ -78,7 +78,7 @@ def test_a_majority_counts_and_an_even_split_does_not() -> None:
 
 
 def labeled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, list[bool]], dict[Target, bool]]:
-    """Labels of one person on n answers, half true, and a judge that differs on the first `wrong`."""
+    """One person's labels of n answers, half true, and a judge that differs on the first `wrong`."""
     people, judge = {}, {}
     for i in range(n):
         target = Target("empathy", f"q{i}", 0, ("gentle",))
@@ -97,7 +97,7 @@ def labeled(n: int, wrong: int, constant: bool = False) -> tuple[dict[Target, li
     ],
 )
 def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: bool, validated: bool) -> None:
-    """Both the number of questions and the whole interval of alpha must do."""
+    """Both the number of questions and the whole interval of alpha must reach the bar."""
     found = calibrate(*labeled(n, wrong, constant), seed=0)["empathy"]
 
     assert (found.n, found.raw) == (n, pytest.approx(1 - wrong / n))
@@ -106,7 +106,7 @@ def test_a_judge_is_validated_only_above_the_bar(n: int, wrong: int, constant: b
 
 
 def test_many_labels_of_two_questions_validate_nothing() -> None:
-    """Fifty labels and full agreement, all on answers to two questions."""
+    """Fifty labels with full agreement, but on answers to two questions only."""
     people, judge = labeled(MIN_QUESTIONS, 0)
     place = {target: Target("empathy", f"q{at % 2}", at, target.arms) for at, target in enumerate(people)}
     found = calibrate(
@@ -119,7 +119,7 @@ def test_many_labels_of_two_questions_validate_nothing() -> None:
 
 
 def test_labels_without_a_judgement_do_not_count() -> None:
-    """People labelled sixty answers, the judge twenty of them: n is twenty. The other criteria are not there."""
+    """People labeled sixty answers and the judge twenty of them: n is twenty. Other criteria are absent."""
     people, judge = labeled(60, 0)
     found = calibrate(people, dict(list(judge.items())[:20]), seed=0)
 
@@ -141,7 +141,7 @@ GOOD = {"stamp": "s", "question_id": "q", "sample": 0, "criterion": "safety", "a
     ],
 )
 def test_a_wrong_label_is_named_by_its_line(tmp_path: Path, change: dict, says: str) -> None:
-    """The second line is wrong, and the message says so."""
+    """The message names the second line and what is wrong with it."""
     write_jsonl(tmp_path / "labels.jsonl", [GOOD, GOOD | change])
 
     with pytest.raises(UserError, match="label 2: ") as caught:
@@ -150,7 +150,7 @@ def test_a_wrong_label_is_named_by_its_line(tmp_path: Path, change: dict, says: 
 
 
 def test_labels_are_read_by_what_they_label(tmp_path: Path) -> None:
-    """Two raters of one answer meet; the arms of a preference are in no order."""
+    """Labels of two raters are joined; the arms of a preference may be in any order."""
     pair = GOOD | {"criterion": "preference", "arm": ["b", "a"], "label": "tie"}
     write_jsonl(tmp_path / "labels.jsonl", [GOOD, GOOD | {"rater": "two", "label": False}, pair])
 

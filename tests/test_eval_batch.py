@@ -1,4 +1,4 @@
-"""A Batch file answered on an engine of the command's own: the server's rows, PEFT's words, kill -9, shards."""
+"""A Batch file answered on the command's own engine: the server's rows, PEFT's tokens, kill -9, shards."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from tests.test_eval import command
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 N_TOKENS = 16
 LONG = "long"
-FEW = ("--concurrency", "4")  # of the long requests, no more than the server lets one key ask
+FEW = ("--concurrency", "4")  # of the long requests, no more than the server allows per key
 TOPICS = ("work", "sleep", "friends", "moving")
 GREEDY = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "max_tokens": N_TOKENS}
 # The session's server: float32, so that greedy text is PEFT's.
@@ -57,7 +57,7 @@ def by_id(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class Batch:
-    """One file of requests, and who answers it. `before`: the lines that the engine left when it was killed."""
+    """One file of requests and ways to answer it. `before`: the lines that the killed engine left."""
 
     def __init__(self, served: Served, folder: Path) -> None:
         self.served, self.folder = served, folder
@@ -76,7 +76,7 @@ class Batch:
             request("stop", "calm", messages=asked("work"), stop=["e"], max_completion_tokens=32, temperature=0),
             *(request(f"{model} {topic}", model, messages=asked(topic), **GREEDY)
               for model in self.models for topic in TOPICS),
-            # Asked last, and sixteen times as long as the rest: some of it is left when the rest is answered.
+            # Asked last and sixteen times as long: some are unfinished when the rest is answered.
             *(request(f"{LONG} {i}", served.base.name, messages=asked("talk"), ignore_eos=True, max_tokens=256)
               for i in range(6)),
         ]  # fmt: skip
@@ -97,7 +97,7 @@ class Batch:
         return command("batch", *files, *words, key=self.served.user_key)
 
     def on_engine(self) -> subprocess.Popen[str]:
-        """It stops itself with the last answer but those to the long requests."""
+        """It stops as soon as all but the long requests are answered."""
         base, store = str(self.served.base.path), str(self.served.store)
         settings = ("--engine", str(self.folder / "engine.yaml"), *FEW)
         files = (str(self.folder / "in.jsonl"), str(self.answers))
@@ -113,7 +113,7 @@ class Batch:
 
 @pytest.fixture(scope="module")
 def doomed(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Popen[str], Path]:
-    """A batch whose engine cannot start, and its folder; it fails while others work."""
+    """A batch whose engine cannot start, and its folder; it runs in parallel with the others."""
     folder = tmp_path_factory.mktemp("doomed")
     write_jsonl(folder / "in.jsonl", [request("one", tiny_model.name, messages=asked("work"))])
     write_text(folder / "engine.yaml", "vllm_args: --no-such-flag\n")
@@ -124,7 +124,7 @@ def doomed(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture(scope="module")
 def killed(server: Served, doomed: Any, tmp_path_factory: pytest.TempPathFactory) -> Batch:
-    """A batch on an engine of its own, killed with -9 while it answers the long requests, in the middle of a write."""
+    """A batch on its own engine, killed with -9 during the long requests, in the middle of a write."""
     batch = Batch(server, tmp_path_factory.mktemp("batch"))
     engine = kill_when_stopped(batch.on_engine())
     shutil.copy(batch.answers, batch.folder / "before.jsonl")
@@ -149,7 +149,7 @@ def from_server(killed: Batch) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_killed_batch_is_finished_without_a_row_lost_doubled_or_changed(killed: Batch) -> None:
-    """Killed on an engine, continued on the server: each request once, each answer from before byte for byte."""
+    """Killed on an engine and continued on the server: each request once, each earlier answer unchanged."""
     again = killed.on_server("out.jsonl")
     out, err = again.communicate(timeout=1800)
     lines = killed.answers.read_text(encoding="utf-8").splitlines()
@@ -165,7 +165,7 @@ def test_a_killed_batch_is_finished_without_a_row_lost_doubled_or_changed(killed
 
 @pytest.mark.slow
 def test_each_request_is_answered_by_its_own_model_as_peft_says(killed: Batch) -> None:
-    """Base, two adapters and an exact version in one file: PEFT's greedy tokens; gentle's system text is put in."""
+    """Base, two adapters and an exact version in one file: PEFT's greedy tokens, with gentle's system prompt."""
     served, rows = killed.served, {row["custom_id"]: row for row in map(json.loads, killed.before)}
     for model in killed.models:
         name = model.partition("@")[0]
@@ -181,7 +181,7 @@ def test_each_request_is_answered_by_its_own_model_as_peft_says(killed: Batch) -
 
 @pytest.mark.slow
 def test_an_engine_and_a_server_leave_the_same_rows(killed: Batch, from_server: dict[str, dict[str, Any]]) -> None:
-    """Chat and text, several choices, seeds, stops, likelihoods: all but ids and times is the server's."""
+    """Chat and text, several choices, seeds, stops, likelihoods: all but ids and times equal the server's."""
     rows = map(json.loads, killed.before)
     # The long ones are sampled without a seed.
     ours = [row for row in rows if row["error"] is None and not row["custom_id"].startswith(LONG)]
@@ -195,7 +195,7 @@ def test_an_engine_and_a_server_leave_the_same_rows(killed: Batch, from_server: 
 
 
 def alike(body: Any) -> Any:
-    """A reply without what no two replies share; likelihoods to three digits, since batches differ in rounding."""
+    """A reply without ids and times; likelihoods to three digits, because batches differ in rounding."""
     if isinstance(body, dict):
         return {key: alike(value) for key, value in body.items() if key not in ("id", "created", "system_fingerprint")}
     if isinstance(body, list):
@@ -204,23 +204,23 @@ def alike(body: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_done_is_a_row_that_says_why(killed: Batch) -> None:
-    """A field nobody knows, a model not in the store, too many tokens, a wrong type: an error row each."""
+def test_a_refused_request_is_an_error_row(killed: Batch) -> None:
+    """An unknown field, a model not in the store, too many tokens, a wrong type: an error row each."""
     failed = [row for row in map(json.loads, killed.before) if row["error"] is not None]
-    said = {row["custom_id"]: row["error"]["message"] for row in failed}
+    messages = {row["custom_id"]: row["error"]["message"] for row in failed}
 
-    assert said.keys() == {each["custom_id"] for each in killed.bad}
-    assert said["unknown field"] == "400: field 'temprature' is unknown here; leave it out"
-    assert said["unknown model"] == "404: the model 'clam' does not exist; did you mean 'calm'?"
-    assert said["too long"] == "400: max_tokens is 257; at most 256 is allowed here"
-    assert said["wrong type"].startswith("400: ")
-    assert "temperature" in said["wrong type"]
+    assert messages.keys() == {each["custom_id"] for each in killed.bad}
+    assert messages["unknown field"] == "400: field 'temprature' is unknown here; leave it out"
+    assert messages["unknown model"] == "404: the model 'clam' does not exist; did you mean 'calm'?"
+    assert messages["too long"] == "400: max_tokens is 257; at most 256 is allowed here"
+    assert messages["wrong type"].startswith("400: ")
+    assert "temperature" in messages["wrong type"]
     assert all(row["response"] is None for row in failed)
 
 
 @pytest.mark.slow
 def test_merged_shards_are_the_whole(killed: Batch, from_server: dict[str, dict[str, Any]]) -> None:
-    """Both shards' files together are complete: the whole batch, on a server nobody runs, has nothing left to ask."""
+    """Both shards' files together are complete: the whole batch needs no server, because nothing is left to ask."""
     text = (killed.folder / "http.jsonl").read_text(encoding="utf-8")
     whole = killed.command("good.jsonl", "http.jsonl", "--url", "http://127.0.0.1:9/v1")
     out, err = whole.communicate(timeout=900)
@@ -230,7 +230,7 @@ def test_merged_shards_are_the_whole(killed: Batch, from_server: dict[str, dict[
     assert (killed.folder / "http.jsonl").read_text(encoding="utf-8") == text
 
 
-def test_a_request_stays_in_its_shard_whatever_else_is_asked() -> None:
+def test_a_requests_shard_depends_on_its_id_alone() -> None:
     """By hash: SHA-256("a") ends in hex bb, which is 3 modulo 4, the fourth shard; many names spread evenly."""
     assert shard_of("a", 4) == 4
     assert shard_of("a", 1) == 1
@@ -240,7 +240,7 @@ def test_a_request_stays_in_its_shard_whatever_else_is_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"url": "http://x/v1", "base": "smollm2-135m"}, "url and base exclude each other"),
         ({"store": "store"}, "give --base"),
@@ -251,15 +251,15 @@ def test_a_request_stays_in_its_shard_whatever_else_is_asked() -> None:
         ({"concurrency": 0}, "at least 1"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(given: dict[str, Any], said: str) -> None:
-    """Before anything starts, in one line that says what to give instead."""
-    with pytest.raises(UserError, match=said):
+def test_conflicting_settings_are_refused(given: dict[str, Any], message: str) -> None:
+    """In one line, before anything starts."""
+    with pytest.raises(UserError, match=message):
         BatchConfig("in.jsonl", "out.jsonl", **given)
 
 
 @pytest.mark.slow
 def test_an_engine_that_does_not_start_is_one_line(doomed: tuple[subprocess.Popen[str], Path]) -> None:
-    """vLLM's reason, where its log is, exit status 1, and no row."""
+    """The line has vLLM's reason and the log's path; exit status 1, and no row."""
     failed, folder = doomed
     _, err = failed.communicate(timeout=1800)
 
@@ -270,7 +270,7 @@ def test_an_engine_that_does_not_start_is_one_line(doomed: tuple[subprocess.Pope
 
 
 class Echo(JsonHandler):
-    """A server whose reply holds the prompt; to the prompt `list` it replies with a list, which is no reply."""
+    """A server that replies with the prompt; to the prompt `list` with a list, which is not a valid reply."""
 
     def do_POST(self) -> None:
         prompt = json.loads(self.rfile.read(int(self.headers["content-length"])))["prompt"]
@@ -280,7 +280,7 @@ class Echo(JsonHandler):
 
 @pytest.fixture
 def echo() -> Iterator[ThreadingHTTPServer]:
-    """It runs in a thread; `seen` holds the prompts that it was asked."""
+    """It runs in a thread; `seen` has the prompts it received."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
         server.seen = []
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -300,7 +300,7 @@ def echoes(path: Path) -> dict[str, str]:
 
 
 def test_an_edited_request_is_asked_again(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
-    """Its old answer is of another prompt: it moves aside, and the others stay."""
+    """Its old answer belongs to another prompt and moves to another file; the other answers stay."""
     answered_by(echo, tmp_path, {"a": "one", "b": "two"})
     answered_by(echo, tmp_path, {"a": "one", "b": "two, edited", "c": "three"})
 
@@ -310,7 +310,7 @@ def test_an_edited_request_is_asked_again(echo: ThreadingHTTPServer, tmp_path: P
 
 
 def test_a_torn_shard_is_merged_by_cat(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
-    """What was torn is asked again; the line that `cat` glued to it is whole, and is not."""
+    """The partial row is asked again; the complete row that `cat` appended to the same line is kept."""
     answered_by(echo, tmp_path, {"a": "one", "b": "two", "c": 'a {"id": "batch_req_x"} in it'}, "whole.jsonl")
     one, two, three = (tmp_path / "whole.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "out.jsonl").write_text(one[:-9] + two[:70] + three, encoding="utf-8")
@@ -322,8 +322,8 @@ def test_a_torn_shard_is_merged_by_cat(echo: ThreadingHTTPServer, tmp_path: Path
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8").startswith(three)
 
 
-def test_a_reply_that_is_no_object_is_an_error_row(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
-    """Of its own request; the others are answered."""
+def test_a_reply_that_is_not_an_object_is_an_error_row(echo: ThreadingHTTPServer, tmp_path: Path) -> None:
+    """Only its own request fails."""
     result = answered_by(echo, tmp_path, {"a": "list", "b": "two"})
     rows = by_id(tmp_path / "out.jsonl")
 
@@ -333,8 +333,8 @@ def test_a_reply_that_is_no_object_is_an_error_row(echo: ThreadingHTTPServer, tm
 
 
 @pytest.mark.parametrize(("requests", "answers"), [("in.jsonl", "out.log"), ("out.log", "out.jsonl")])
-def test_the_engines_log_is_no_file_of_the_batch(tmp_path: Path, requests: str, answers: str) -> None:
-    """It would be written over."""
+def test_the_engines_log_must_not_overwrite_a_file_of_the_batch(tmp_path: Path, requests: str, answers: str) -> None:
+    """The command refuses such names."""
     write_jsonl(tmp_path / requests, [request("a", "m", COMPLETIONS, prompt="one")])
 
     with pytest.raises(UserError, match="the engine would write its log to"):

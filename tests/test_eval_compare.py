@@ -1,4 +1,4 @@
-"""Models evaluated apart are compared on what they share, and told apart."""
+"""Arms of different evaluations are compared on shared questions, under different labels."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ SETTINGS = {"max_tokens": 128, "temperature": 0.7, "top_p": 0.95, "samples": 1, 
 def evaluation(
     run: Path, questions: range, stamp: str = "20260101T000000Z", settings: dict[str, Any] = SETTINGS, gain: float = 0.0
 ) -> Path:
-    """A finished evaluation of `gentle`: question k costs k - gain nats for ten bytes, and scores k/100 + gain."""
+    """A finished evaluation of `gentle`: question k takes k - gain nats for ten bytes, and scores k/100 + gain."""
     folder = run / "eval" / stamp
     keys = {k: f"{k:016x}" for k in questions}
     write_jsonl(
@@ -83,7 +83,7 @@ def test_a_metric_is_over_the_questions_for_which_every_side_has_it(tmp_path: Pa
 
 
 def test_the_difference_is_that_of_the_columns(tmp_path: Path) -> None:
-    """Half a point better on every shared question, though the second side was asked easier ones besides."""
+    """Half a point better on every shared question, though the second side also answered easier ones."""
     one = evaluation(tmp_path / "one", range(31, 61))
     two = evaluation(tmp_path / "two", range(1, 61), gain=0.5)
     found = compare(CompareConfig((str(one), str(two)))).document
@@ -94,8 +94,8 @@ def test_the_difference_is_that_of_the_columns(tmp_path: Path) -> None:
     assert values[1] - values[0] == pytest.approx(0.5)
 
 
-def test_no_shared_question_is_said(tmp_path: Path) -> None:
-    """Instead of a table of two models that nothing connects."""
+def test_no_shared_question_is_an_error(tmp_path: Path) -> None:
+    """Instead of a table of unrelated values."""
     folders = [evaluation(tmp_path / name, asked) for name, asked in (("one", range(1, 9)), ("two", range(11, 19)))]
 
     with pytest.raises(UserError, match="no question in common"):
@@ -103,15 +103,15 @@ def test_no_shared_question_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_other_settings_are_said(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each setting makes a difference of its own, which is not the models'."""
+def test_different_settings_are_a_warning(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each setting causes a difference that is not due to the models."""
     other = SETTINGS | {name: SETTINGS[name] / 2}
     folders = [evaluation(tmp_path / "one", range(1, 9)), evaluation(tmp_path / "two", range(1, 9), settings=other)]
     found = compare(CompareConfig(tuple(map(str, folders)))).document
-    said = f"the sides were evaluated with different {name}: one:gentle {SETTINGS[name]}, two:gentle {other[name]}"
+    warning = f"the sides were evaluated with different {name}: one:gentle {SETTINGS[name]}, two:gentle {other[name]}"
 
-    assert found["warnings"] == [said]
-    assert f"! {said}" in capsys.readouterr().out
+    assert found["warnings"] == [warning]
+    assert f"! {warning}" in capsys.readouterr().out
 
 
 def test_old_rows_are_a_warning(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation may decide: whole or refused, every arm by its own name, rules over their own questions."""
+"""What the gate may decide: complete evaluations only, arms with unique names, rules over their own questions."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def answer(arm: str, question: int, text: str = "be kind", score: float | None =
 
 
 def better_by(*nats: float) -> list[dict[str, Any]]:
-    """Likelihoods of base, and of an adapter that needs so many nats less on one question after the other."""
+    """Likelihoods of base and adapter; entry i is how many nats fewer the adapter needs on question i."""
     return [
         likelihood(arm, at, 10.0 - (gain if arm == "gentle" else 0.0))
         for at, gain in enumerate(nats) for arm in ("base", "gentle")
@@ -42,7 +42,7 @@ def better_by(*nats: float) -> list[dict[str, Any]]:
 
 
 def decided(folder: Path, rules: str, likelihoods: list[dict], answers: list[dict] = ()) -> tuple[int, list[dict]]:
-    """The gate's exit status and its rules, on an evaluation that left these rows."""
+    """The gate's exit status and rules for an evaluation with these rows."""
     summary = {
         "format": FORMAT, "run": "r", "questions": N, "spec": {"base": "base"},
         "arms": summarize_arms(["base", "gentle"], "base", answers, answers, likelihoods, seed=0),
@@ -54,14 +54,14 @@ def decided(folder: Path, rules: str, likelihoods: list[dict], answers: list[dic
 
 
 def test_a_rule_is_over_its_own_questions(tmp_path: Path) -> None:
-    """Sixty questions that differ by 0.9 to 1.1 nats: passed, and n is sixty."""
+    """Sixty questions that differ by 0.9 to 1.1 nats: it passes with n = 60."""
     status, (rule,) = decided(tmp_path, BETTER, better_by(*np.linspace(0.9, 1.1, N)))
 
     assert (status, rule["passed"], rule["n"]) == (0, True, N)
 
 
 def test_pairs_that_the_base_failed_are_missing(tmp_path: Path) -> None:
-    """The base failed on 58 of sixty: errors count for both arms, and the difference is not judged on the other two."""
+    """The base failed on 58 of 60: errors count for both arms, and the difference is not judged on the other two."""
     rows = better_by(*np.linspace(0.9, 1.1, N))
     lost = [
         likelihood("base", at, None, "APITimeoutError") if row["arm"] == "base" and at >= 2 else row
@@ -77,7 +77,7 @@ def test_pairs_that_the_base_failed_are_missing(tmp_path: Path) -> None:
 
 
 def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
-    """`...` and an emoji are counted as empty; a rule on what they should have scored is not judged without them."""
+    """`...` and an emoji count as empty; a rule on their scores is not judged without them."""
     answers = [
         answer(arm, at, score=0.5 + at / 100 + (arm == "gentle") * 0.1) for at in range(8) for arm in ("base", "gentle")
     ]
@@ -91,7 +91,7 @@ def test_answers_without_a_word_are_missing_pairs(tmp_path: Path) -> None:
 
 
 def test_a_reference_that_is_too_long_is_no_failure(tmp_path: Path) -> None:
-    """Left out for both arms, it neither fails the default gate nor counts as a question that is missing."""
+    """It is left out for both arms; it neither fails the default gate nor counts as a missing question."""
     rows = better_by(*np.linspace(0.9, 1.1, 10))
     rows += [likelihood(arm, 10, None, "too long") for arm in ("base", "gentle")]
     status, (difference, errors) = decided(tmp_path, f"{BETTER},errors<=0", rows)
@@ -107,21 +107,21 @@ def test_a_reference_that_is_too_long_is_no_failure(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_judged_has_a_status_of_its_own(tmp_path: Path, gains: tuple[float, ...], problem: str) -> None:
-    """Better on every question, but too few of them, or without any spread: neither passed nor failed."""
+    """Better on every question, but with too few questions or no variation: neither passed nor failed."""
     status, (rule,) = decided(tmp_path, BETTER, better_by(*gains))
 
     assert (status, rule["passed"], rule["problem"]) == (CANNOT_BE_JUDGED, None, problem)
 
 
 def test_a_failed_rule_outweighs_one_that_cannot_be_judged(tmp_path: Path) -> None:
-    """Worse on ten questions, and a metric that is not there."""
+    """Worse on ten questions, and a metric that does not exist."""
     status, rules = decided(tmp_path, f"{BETTER},chrf.low>0", better_by(*np.linspace(-1.1, -0.9, 10)))
 
     assert (status, [rule["passed"] for rule in rules]) == (MISSED, [False, None])
 
 
 def unfinished(tmp_path: Path, samples: int, error: str | None = None) -> tuple[Run, Path]:
-    """An evaluation of six questions and two arms that left this many of its twelve answers, the last with `error`."""
+    """An evaluation of six questions and two arms with this many of its twelve answers, the last with `error`."""
     run = Run(make_run(tmp_path / "run", Path("tiny")))
     folder = run.path / "eval" / "20260101T000000Z"
     config = {"run": "run", "questions": 6, "samples": 1, "references": 2, "seed": 0, "models": []}
@@ -142,7 +142,7 @@ def unfinished(tmp_path: Path, samples: int, error: str | None = None) -> tuple[
 def test_a_part_of_an_evaluation_is_not_reported_as_the_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three of twelve answers: `report` says so and leaves no summary, so there is nothing to gate."""
+    """Three of twelve answers: `report` fails and writes no summary, so there is nothing to gate."""
     run, folder = unfinished(tmp_path, samples=3)
     status, _, err = called(capsys, "report", str(folder))
 
@@ -155,14 +155,14 @@ def test_a_part_of_an_evaluation_is_not_reported_as_the_whole(
 def test_failed_rows_of_a_finished_evaluation_are_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`report` ends with 1 where a row failed; the same spec then continues that folder, until all is well."""
+    """`report` exits with 1 if a row failed; the same spec then continues that folder until none has."""
     run, folder = unfinished(tmp_path, samples=12, error="APITimeoutError: timed out")
     spec = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     status, out, err = called(capsys, "report", str(folder))
 
     assert (status, json.loads(out.splitlines()[-1])["arms"]["gentle"]["errors"]) == (1, 1)
     assert "1 rows failed; run the same evaluation again to ask for them once more" in err
-    spec["config"]["run"] = "runs/run"  # another way to say the same
+    spec["config"]["run"] = "runs/run"  # another name for the same run
     assert folder_for(run, spec) == folder
     assert not (folder / "summary.json").exists()
     write_json(folder / "summary.json", {"arms": {"gentle": {"errors": 0}}})
@@ -202,7 +202,7 @@ def test_rows_of_the_last_format_are_reported_without_a_warning(
         assert (f"! {OLD_ROWS}" in out) is old
 
 
-def offer(*adapters: str) -> Any:
+def listed(*adapters: str) -> Any:
     card = {"max_model_len": 512, "root": "x"}
     return served(
         [{**card, "id": "tiny", "parent": None}, *({**card, "id": name, "parent": "tiny"} for name in adapters)]
@@ -210,30 +210,30 @@ def offer(*adapters: str) -> Any:
 
 
 def test_a_run_asks_its_own_adapter() -> None:
-    """Not whatever else is served; where its own is not, the line says what is."""
-    assert choose(offer("calm", "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
-    assert choose(offer("calm"), "gentle", ("calm",), baselines=False) == [Arm("calm")]
+    """Not any other that is served; if its own is not served, the error lists what is."""
+    assert choose(listed("calm", "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
+    assert choose(listed("calm"), "gentle", ("calm",), baselines=False) == [Arm("calm")]
     with pytest.raises(UserError, match=r"does not serve 'gentle', this run's adapter.*--models base, calm"):
-        choose(offer("calm"), "gentle", (), baselines=False)
+        choose(listed("calm"), "gentle", (), baselines=False)
 
 
 @pytest.mark.parametrize("name", [*YARDSTICKS, "tiny/native"])
 def test_a_model_cannot_be_taken_for_another_arm(name: str) -> None:
-    """Its answers and another arm's would be one row in every table; not asked, it is in nobody's way."""
+    """Both arms would share rows in every table; if it is not asked, it does no harm."""
     with pytest.raises(UserError, match=f"the model '{name}' has the name of another arm"):
-        choose(offer(name), name, ("base", name), baselines=True)
-    assert choose(offer(name, "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
+        choose(listed(name), name, ("base", name), baselines=True)
+    assert choose(listed(name, "gentle"), "gentle", (), baselines=False) == [Arm("tiny"), Arm("gentle")]
 
 
 def test_base_is_the_base_whatever_adapters_are_called() -> None:
-    """An adapter named `base` is not what `--models base` means."""
-    assert choose(offer("base", "gentle"), "gentle", ("base",), baselines=False) == [Arm("tiny")]
+    """`--models base` never means an adapter named `base`."""
+    assert choose(listed("base", "gentle"), "gentle", ("base",), baselines=False) == [Arm("tiny")]
     with pytest.raises(UserError, match="'human' has the name of another arm"):
         choose(served([{"id": "human", "max_model_len": 9}]), "gentle", ("base",), baselines=False)
 
 
 def test_likelihoods_that_are_all_missing_do_not_show_that_weights_have_no_effect() -> None:
-    """Nothing was measured, so nothing is equal; equal numbers are still found out."""
+    """Without measurements nothing is equal; equal numbers are still reported."""
 
     def warning(nats: float | None) -> str:
         rows = [

@@ -1,4 +1,4 @@
-"""Judging as a user runs it: the real command, over HTTP, by a judge whose verdicts are known beforehand."""
+"""Judging as a user runs it: the real command, over HTTP, with a judge whose verdicts are known in advance."""
 
 import asyncio
 import json
@@ -37,8 +37,8 @@ from tests.held import kill_when_stopped
 from tests.mock_judge import mock_judge
 from tests.test_eval import called, command, make_run
 
-# By question: what the base says, and what gentle says. The judges of tests/mock_judge.py look for "better" and for the
-# names of criteria. Gentle's answer is the longer one of the first and third, the shorter one of the second.
+# Per question: the base's answer and gentle's. The judges of tests/mock_judge.py look for "better" and for the names of
+# criteria. Gentle's answer is longer in the first and third pair, shorter in the second.
 ANSWERS = (
     ("empathy, so brief", "this is better, with empathy and practical"),
     ("empathy and a long answer with many words", "better, practical"),
@@ -81,7 +81,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(evaluated: Path, tmp_path: Path) -> Path:
-    """A copy of the evaluation, to be judged."""
+    """A copy of the evaluation for one test."""
     run = Path(shutil.copytree(evaluated.parent.parent, tmp_path / "tiny"))
     return run / "eval" / evaluated.name
 
@@ -92,7 +92,7 @@ def judged(folder: Path, url: str, model: str, **more: object) -> dict:
     return read_json(folder / "judge.json")
 
 
-def test_a_fair_judge_gives_the_numbers_worked_by_hand(folder: Path, url: str) -> None:
+def test_a_fair_judge_gives_the_numbers_computed_by_hand(folder: Path, url: str) -> None:
     """Two wins, two ties, one loss; the longer answer won one of three; shares of criteria met, paired on five."""
     found = judged(folder, url, "fair")
     preference, rubric = found["preference"], found["rubric"]
@@ -126,8 +126,8 @@ def test_a_fair_judge_gives_the_numbers_worked_by_hand(folder: Path, url: str) -
     assert (found["model"], found["server_version"]) == (["mock/fair"], ["9.9"])
 
 
-def test_a_judge_that_always_takes_the_first_is_found_out(folder: Path, url: str) -> None:
-    """Its verdicts never agree, so nothing is won; all of them go to the first place, and an warning says so."""
+def test_position_bias_is_reported(folder: Path, url: str) -> None:
+    """A judge that always takes the first answer never agrees with itself: nothing is won, and a warning says why."""
     found = judged(folder, url, "first")
     preference = found["preference"]
 
@@ -138,8 +138,8 @@ def test_a_judge_that_always_takes_the_first_is_found_out(folder: Path, url: str
     assert any("position bias: 100%" in warning for warning in found["warnings"])
 
 
-def test_a_judge_that_takes_the_longer_is_found_out(folder: Path, url: str) -> None:
-    """It is consistent and unbiased by place; every decided pair went to the longer answer."""
+def test_length_bias_is_reported(folder: Path, url: str) -> None:
+    """A judge that takes the longer answer is consistent; the longer answer wins every decided pair."""
     preference = judged(folder, url, "longer")["preference"]
 
     assert [preference[key] for key in ("wins", "ties", "losses")] == [2, 2, 1]
@@ -149,7 +149,7 @@ def test_a_judge_that_takes_the_longer_is_found_out(folder: Path, url: str) -> N
 
 @pytest.mark.parametrize(("how", "cut"), [("broken", 10), ("fenced", 0)])
 def test_unreadable_replies_are_counted_and_never_scored(folder: Path, url: str, how: str, cut: int) -> None:
-    """No pair is judged, none is a tie; the rubric's replies, which are whole, still count."""
+    """No pair is judged and none is a tie; the complete rubric replies still count."""
     found = judged(folder, url, f"fair.{how}")
 
     assert (found["counts"]["unreadable"], found["counts"]["cut"]) == (10, cut)
@@ -162,7 +162,7 @@ def test_unreadable_replies_are_counted_and_never_scored(folder: Path, url: str,
 def test_refused_requests_fail_the_command_and_are_asked_again(
     folder: Path, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit 1, the reason in the report; the same command asks the ten that failed, and only these."""
+    """Exit 1, the reason in the report; the same command asks only the ten that failed."""
     words = ("judge", str(folder), "--url", url, "--model", "fair.refused")
     for _ in range(2):
         status, out, err = called(capsys, *words)
@@ -173,12 +173,12 @@ def test_refused_requests_fail_the_command_and_are_asked_again(
 
 
 def seen(url: str, model: str) -> int:
-    """How many requests the mock has had for this model."""
+    """How many requests the mock has received for this model."""
     return httpx.get(url.removesuffix("/v1") + "/seen").json().get(model, 0)
 
 
 def test_a_killed_judging_is_continued_and_a_finished_one_is_kept(folder: Path, url: str) -> None:
-    """After kill -9 every judgement is there once and the first rows unchanged; then nothing is asked a second time."""
+    """After kill -9 each judgement is in the log once, the first rows unchanged; then nothing is asked again."""
     words = ("judge", str(folder), "--url", url, "--model", "fair.killed", "--concurrency", "1")
     log = folder / "judgements.jsonl"
     kill_when_stopped(command(*words, stops="len(self.done) == 3"))
@@ -199,13 +199,13 @@ def test_a_killed_judging_is_continued_and_a_finished_one_is_kept(folder: Path, 
     assert document["preference"] == read_json(folder / "judge.json")["preference"]
     assert document["preference"]["wins"] == 2
     asked = seen(url, "fair.killed")
-    third = judged(folder, "http://127.0.0.1:9/v1", "fair.killed")  # nobody listens, and nobody needs to
+    third = judged(folder, "http://127.0.0.1:9/v1", "fair.killed")  # no server is needed
     assert third["preference"] == document["preference"]
     assert seen(url, "fair.killed") == asked
 
 
 def test_another_judge_or_another_limit_is_asked_anew(folder: Path, url: str) -> None:
-    """Rows of several judges stand in one log, and none is taken for another's."""
+    """One log has the rows of several judges without mixing them up."""
     fair, longer = judged(folder, url, "fair"), judged(folder, url, "longer")
     assert fair["preference"]["longer_wins"] != longer["preference"]["longer_wins"]
     assert len(read_rows(folder / "judgements.jsonl")) == 2 * JUDGEMENTS
@@ -232,7 +232,7 @@ def test_the_reports_show_the_judging(folder: Path, url: str) -> None:
 
 
 def test_a_yardstick_can_be_judged(folder: Path, url: str) -> None:
-    """`--arms shuffled,human` sets two yardsticks side by side: a judge that cannot tell these apart is no judge."""
+    """`--arms shuffled,human` compares two yardsticks: a judge that prefers neither cannot judge."""
     found = judged(folder, url, "longer", arms=("shuffled", "human"))
 
     assert found["arms"] == ["shuffled", "human"]
@@ -268,8 +268,8 @@ def test_human_labels_are_set_beside_the_judge(folder: Path, url: str) -> None:
         judged(folder, url, "fair", labels=str(folder / "labels.jsonl"))
 
 
-def test_nobody_at_the_judges_address_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit 1 and what to do, before any row is written."""
+def test_an_unreachable_judge_is_a_one_line_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 1 and what to do; no row is written."""
     status, _, err = called(capsys, "judge", str(folder), "--url", "http://127.0.0.1:9/v1", "--model", "fair")
 
     assert status == 1
@@ -278,7 +278,7 @@ def test_nobody_at_the_judges_address_is_one_line(folder: Path, capsys: pytest.C
 
 
 def test_labels_of_what_was_not_judged_are_counted(folder: Path, url: str) -> None:
-    """An arm, a question and a sample that nobody judged: said, instead of vanishing; the fourth label counts."""
+    """Labels of another arm, question or sample are counted as unmatched; the fourth label is used."""
     label = {"stamp": folder.name, "sample": 0, "criterion": "empathy", "rater": "one", "label": True}
     known = {**label, "arm": "tiny", "question_id": f"{0:016x}"}
     changes = ({}, {"arm": "gentel"}, {"question_id": "nowhere"}, {"sample": 7})
@@ -290,8 +290,8 @@ def test_labels_of_what_was_not_judged_are_counted(folder: Path, url: str) -> No
     assert any(warning.startswith("3 labels are not used") for warning in found["warnings"])
 
 
-def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:
-    """Not asked about, half a win, and outside consistency and position bias."""
+def test_equal_answers_are_a_tie_without_asking() -> None:
+    """They count as half a win, but not for consistency and position bias."""
     q, r = AnswerKey("q", 0), AnswerKey("r", 0)
     texts = {"one": {q: "be kind", r: "rest"}, "two": {q: "be kind", r: "sleep"}}
     questions = [Question("q", "I feel low", "", ()), Question("r", "I feel tired", "", ())]
@@ -305,7 +305,7 @@ def test_equal_answers_are_a_tie_that_says_nothing_of_the_judge() -> None:
     assert [item.answer.question_id for item in items if item.kind == "preference"] == ["r", "r"]
     assert [found[key] for key in ("judged", "equal", "ties", "unreadable")] == [2, 1, 2, 0]
     assert (found["consistency"]["n"], found["first_chosen"], found["second_longer"]["n"]) == (1, None, 1)
-    # Nothing but ties: one half, and no interval to go with it.
+    # Only ties: one half without an interval.
     assert found["win_rate"] == {"value": 0.5, "low": None, "high": None, "n": 2}
 
 
@@ -329,7 +329,7 @@ def test_an_arm_wins_a_pair_only_in_both_orders(
 
 
 def test_a_reply_without_usage_is_a_reply() -> None:
-    """Some servers do not count tokens; the verdict is there all the same."""
+    """Some servers do not count tokens; the reply is still used."""
     choice = SimpleNamespace(message=SimpleNamespace(content=" well "), finish_reason="stop")
     fields = sample_fields(Outcome(SimpleNamespace(choices=[choice], usage=None), None, 1, 0.1))
 
@@ -340,7 +340,7 @@ def test_a_reply_without_usage_is_a_reply() -> None:
     "sent", ["<html>", SimpleNamespace(), SimpleNamespace(choices=[]), SimpleNamespace(choices=None)]
 )
 def test_a_reply_without_a_message_is_a_failed_row(sent: object) -> None:
-    """What a proxy or another server sends with status 200: an error that is asked again, not a traceback."""
+    """A proxy may send anything with status 200: the row fails and is asked again, without a traceback."""
     fields = sample_fields(Outcome(sent, None, 1, 0.1))
 
     assert (fields["text"], fields["error"]) == ("", "the server's reply has no message")
@@ -357,8 +357,8 @@ def test_answers_without_words_are_not_asked_about() -> None:
     assert answers(rows, "a") == {("q", 0): "well"}
 
 
-def test_any_change_makes_another_request() -> None:
-    """Question, answers, their order, the limit: each is part of the key; equal requests have equal keys."""
+def test_any_change_gives_another_key() -> None:
+    """Question, answers, their order and the limit are part of the key; equal requests have equal keys."""
     asks = [ask_preference("q", "a", "b", 9), ask_preference("q", "b", "a", 9), ask_preference("p", "a", "b", 9),
             ask_preference("q", "a", "b", 8), ask_rubric("q", "a", 9), ask_rubric("q", "b", 9)]  # fmt: skip
 
@@ -372,12 +372,12 @@ def test_any_change_makes_another_request() -> None:
      '{"reason": 1, "better": "first"}', '[]', '{"reason": "x", "better": "fir'],
 )  # fmt: skip
 def test_only_the_exact_object_is_a_verdict(reply: str) -> None:
-    """Nothing is guessed from a reply that is nearly right."""
+    """A nearly correct reply is not interpreted."""
     assert parse_preference(reply) is None
 
 
-def test_criteria_must_all_be_there_and_true_or_false() -> None:
-    """One missing, or a 1 for true, and the reply is unreadable."""
+def test_all_criteria_must_be_present_and_boolean() -> None:
+    """If one is missing, or is 1 instead of true, the reply is unreadable."""
     whole = dict.fromkeys(RUBRIC, True)
 
     assert parse_rubric(json.dumps(whole)) == whole
@@ -385,8 +385,8 @@ def test_criteria_must_all_be_there_and_true_or_false() -> None:
     assert parse_rubric(json.dumps({k: v for k, v in whole.items() if k != "empathy"})) is None
 
 
-def test_a_real_server_keeps_to_the_schema(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model's replies are the JSON asked for, or cut by length; the short prompts fit its small context."""
+def test_a_real_server_follows_the_schema(server: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies of a random model are the JSON asked for, or cut by length; short prompts fit its small context."""
     monkeypatch.setenv("COUNSEL_API_KEY", server.user_key)
     base = server.client().models.list().data[0].id
     asks = [structured(f"is it kind? {i}", "rubric", RUBRIC_SCHEMA, 256) for i in range(3)]

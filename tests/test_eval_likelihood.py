@@ -1,4 +1,4 @@
-"""Likelihood is measured where training trains: eval's token ids against those that TRL makes of the same row."""
+"""Likelihoods are measured on the tokens that training trains: eval's token ids against TRL's for the same row."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ TURNS = (
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# What each writes around the answer, and how it changes the answer, are those of the family that it is named after.
+# Each writes around the answer, and changes it, as the family does that it is named after.
 TEMPLATES = {
     "gemma": template_text("gemma"),
     "chatml": TURNS.replace("BODY", "{{ m.content }}"),
@@ -49,7 +49,7 @@ TEMPLATES = {
     ),
     "rewriting": TURNS.replace("BODY", "{{ '(' + m.content | replace('\n', ' ') | upper + ')' }}"),
 }
-# The families' own, as TRL ships them.
+# The families' own templates, as shipped with TRL.
 SHIPPED = (
     "qwen3",
     "qwen3_5_think",
@@ -68,7 +68,7 @@ RENDERED = {"rewriting": lambda answer: answer.replace("\n", " ").upper()}
 
 
 def sentencepiece_like() -> Any:
-    """Llama's and Mistral's kind: a space is part of the word behind it, unknown characters fall back to bytes."""
+    """Like Llama's and Mistral's: a space belongs to the next word, unknown characters fall back to bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +87,7 @@ def sentencepiece_like() -> Any:
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model with room for either tokenizer's ids; TRL wants one, and its weights do not matter."""
+    """A model with enough vocabulary for both tokenizers; TRL needs one, with any weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(
@@ -114,7 +114,7 @@ def trained_rows(model: Any, tokenizer: Any, folder: Path) -> list[tuple[list[in
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece-like"])
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_eval_scores_the_tokens_that_training_trains(family: str, kind: str, tiny_llama: Any, tmp_path: Path) -> None:
-    """The ids are TRL's own up to the answer's end; what is scored is learned, and is the answer and no more."""
+    """The ids are TRL's up to the end of the answer; the scored tokens are trained, and are the answer alone."""
     tokenizer = tiny_tokenizer() if kind == "byte-level" else sentencepiece_like()
     tokenizer.chat_template = TEMPLATES[family]
     tokenizer.save_pretrained(tmp_path)
@@ -129,13 +129,13 @@ def test_eval_scores_the_tokens_that_training_trains(family: str, kind: str, tin
         assert span.ids == ids[: len(span.ids)]
         assert all(label != -100 for label in labels[span.start : len(span.ids)])
         scored = tokenizer.decode(span.ids[span.start :])
-        # A token may hold the space before the answer or the line's end behind it; nothing else of the template.
+        # A token may include the space before the answer or the newline after it, and nothing else of the template.
         assert scored.strip() == expected
         assert len(scored) <= len(expected) + 2
 
 
 def test_an_answer_that_the_template_leaves_out_has_no_span(tmp_path: Path) -> None:
-    """Nothing of it is rendered, so nothing is scored."""
+    """The answer is not rendered, so nothing is scored."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_an_answer_that_the_template_leaves_out_has_no_span(tmp_path: Path) -> N
 
 
 def test_the_likelihood_under_a_think_block_is_the_loss_of_training(tmp_path: Path) -> None:
-    """Nats by hand from the training row's logits: with the raw answer behind the generation prompt they differ."""
+    """Nats by hand from the training row's logits; the raw answer after the generation prompt would differ."""
     import torch
     from transformers import AutoModelForCausalLM
 

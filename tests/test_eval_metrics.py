@@ -1,4 +1,4 @@
-"""The metrics, on texts small enough to work by hand."""
+"""The metrics, on texts small enough to compute by hand."""
 
 import math
 from types import SimpleNamespace
@@ -48,19 +48,19 @@ def test_chrf_by_hand() -> None:
     assert chrf("abc", ["abd"]) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
 
 
-def test_meteor_matches_stems_but_no_synonyms() -> None:
+def test_meteor_matches_stems_but_not_synonyms() -> None:
     """All three words match by stem, in one chunk: 1 - 0.5 * (1/3) ** 3. A synonym matches nothing."""
     assert meteor("the cats sat", ["the cat sat"]) == pytest.approx(1 - 0.5 * (1 / 3) ** 3)
     assert meteor("glad", ["happy"]) == 0
 
 
 def test_words_keep_inner_apostrophes_only() -> None:
-    """Straight and curly apostrophes are one; underscores and digits follow the rule in the module."""
+    """Straight and curly apostrophes are equal; underscores separate words, digits belong to them."""
     assert words("Don't 'worry'. It’s 2nd_try") == ["don't", "worry", "it's", "2nd", "try"]
 
 
 def test_distinct_by_hand() -> None:
-    """`a b a b` has pairs ab, ba, ab: two of three are distinct. Too short a text has no value."""
+    """`a b a b` has pairs ab, ba, ab: two of three are distinct. A text that is too short has no value."""
     assert distinct(["a", "b", "a", "b"], 2) == pytest.approx(2 / 3)
     assert distinct(["a"], 2) is None
     assert distinct_over(["a b", "a b"], 2, budget=4) == pytest.approx(2 / 3)
@@ -68,7 +68,7 @@ def test_distinct_by_hand() -> None:
 
 
 def test_one_reply_for_everyone_is_not_diverse() -> None:
-    """500 answers `one two`: two of 999 word pairs are distinct, in whatever order the rows come; 499 are too few."""
+    """500 answers `one two`: two of 999 word pairs are distinct, in any order of rows; 499 answers are too few."""
     rows = [{"arm": "a", "question_id": f"{i:03}", "sample": 0, "text": "one two", "scores": {}} for i in range(500)]
 
     def diversity(scores: list[dict]) -> float | None:
@@ -89,7 +89,7 @@ def test_reading_grade_by_hand() -> None:
 
 
 def test_copying_counts_words_in_runs_of_eight() -> None:
-    """Eight of ten words stand in training as one run; seven in a row would not count."""
+    """Training has eight of ten words as one run; a run of seven does not count."""
     copying = Copying(["one two three four five six seven eight nine"])
 
     assert copying.share("One two three four five six seven eight, x y") == pytest.approx(8 / 10)
@@ -114,13 +114,13 @@ def test_only_the_answers_tokens_count_in_the_likelihood() -> None:
 
 
 def test_minus_infinity_is_an_error_not_a_number() -> None:
-    """vLLM writes minus infinity as -9999: summed, it would swamp every other token."""
+    """vLLM writes minus infinity as -9999, which would dominate the sum."""
     with pytest.raises(UserError, match="no probability"):
         span_nll(Span([1, 2], 1, "a"), [None, {"2": {"logprob": -9999.0}}])
 
 
 def test_a_token_without_probability_fails_its_own_row() -> None:
-    """Whatever the server sends for it, the row has an error that is asked again, and the evaluation goes on."""
+    """Whatever the server sends, the row has an error and is asked again; the evaluation continues."""
     for sent in ([None, {"2": {"logprob": -9999.0}}], [None, {"2": {"logprob": float("nan")}}], [None, None], None):
         choice = SimpleNamespace() if sent is None else SimpleNamespace(prompt_logprobs=sent)
         response = SimpleNamespace(choices=[choice])
@@ -131,7 +131,7 @@ def test_a_token_without_probability_fails_its_own_row() -> None:
 
 
 def test_the_answers_span_is_the_answer(tmp_path) -> None:
-    """What lies behind `start` decodes to the answer, and exactly one <bos> stands before it."""
+    """The ids from `start` decode to the answer, and exactly one <bos> precedes it."""
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "i feel lonely"}]
@@ -143,7 +143,7 @@ def test_the_answers_span_is_the_answer(tmp_path) -> None:
 
 
 def test_similarity_is_that_of_sentence_transformers(encoder: Encoder) -> None:
-    """For texts that fit the encoder, the cosine is the one the public library gives."""
+    """For texts that fit the encoder, the cosine is that of the library."""
     from sentence_transformers import SentenceTransformer, util
 
     texts = ["I feel lonely since we moved.", "Moving away can leave you feeling alone.", "The train leaves at nine."]
@@ -155,7 +155,7 @@ def test_similarity_is_that_of_sentence_transformers(encoder: Encoder) -> None:
 
 
 def test_the_end_of_a_long_answer_counts(encoder: Encoder) -> None:
-    """Two texts that differ only after 300 words have different vectors; plain truncation would make them equal."""
+    """Texts that differ only after 300 words have different vectors; with truncation they would be equal."""
     opening = "It is hard to move to a new town and start over. " * 30
     one, other = encoder.encode([opening + "Try to sleep." * 20, opening + "Buy a red tractor." * 20])
 
@@ -163,7 +163,7 @@ def test_the_end_of_a_long_answer_counts(encoder: Encoder) -> None:
 
 
 def test_greedy_match_compares_word_pieces_only(encoder: Encoder) -> None:
-    """By hand from BERT's last layer, [CLS] and [SEP] left out: two texts that share nothing are far apart."""
+    """By hand from BERT's last layer without [CLS] and [SEP]: unrelated texts are far apart."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -181,7 +181,7 @@ def test_greedy_match_compares_word_pieces_only(encoder: Encoder) -> None:
 
 
 def test_greedy_match_is_one_for_equal_texts(encoder: Encoder) -> None:
-    """A text matches itself fully, and another text less."""
+    """A text matches itself fully and another text less."""
     same, other = encoder.encode(["You are not alone.", "The train leaves at nine."])
 
     assert greedy_match(same, [other, same]) == pytest.approx(1.0, abs=1e-5)
@@ -199,8 +199,8 @@ TRAIN = [{"question": "We moved and I feel alone", "answer": "Join a club near y
          {"question": "How do I stop smoking?", "answer": "Set a date and tell people."}]  # fmt: skip
 
 
-def test_yardsticks_stand_where_they_should(encoder: Encoder) -> None:
-    """A human beats the floor, echo is most like the question, retrieval finds the like question."""
+def test_yardsticks_have_the_expected_order(encoder: Encoder) -> None:
+    """Human is above the floor, echo is most similar to the question, retrieval finds the similar question."""
     rows = score_rows([], [LONELY, SLEEP], TRAIN, encoder, progress=lambda _: None)
     of = {(row["arm"], row["question_id"]): row for row in rows}
 
@@ -214,7 +214,7 @@ def test_yardsticks_stand_where_they_should(encoder: Encoder) -> None:
 
 
 def test_errors_and_empty_answers_have_no_scores(encoder: Encoder) -> None:
-    """A failed row and an empty one are kept as rows, and score null instead of 0."""
+    """Failed and empty rows are kept, with scores null instead of 0."""
     common = {"arm": "base", "question_id": "q1", "finish_reason": None}
     samples = [
         {**common, "sample": 0, "text": "", "error": "APITimeoutError"},
@@ -235,8 +235,8 @@ def test_an_answer_identical_to_a_reference_has_full_marks(encoder: Encoder) -> 
     assert scores["meteor"] > 0.99
 
 
-def test_contamination_is_found_and_said_why() -> None:
-    """An answer that training holds, a question that repeats a training question; and a new one."""
+def test_contamination_is_found_with_its_reason() -> None:
+    """An answer from training, a question that repeats a training question, and a new one."""
     training = Contamination([{"question": "I feel so lonely since we moved to the city", "answer": "Join a club."}])
 
     assert training.reason("Something else entirely, my friend, today", ["join a CLUB"]) == "answer"
@@ -245,7 +245,7 @@ def test_contamination_is_found_and_said_why() -> None:
     assert nearest(TRAIN, ["smoking"])[0]["answer"] == "Set a date and tell people."
 
 
-def test_wins_are_on_the_better_side_and_the_family_is_whole() -> None:
+def test_wins_are_on_the_better_side_and_holm_covers_the_whole_family() -> None:
     """Fewer bits per byte on four questions of five are four wins; p is times four, one for each primary metric."""
     rows = [
         {
@@ -279,7 +279,7 @@ def test_arms_are_compared_on_the_answers_that_both_predicted() -> None:
     assert (found["bits_per_byte"]["value"], found["bits_per_byte"]["ties"]) == (0.0, 5)
 
 
-def test_a_slice_of_one_question_is_no_slice() -> None:
+def test_a_topic_needs_enough_questions_per_arm() -> None:
     """A topic of six questions, of which one arm has five and another one: the first has a value, the second none."""
     topics = {f"q{n}": "work" for n in range(6)}
     rows = [

@@ -1,4 +1,4 @@
-"""The statistics, against values worked by hand and against scipy."""
+"""The statistics against hand-computed values and scipy."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_the_interval_is_scipys_bca_interval_at_the_expanded_level() -> None:
 
 
 def test_ties_are_ties_whatever_the_unit() -> None:
-    """Sixty scores that are thirds have a third of the interval of the same scores times three."""
+    """Scores divided by three have a third of the interval: ties are found at any scale."""
     whole = np.random.default_rng(11).integers(0, 3, 60)
     thirds, threes = (interval(ratio(list(whole / by)), seed=0) for by in (3, 1))
 
@@ -55,15 +55,15 @@ def test_the_interval_of_few_questions_is_students() -> None:
 @pytest.mark.parametrize("sizes", [None, 0.6], ids=["equal", "bytes"])
 @pytest.mark.parametrize("n", [2, 3, 5, 6, 8, 10, 30])
 def test_luck_is_below_zero_in_one_of_forty(n: int, sizes: float | None) -> None:
-    """Of 4,000 pairs without a true difference, `high < 0` holds in 2.5 %, within three standard errors of that.
+    """Without a true difference `high < 0` holds in at most 2.5 % of 4,000 normal samples, plus three standard errors.
 
-    Also where questions weigh unequally: log-normal bytes, as spread as counsellors' answers are.
+    Also with unequal weights: log-normal byte counts with the spread of counselors' answers.
     """
     rng = np.random.default_rng(n)
     passed = 0
     for _ in range(4000):
         bytes_ = np.ones(n) if sizes is None else np.exp(sizes * rng.normal(size=n))
-        # What the difference of two arms on the same bytes is; without its swap test, which takes longer than all else.
+        # Equal to the difference of two arms with the same byte counts, without the slow permutation test.
         passed += interval(ratio(list(rng.normal(size=n) * bytes_), list(bytes_)), seed=0).high < 0
 
     assert passed / 4000 <= 0.025 + 3 * (0.025 * 0.975 / 4000) ** 0.5
@@ -80,7 +80,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
 
 
 def test_one_question_has_no_interval() -> None:
-    """With n = 1 there is a value and nothing to say about its spread."""
+    """With n = 1 there is a value without bounds."""
     assert interval(ratio([0.4]), seed=0) == (0.4, None, None, 1)
 
 
@@ -110,8 +110,8 @@ def test_pairing_finds_what_a_comparison_of_two_means_cannot() -> None:
     assert difference(ratio(list(better)), ratio(list(worse)), seed=0).p < 0.001
 
 
-def test_a_difference_says_its_size_and_what_could_be_seen() -> None:
-    """Differences 1, 2, 3 have mean 2, sd 1: d_z = 2. Three questions can show nothing: p is at least 2 of 8."""
+def test_a_difference_has_an_effect_size_and_no_mde_below_six_questions() -> None:
+    """Differences 1, 2, 3 have mean 2, sd 1: d_z = 2. Three questions have no MDE: p is at least 2 of 8."""
     found = difference(ratio([2, 4, 6]), ratio([1, 2, 3]), seed=0)
 
     assert (found.value, found.n, found.wins, found.ties, found.losses) == (2.0, 3, 3, 0, 0)
@@ -119,7 +119,7 @@ def test_a_difference_says_its_size_and_what_could_be_seen() -> None:
     assert found.mde is None
 
 
-def test_what_six_questions_could_show() -> None:
+def test_the_mde_of_six_questions() -> None:
     """All six must go one way (p = 2 of 64; one against gives 4): each does with 0.8 ** (1/6), 1.7927 sd from zero."""
     each = np.array([-1.0, 0, 1, 2, 3, 4])
     found = difference(ratio(list(each)), ratio([0] * 6), seed=0)
@@ -128,8 +128,8 @@ def test_what_six_questions_could_show() -> None:
 
 
 @pytest.mark.parametrize("n", [6, 8, 10, 11])
-def test_a_difference_of_that_size_is_shown_in_four_of_five(n: int) -> None:
-    """Standard normal differences with the mean that mde names: the swap test is below 5 % in 80 % of 1,000."""
+def test_the_mde_has_80_percent_power(n: int) -> None:
+    """Normal differences with the MDE as mean: the permutation test is below 5 % in 80 % of 1,000 samples."""
     rng = np.random.default_rng(7)
     unit = rng.normal(size=n)
     unit = (unit - unit.mean()) / unit.std(ddof=1)
@@ -139,15 +139,15 @@ def test_a_difference_of_that_size_is_shown_in_four_of_five(n: int) -> None:
     assert np.mean(shown) == pytest.approx(0.8, abs=0.04)
 
 
-def test_what_many_questions_could_show() -> None:
-    """For sixty, 0.8 is the power of scipy's t test of that size: statsmodels' solve_power gives 0.36770 sd."""
+def test_the_mde_of_many_questions() -> None:
+    """For sixty questions statsmodels' solve_power gives 0.36770 sd at 80 % power."""
     each = np.random.default_rng(3).normal(size=60)
     found = difference(ratio(list(each)), ratio([0] * 60), seed=0)
 
     assert found.mde / each.std(ddof=1) == pytest.approx(0.36770, rel=1e-3)
 
 
-def test_effect_and_bounds_belong_to_the_value() -> None:
+def test_effect_size_and_bounds_are_of_the_ratio() -> None:
     """Nine answers of 100 bytes are 2 % worse, one of 2,000 is 5 % better: -82 / 2,900 by bytes, and so d_z.
 
     d_z by hand: the value over the sd of its jackknife pseudo-values n * value - (n - 1) * value without one question.
@@ -165,7 +165,7 @@ def test_effect_and_bounds_belong_to_the_value() -> None:
 
 
 def test_arms_that_never_differ_have_no_p() -> None:
-    """Two equal arms: the difference is 0, and neither p nor effect size is made up."""
+    """Two equal arms: the difference is 0, with neither p nor effect size."""
     found = difference(ratio([1, 2, 3]), ratio([1, 2, 3]), seed=0)
 
     assert (found.value, found.p, found.d_z, found.mde, found.ties) == (0.0, None, None, None, 3)
@@ -176,12 +176,12 @@ def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
-def test_a_test_that_shows_nothing_still_counts_in_its_family() -> None:
+def test_a_test_without_p_still_counts_in_its_family() -> None:
     """With two arms equal on one of three metrics the smallest p is still multiplied by three."""
     assert holm([0.01, None, 0.04]) == [pytest.approx(0.03), None, pytest.approx(0.08)]
 
 
-def test_a_difference_that_is_the_same_everywhere_has_a_p() -> None:
+def test_a_constant_difference_has_a_p() -> None:
     """One arm meets a criterion on all of eight questions, the other on none: 2 of the 256 swaps differ as much."""
     found = difference(ratio([1] * 8), ratio([0] * 8), seed=0)
 
@@ -189,14 +189,14 @@ def test_a_difference_that_is_the_same_everywhere_has_a_p() -> None:
     assert (found.low, found.d_z, found.mde) == (None, None, None)
 
 
-def test_zero_in_thirty_still_allows_one_in_ten() -> None:
+def test_zero_in_thirty_follows_the_rule_of_three() -> None:
     """The rule of three: 0 of 30 bounds the rate by 1 - 0.05 ** (1 / 30)."""
     assert upper_rate(0, 30) == pytest.approx(1 - 0.05 ** (1 / 30))
     assert upper_rate(4, 4) == 1.0
 
 
-def test_a_score_that_is_no_number_is_refused() -> None:
-    """Nan compares false with everything, and would be a p of 0."""
+def test_a_score_that_is_not_finite_is_refused() -> None:
+    """Nan compares false with everything, which would give a p of 0."""
     for bad in (float("nan"), float("inf")):
         with pytest.raises(UserError, match="nan or infinity"):
             ratio([1.0, bad])
