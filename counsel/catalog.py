@@ -18,9 +18,9 @@ from pathlib import Path
 from counsel import gguf
 from counsel.cache import cache_dir
 from counsel.chat import template_text
-from counsel.cli import nearest
 from counsel.errors import UserError
 from counsel.files import new_directory, read_json, write_json, write_text
+from counsel.values import nearest
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from typing import Any
 from counsel import trial
 from counsel.adapter_check import CARD, CONFIG, WEIGHTS, check, check_files
 from counsel.catalog import Base
-from counsel.cli import nearest
 from counsel.errors import UserError
 from counsel.files import locked, new_directory, sha256_of, write_json, write_text
 from counsel.fingerprint import fingerprint
 from counsel.manifest import FORMAT, MANIFEST, read_manifest
 from counsel.manifest import Manifest as Manifest
+from counsel.values import nearest
 
 CURRENT, HISTORY, PINNED = "current", "history", "pinned"
 SERVERS = ".servers"

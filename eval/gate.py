@@ -20,8 +20,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from counsel.cli import CANNOT_BE_JUDGED, MISSED, Result, nearest
+from counsel.cli import CANNOT_BE_JUDGED, MISSED, Result
 from counsel.errors import UserError
+from counsel.values import nearest
 from eval.compare import side
 from eval.config import GateConfig
 from eval.metrics import METRICS

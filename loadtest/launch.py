@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from counsel.cli import as_typed
 from counsel.errors import UserError
 from loadtest.scenario import Scenario, host_port
 
@@ -64,8 +65,8 @@ def run_locust(scenario: Scenario, directory: Path) -> bool:
     if scenario.web:
         print(f"live page: http://127.0.0.1:{scenario.web_port}; Ctrl-C ends the run", file=sys.stderr)
     if scenario.bind:
-        print(f"waiting for {scenario.workers} workers: python -m loadtest worker {directory} --master {scenario.bind}",
-              file=sys.stderr)  # fmt: skip
+        command = as_typed(f"python -m loadtest worker {directory} --master {scenario.bind}")
+        print(f"waiting for {scenario.workers} workers: {command}", file=sys.stderr)
     with _reserved_port() as port:
         return _run(locust_argv(scenario, directory, port), directory)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from counsel.cli import nearest
 from counsel.errors import UserError
+from counsel.values import nearest
 from loadtest.distributions import parse
 
 MIXES = {"uniform": "uniform", "zipf": "zipf(A)", "weights": "weights(NAME=W, ...)"}

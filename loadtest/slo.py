@@ -19,8 +19,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from counsel.cli import nearest
 from counsel.errors import UserError
+from counsel.values import nearest
 from loadtest.metrics import LATENCIES, PERCENTILES, percentile
 from loadtest.records import FAILED, RequestRecord
 

@@ -3,14 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from counsel import store as adapter_store
 from counsel.catalog import resolve
 from counsel.chat import SYSTEM_PROMPT
-from counsel.cli import Command, Result, argument, option
+from counsel.cli import Command, Result, argument, as_typed, option
 from counsel.run import open_run
 from counsel.store import Manifest
-from serve.keys import ROLES, USER, add_key
+from counsel.values import NonNegativeInt
+from serve.keys import USER, add_key
 from serve.server_registry import registered_servers
 
 STORE = "store"
@@ -19,9 +21,13 @@ STORE = "store"
 @dataclass(frozen=True)
 class Publish:
     source: str = argument("a finished run (its name or folder), or a folder with a PEFT adapter")
-    name: str = option("", "name to serve it under (default: the run's name)")
-    model: str = option("", "base model it was trained on (default: the run's)")
-    system: str = option(SYSTEM_PROMPT, "system prompt for requests that have none; empty for none")
+    name: str = option("", "name to serve it under", shown="the run's name")
+    model: str = option("", "base model it was trained on", shown="the run's")
+    system: str = option(
+        SYSTEM_PROMPT,
+        "system prompt for requests that have none; empty for none",
+        shown="the built-in supportive prompt",
+    )
     store: str = option(STORE, "adapter store")
 
 
@@ -39,7 +45,7 @@ class Show:
 @dataclass(frozen=True)
 class Rollback:
     name: str = argument("adapter name")
-    version: str = option("", "version to return to (default: the one before the current)")
+    version: str = option("", "version to return to", shown="the one before the current")
     store: str = option(STORE, "adapter store")
 
 
@@ -58,14 +64,14 @@ class Pin:
 
 @dataclass(frozen=True)
 class Collect:
-    keep: int = option(2, "versions to keep per name, besides the current one")
+    keep: NonNegativeInt = option(2, "versions to keep per name, besides the current one")
     store: str = option(STORE, "adapter store")
 
 
 @dataclass(frozen=True)
 class NewKey:
     name: str = argument("the caller's name, one word")
-    role: str = option(USER, f"one of {', '.join(ROLES)}")
+    role: Annotated[str, Literal["user", "admin"]] = option(USER, "what the key may do")
     keys: str = option("keys.txt", "key file; it holds only hashes")
 
 
@@ -197,7 +203,7 @@ def _size(manifest: Manifest) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if not rows:
-        print("the store is empty; publish something with: python -m serve publish RUN")
+        print(as_typed("the store is empty; publish something with: python -m serve publish RUN"))
         return
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from counsel.cli import nearest
 from counsel.store import AdapterVersions, Manifest
+from counsel.values import nearest
 from serve.adapter_pool import AdapterPool
 from serve.api_errors import ApiError
 from serve.store_reader import StoreReader

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from counsel import catalog
 from counsel.cli import argument, option
@@ -18,8 +18,8 @@ class Merge:
     """What to merge, and where to write it."""
 
     run: str = argument("finished run: its name under runs/, or its path")
-    out: str = option("", "folder to write; by default <run>/merged")
-    dtype: str = option("bfloat16", "precision of the merged weights: bfloat16 or float32")
+    out: str = option("", "folder to write", shown="<run>/merged")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "precision of the merged weights")
     overwrite: bool = option(False, "replace the folder, if it is an earlier merge")
 
 
@@ -35,8 +35,6 @@ def merge(config: Merge) -> dict[str, Any]:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if config.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"dtype is {config.dtype!r}; allowed: bfloat16, float32")
     run = open_run(config.run)
     out = Path(config.out) if config.out else run.path / "merged"
     check_out_folder(out, config.overwrite)

@@ -8,7 +8,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from counsel.cli import argument, option
 from counsel.errors import UserError
@@ -31,7 +31,9 @@ class Push:
 
     run: str = argument("finished run: its name under runs/, or its path")
     repo: str = argument("repository on the hub: org/name")
-    what: str = option("adapter", "adapter, or merged (made by python -m train merge)")
+    what: Literal["adapter", "merged"] = option(
+        "adapter", "what to send; `python -m train merge` makes the merged model"
+    )
     public: bool = option(False, "make the repository public; private otherwise")
     dry_run: bool = option(False, "list what would be sent, and send nothing")
 
@@ -58,8 +60,6 @@ def push(config: Push) -> dict[str, Any]:
 
 def published_folder(run: Run, what: str) -> Path:
     """The folder that holds the adapter or the merged model of a run."""
-    if what not in ("adapter", "merged"):
-        raise UserError(f"what is {what!r}; allowed: adapter, merged")
     folder = run.path / what
     if not folder.is_dir():
         raise UserError(f"run {run.name!r} has no {what}/; make it with python -m train merge {run.name}")
