@@ -108,7 +108,7 @@ def check_name(recipe: Recipe) -> str:
     names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
     for name in names:
         store.check_name(name)
-    return f"{', '.join(map(repr, names))} may name an adapter"
+    return f"{', '.join(map(repr, names))}, allowed as an adapter name"
 
 
 def check_system(recipe: Recipe) -> str:
@@ -244,7 +244,7 @@ def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
         )
     end = tokenizer.convert_ids_to_tokens(ends[0])
     stops = "" if ends[0] in _stop_tokens(base, tokenizer) else ", but is not a stop token in generation_config.json"
-    return f"the prompt is a prefix, {len(prompt)} tokens with a short question; {end} ends the answer, trained{stops}"
+    return f"the prompt is a prefix ({len(prompt)} tokens); {end} ends the answer and is trained{stops}"
 
 
 def _stop_tokens(base: Path, tokenizer: Any) -> set[int]:
