@@ -25,8 +25,8 @@ from counsel.catalog import resolve
 from counsel.chat import prompt_messages
 from counsel.files import read_json
 from counsel.run import open_run
-from eval.evaluate import choose_questions
 from eval.likelihood import Renderer
+from eval.questions import choose_questions
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, read_rows
 
 

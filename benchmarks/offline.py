@@ -35,10 +35,10 @@ from counsel.catalog import resolve
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
 from counsel.run import open_run
-from eval.ask import Progress
 from eval.batch import ENGINE_CONCURRENCY, Ask, answer_all, engine_answers, engine_for
 from eval.config import BatchConfig
-from eval.evaluate import choose_questions
+from eval.questions import choose_questions
+from eval.requests import Progress
 from eval.samples import Row, RowLog
 from serve.offline import OfflineEngine
 from serve.offline_process import own_stdout

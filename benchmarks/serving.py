@@ -40,7 +40,7 @@ from counsel.processor import processor
 from counsel.run import provenance
 from serve.config import ServeConfig
 from serve.hardware import detect
-from serve.launch import PLUGINS, plan
+from serve.launch import plan
 from serve.server import health
 
 ADAPTERS = tuple(f"a{i}" for i in range(16))
@@ -211,7 +211,7 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
     without = [*same, *("--block-size", "32"), *("--max-num-seqs", "64"), *("--max-num-batched-tokens", "512")]
     stock_plugins = {"VLLM_PLUGINS": ""}
     return {
-        "ours": ([*entry, *tuned, *lora], {**made.env, "VLLM_PLUGINS": ",".join(PLUGINS[:2])}),
+        "ours": ([*entry, *tuned, *lora], {**made.env, "VLLM_PLUGINS": "counsel_platform,counsel_cpu_ops"}),
         "stock": ([*entry, *same, *lora], stock_plugins),
         "tuned": ([*entry, *tuned, *lora], {**made.env, **stock_plugins}),
         "no_lora": ([*entry, *without], {**made.env, **stock_plugins}),

@@ -53,7 +53,7 @@ def bench(config: Bench) -> Result:
         return Result(run_arm(config))
     found: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
     for repeat in range(config.repeats):
-        # Each arm goes first in turn, so that a machine that slows down favours neither.
+        # Each arm goes first in turn, so that a machine that slows down favors neither.
         for arm in ("trl", "ours") if repeat % 2 == 0 else ("ours", "trl"):
             figures = _in_own_process(dataclasses.replace(config, arm=arm, seed=config.seed + repeat))
             found[arm].append(figures)

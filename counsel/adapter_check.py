@@ -19,7 +19,9 @@ from counsel.lora_layers import Layers, served_layers
 from counsel.tensors import Shape, tensor_shapes
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
-MAX_RANK = 512
+# The values that vLLM 0.32 accepts for --max-lora-rank.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+MAX_RANK = SERVED_RANKS[-1]
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_TEXT_BYTES = 1 << 20
 

@@ -11,7 +11,7 @@ COMMANDS = {
     "": Command(
         EvalConfig, "eval.evaluate:evaluate", "ask base and adapters the held-out questions, score and compare them"
     ),
-    "report": Command(ReportConfig, "eval.evaluate:report", "score and report an evaluation again from its rows"),
+    "report": Command(ReportConfig, "eval.finish:report", "score and report an evaluation again from its rows"),
     "compare": Command(CompareConfig, "eval.compare:compare", "compare models from separate evaluations"),
     "gate": Command(GateConfig, "eval.gate:gate", "pass or fail an evaluation by rules on its intervals, for CI"),
     "judge": Command(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from counsel.chat import Message, prompt_messages
+from counsel.client import ServerModels
 from counsel.errors import UserError
 
 # Arms that are not models; their scores give the floor and ceiling of a metric (see eval/scoring.py).
@@ -31,35 +32,6 @@ class Arm(NamedTuple):
         return self.model if self.prompt == TUNED else f"{self.model}/{self.prompt}"
 
 
-class ServerModels(NamedTuple):
-    """The models that a server lists: base, adapters, the limit of tokens per request, and each name's `root`."""
-
-    base: str
-    adapters: tuple[str, ...]
-    max_model_len: int
-    roots: dict[str, str]
-
-    def exact(self, model: str) -> str:
-        """The exact version (`name@version`) that `model` means now, if the server lists it; else `model`.
-
-        An evaluation then keeps to one version even if a new one is published meanwhile.
-        """
-        root = self.roots[model]
-        return root if root in self.roots else model
-
-
-def served(cards: Sequence[dict[str, Any]]) -> ServerModels:
-    """Read the cards of `GET /v1/models`: an adapter's `parent` is its base; a base has none."""
-    bases = [card for card in cards if not card.get("parent")]
-    if not bases:
-        raise UserError(
-            f"the server lists no base model, only {[card['id'] for card in cards]}; give --url of one that does"
-        )
-    adapters = tuple(sorted(card["id"] for card in cards if card.get("parent")))
-    roots = {card["id"]: str(card.get("root")) for card in cards}
-    return ServerModels(bases[0]["id"], adapters, int(bases[0]["max_model_len"]), roots)
-
-
 def choose(server_models: ServerModels, run: str, models: Sequence[str], baselines: bool) -> list[Arm]:
     """The arms to ask, in the order of `models`; the base is followed by its baselines.
 
@@ -72,7 +44,8 @@ def choose(server_models: ServerModels, run: str, models: Sequence[str], baselin
             f"the server does not serve {run!r}, this run's adapter; publish it, or choose with --models {offered}"
         )
     base = server_models.base
-    by_name = {name: name for name in server_models.adapters} | {BASE: base, base: base}
+    # `roots` has exact versions (`name@version`) too.
+    by_name = {name: name for name in server_models.roots} | {BASE: base}
     for model in models or (run,):
         if model not in by_name:
             raise UserError(f"the server has no model {model!r}; it has {offered}")

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import openai
 
 from counsel.chat import Message
+from counsel.client import ServerModels
 from counsel.errors import UserError
-from eval.arms import Arm, ServerModels, messages
+from eval.arms import Arm, messages
 from eval.config import EvalConfig
 from eval.likelihood import Renderer, Span, span_nll
 from eval.questions import Question, planned_rows
@@ -76,7 +77,8 @@ class Asker:
         answer = question.answers[index]
         span = self.renderer.span(self._messages(arm, question), answer)
         outcome: Outcome | None = None
-        if span is not None and len(span.ids) < self.server_models.max_model_len:
+        limit = self.server_models.max_model_len
+        if span is not None and (limit is None or len(span.ids) < limit):
             outcome = await attempt(
                 lambda: self.client.completions.create(
                     model=self.server_models.exact(arm.model),

@@ -11,15 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import openai
-
 from counsel.catalog import resolve
 from counsel.cli import Result
-from counsel.client import make_async_client
-from counsel.errors import UserError
+from counsel.client import ServerModels, list_models_async, make_async_client
 from counsel.files import sha256_of
 from counsel.run import Run, open_run, provenance
-from eval.arms import Arm, ServerModels, choose, few_shot_examples, served
+from eval.arms import Arm, choose, few_shot_examples
 from eval.ask import Asker, EvalInputs
 from eval.config import EvalConfig, ReportConfig
 from eval.finish import report
@@ -49,12 +46,8 @@ def evaluate(config: EvalConfig) -> Result:
 async def _ask(config: EvalConfig, run: Run, inputs: EvalInputs, renderer: Renderer) -> Path:
     """Ask for every row that the evaluation's folder lacks; return the folder."""
     async with make_async_client(config.url, timeout_s=config.timeout_s) as client:
-        try:
-            cards = [card.model_dump() for card in (await client.models.list()).data]
-            version = await server_version(client)
-        except openai.APIError as error:
-            raise UserError(f"no answer from {config.url}: {error}; start a server with python -m serve") from error
-        server_models = served(cards)
+        server_models = await list_models_async(client)
+        version = await server_version(client)
         arms = choose(server_models, run.name, config.models, config.baselines)
         spec = _spec(config, run, inputs, renderer, server_models, arms) | {"server_version": version}
         folder = folder_for(run, spec)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from counsel.report import render, section
-from eval.ask import Question
 from eval.charts import forest
 from eval.metrics import METRICS, PRIMARY
+from eval.questions import Question
 from eval.report import (
     ARMS_NOTE,
     COUNTS_NOTE,

@@ -215,8 +215,8 @@ def _bca(resampled: Floats, value: float, jackknife: Floats, effective: float, r
     # Half of the ties count as below; otherwise discrete metrics would seem biased.
     below = np.mean(resampled < value - rounding) / 2 + np.mean(resampled <= value + rounding) / 2
     bias = ndtri(np.clip(below, 1 / len(resampled), 1 - 1 / len(resampled)))
-    centred = jackknife.mean() - jackknife
-    acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
+    centered = jackknife.mean() - jackknife
+    acceleration = (centered**3).sum() / (6 * (centered**2).sum() ** 1.5)
     # Resamples vary by (n - 1) / n too little, and a normal quantile ignores that the variance is estimated.
     expanded = (effective / (effective - 1)) ** 0.5 * _quantile(effective)
     shifted = bias + np.array([-expanded, expanded])

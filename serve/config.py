@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from counsel.adapter_check import SERVED_RANKS
 from counsel.cli import option
 from counsel.errors import UserError
 from counsel.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
@@ -62,7 +63,7 @@ class ServeConfig:
     max_cpu_loras: PositiveInt = option(
         64, "adapters kept in host memory, ready to load; at least --max-loras", group=_ADAPTERS
     )
-    max_lora_rank: Annotated[int, Literal[8, 16, 32, 64, 128, 256, 320, 512]] = option(
+    max_lora_rank: Annotated[int, Literal[SERVED_RANKS]] = option(
         64, "largest adapter rank served; lower is faster", group=_ADAPTERS
     )
     adapter_wait_s: PositiveFloat = option(

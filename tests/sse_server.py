@@ -54,18 +54,18 @@ class Behaviour:
 
     @classmethod
     def of(cls, model: str) -> "Behaviour":
-        behaviour = cls()
+        behavior = cls()
         for word in model.split(".")[1:]:
             name, _, value = word.partition("-")
             if name == "first":
-                behaviour.first_s = int(value) / 1000
+                behavior.first_s = int(value) / 1000
             elif name == "gap":
-                behaviour.gap_s = int(value) / 1000
+                behavior.gap_s = int(value) / 1000
             elif name in ("status", "slots", "together", "holds", "dies"):
-                setattr(behaviour, name, int(value))
+                setattr(behavior, name, int(value))
             else:
-                behaviour.fault = name
-        return behaviour
+                behavior.fault = name
+        return behavior
 
 
 def event(document: dict) -> bytes:

@@ -16,7 +16,6 @@ from counsel.client import make_client
 from counsel.errors import UserError
 from counsel.files import read_json, sha256_of, write_json, write_jsonl
 from eval.__main__ import COMMANDS
-from eval.arms import served
 from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
 from tests.conftest import SYSTEM, Served
@@ -190,7 +189,7 @@ def test_no_server_is_one_line(tmp_path: Path, tiny_model, capsys: pytest.Captur
     status, _, err = called(capsys, "--run", str(run), "--url", "http://127.0.0.1:9/v1")
 
     assert status == 1
-    assert err.strip().splitlines()[-1].startswith("error: no answer from http://127.0.0.1:9/v1")
+    assert err.strip().splitlines()[-1].startswith("error: no server answers at http://127.0.0.1:9/v1")
     assert not (run / "eval").exists()
 
 
@@ -223,18 +222,6 @@ def test_a_wrong_url_is_a_one_line_error(url: str) -> None:
     """Before any request."""
     with pytest.raises(UserError, match="it must be like http://"):
         make_client(url)
-
-
-def test_an_adapter_is_asked_by_its_version_at_the_start() -> None:
-    """Exact names are used if the server lists them; the roots of stock vLLM are paths, not names."""
-    card = {"max_model_len": 512, "parent": None}
-    ours = served([{**card, "id": "base", "root": "base"}, *(
-        {**card, "id": name, "root": "gentle@3f2a", "parent": "base"} for name in ("gentle", "gentle@3f2a")
-    )])  # fmt: skip
-    stock = served([{**card, "id": "base", "root": "/m"}, {**card, "id": "gentle", "root": "/a", "parent": "base"}])
-
-    assert [ours.exact(name) for name in ("base", "gentle", "gentle@3f2a")] == ["base", "gentle@3f2a", "gentle@3f2a"]
-    assert [stock.exact(name) for name in ("base", "gentle")] == ["base", "gentle"]
 
 
 def test_two_processes_cannot_write_one_log(tmp_path: Path) -> None:

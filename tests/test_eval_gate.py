@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from counsel.cli import CANNOT_BE_JUDGED, MISSED
+from counsel.client import ServerModels
 from counsel.errors import UserError
 from counsel.files import write_json, write_jsonl
 from counsel.run import Run
-from eval.arms import YARDSTICKS, Arm, choose, served
+from eval.arms import YARDSTICKS, Arm, choose
 from eval.config import GateConfig
 from eval.folders import folder_for
 from eval.gate import gate
@@ -202,11 +203,9 @@ def test_rows_of_the_last_format_are_reported_without_a_warning(
         assert (f"! {OLD_ROWS}" in out) is old
 
 
-def listed(*adapters: str) -> Any:
-    card = {"max_model_len": 512, "root": "x"}
-    return served(
-        [{**card, "id": "tiny", "parent": None}, *({**card, "id": name, "parent": "tiny"} for name in adapters)]
-    )
+def listed(*adapters: str) -> ServerModels:
+    names = ("tiny", *adapters)
+    return ServerModels("tiny", adapters, names, dict.fromkeys(names, "x"), 512)
 
 
 def test_a_run_asks_its_own_adapter() -> None:
@@ -229,7 +228,7 @@ def test_base_is_the_base_whatever_adapters_are_called() -> None:
     """`--models base` never means an adapter named `base`."""
     assert choose(listed("base", "gentle"), "gentle", ("base",), baselines=False) == [Arm("tiny")]
     with pytest.raises(UserError, match="'human' has the name of another arm"):
-        choose(served([{"id": "human", "max_model_len": 9}]), "gentle", ("base",), baselines=False)
+        choose(ServerModels("human", (), ("human",), {"human": ""}, 9), "gentle", ("base",), baselines=False)
 
 
 def test_likelihoods_that_are_all_missing_do_not_show_that_weights_have_no_effect() -> None:

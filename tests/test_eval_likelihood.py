@@ -9,7 +9,7 @@ import pytest
 from counsel.chat import prompt_messages, template_text
 from eval.likelihood import Renderer
 from tests.tiny import WORDS, tiny_base, tiny_tokenizer
-from train.sft import examples
+from train.prompts import examples
 
 SYSTEM = "you are supportive"
 QUESTION = "i feel lonely since we moved"

@@ -63,7 +63,7 @@ def test_the_standin_sends_what_it_should(url):
     assert counts(url)["requests"]["base"] >= 1
 
 
-def test_the_standin_reads_its_behaviour_from_the_model_name():
+def test_the_standin_reads_its_behavior_from_the_model_name():
     """The words after the first dot, in any order."""
     assert Behaviour.of("a.gap-10.half.first-200") == Behaviour(first_s=0.2, gap_s=0.01, fault="half")
     assert Behaviour.of("a.status-404") == Behaviour(status=404)

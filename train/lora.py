@@ -2,11 +2,9 @@
 
 from typing import Any
 
+from counsel.adapter_check import SERVED_RANKS
 from counsel.errors import UserError
 from train.recipe import Recipe
-
-# The values that vLLM 0.32 accepts for --max-lora-rank.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 LayerSizes = dict[str, tuple[int, int]]
 
