@@ -18,10 +18,10 @@ from counsel.cli import exit_status
 from counsel.client import make_client
 from counsel.errors import UserError
 from counsel.files import read_jsonl, write_text
-from counsel.report import answers, page, section
+from counsel.report import answer_columns, page, section
 from counsel.report.charts import chart
 from counsel.run import RUNS, Run
-from eval.report import finding, label, with_interval
+from eval.report import evaluation_finding, label, with_interval
 from loadtest.table import aligned, milliseconds
 from serve.config import ServeConfig
 from serve.server import Server
@@ -53,7 +53,7 @@ def main() -> int:
             "--duration-s", str(LOAD_S), "--rate", "1.5", "--output-tokens", "48",
             accept=(0, 4),
         )  # fmt: skip
-    print(f"\n{finding(evaluation)}\n")
+    print(f"\n{evaluation_finding(evaluation)}\n")
     print(aligned([*quality(evaluation), *speed(load)[1:]]))
     for reason in load["invalid"]:
         print(f"the load test is invalid: {reason}")
@@ -160,7 +160,7 @@ def report_page(evaluation: dict[str, Any], load: dict[str, Any]) -> str:
             "Similarity compares an answer with counselors' answers to the same question. The sample data set is "
             "small: this shows that every step works, not how good an adapter can be.",
         ),
-        answers("Three held-out questions", examples(evaluation)),
+        answer_columns("Three held-out questions", examples(evaluation)),
         section(
             "Speed",
             speed(load),
@@ -177,7 +177,7 @@ def report_page(evaluation: dict[str, Any], load: dict[str, Any]) -> str:
     return page(
         f"Counsel Stack demo: {BASE} and {NAME}",
         sections,
-        finding=finding(evaluation),
+        finding=evaluation_finding(evaluation),
         warnings=[*evaluation["warnings"], *doubts],
     )
 

@@ -90,7 +90,7 @@ def run_arm(config: Bench) -> dict[str, Any]:
 
     from counsel import catalog
     from train import data, sft
-    from train.hardware import choose_precision, detect
+    from train.hardware import choose_precision, detect_training_hardware
     from train.lora import lora_config
     from train.prompts import examples
 
@@ -105,7 +105,7 @@ def run_arm(config: Bench) -> dict[str, Any]:
     splits, _ = data.prepare(recipe.data_config())
     rows = examples(data.evenly_spaced(splits["train"], config.rows), recipe.system)
     val = examples(data.evenly_spaced(splits["val"], config.val_rows), recipe.system)
-    precision = choose_precision(recipe, detect())
+    precision = choose_precision(recipe, detect_training_hardware())
     lora = lora_config(recipe)
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch:

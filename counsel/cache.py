@@ -15,7 +15,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "counsel-stack"
 
 
-def load(kind: str, key: str) -> dict[str, Any] | None:
+def read_cached(kind: str, key: str) -> dict[str, Any] | None:
     """The document stored under `kind` and `key`; None when there is none or it cannot be read."""
     try:
         # RuntimeError, here and below: there is no home directory.
@@ -25,6 +25,6 @@ def load(kind: str, key: str) -> dict[str, Any] | None:
 
 
 def save(kind: str, key: str, document: Mapping[str, Any]) -> None:
-    """Store `document` for `load`; do nothing when the cache cannot be written."""
+    """Store `document` for `read_cached`; do nothing when the cache cannot be written."""
     with contextlib.suppress(OSError, RuntimeError, UserError):
         write_json(cache_dir() / kind / f"{key}.json", document)

@@ -180,7 +180,7 @@ def _embedded(name: str, entry: Entry) -> Path:
         file = Path(scratch) / "model.gguf"
         fetch_gguf(entry, file)
         print(f"converting {entry.hub_id} to a Hugging Face folder", file=sys.stderr)
-        gguf.convert(file, folder, entry.turn_end)
+        gguf.convert_gguf(file, folder, entry.turn_end)
         _write_template(folder, entry)
         write_json(
             folder / "base.json",

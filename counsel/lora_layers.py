@@ -71,7 +71,7 @@ def served_layers(base: Path) -> Layers:
     identity = [versions, (base / "config.json").read_text(encoding="utf-8"), _linear_layers(base)]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     with contextlib.suppress(KeyError):
-        if cached := cache.load("layers", key):
+        if cached := cache.read_cached("layers", key):
             return _from_json(cached)
     document = _ask_vllm(base)
     cache.save("layers", key, document)

@@ -40,14 +40,14 @@ SERVER_CONCURRENCY = 32
 ENGINE_CONCURRENCY = 2048
 
 
-class Reply(NamedTuple):
+class BatchReply(NamedTuple):
     """The response body of one request, or the error."""
 
     body: dict[str, Any] | None
     error: str | None
 
 
-Ask = Callable[[Row], Awaitable[Reply]]
+Ask = Callable[[Row], Awaitable[BatchReply]]
 
 
 def batch(config: BatchConfig) -> Result:
@@ -150,13 +150,13 @@ async def _answer_on(config: BatchConfig, requests: Sequence[Row], log: RowLog, 
 async def _server_answers(config: BatchConfig) -> AsyncIterator[Ask]:
     async with make_async_client(config.url or BASE_URL, timeout_s=config.timeout_s) as client:
 
-        async def ask(request: Row) -> Reply:
+        async def ask(request: Row) -> BatchReply:
             # The body is sent unchanged, including fields that the client does not know.
             path = request["url"].removeprefix("/v1")
             outcome = await attempt(lambda: client.post(path, body=request["body"], cast_to=object))
             if outcome.error is None and not isinstance(outcome.response, dict):
-                return Reply(None, f"the reply is not a JSON object: {outcome.response!r:.100}")
-            return Reply(outcome.response, outcome.error)
+                return BatchReply(None, f"the reply is not a JSON object: {outcome.response!r:.100}")
+            return BatchReply(outcome.response, outcome.error)
 
         yield ask
 
@@ -166,11 +166,11 @@ async def engine_answers(engine: OfflineEngine) -> AsyncIterator[Ask]:
     """Start the engine and answer with it."""
     async with engine:
 
-        async def ask(request: Row) -> Reply:
+        async def ask(request: Row) -> BatchReply:
             answer = await engine.ask(request["url"], request["body"])
             if answer.status == 200:
-                return Reply(answer.body, None)
-            return Reply(None, f"{answer.status}: {' '.join(answer.body['error']['message'].split())[:300]}")
+                return BatchReply(answer.body, None)
+            return BatchReply(None, f"{answer.status}: {' '.join(answer.body['error']['message'].split())[:300]}")
 
         yield ask
 
@@ -189,7 +189,7 @@ def engine_log(answers: Path) -> Path:
     return answers.with_suffix(".log")
 
 
-def _line(request: Row, reply: Reply) -> Row:
+def _line(request: Row, reply: BatchReply) -> Row:
     """The output line of one request."""
     line: Row = {
         "id": f"batch_req_{request['custom_id']}",

@@ -42,10 +42,12 @@ def _forest(title: str, rows: Sequence[Mapping[str, Any]], reach: float) -> "Mar
         axis = axes[0]
         drawn: dict[str, Any] = {}
         for place, row in enumerate(rows):
-            style = _STYLES[side(row)]
+            style = _STYLES[direction(row)]
             low, value, high = (_in_deviations(row, bound) for bound in ("low", "value", "high"))
             axis.plot([low, high], [place, place], color=style["color"], linewidth=2)
-            (drawn[side(row)],) = axis.plot([value], [place], markersize=7, linestyle="none", label=side(row), **style)
+            (drawn[direction(row)],) = axis.plot(
+                [value], [place], markersize=7, linestyle="none", label=direction(row), **style
+            )
         # In pieces, so that the zero line crosses no label.
         axis.vlines([0] * len(rows), [place - 0.22 for place in range(len(rows))],
                     [place + 0.3 for place in range(len(rows))], color=INK, linewidth=1)  # fmt: skip
@@ -56,14 +58,14 @@ def _forest(title: str, rows: Sequence[Mapping[str, Any]], reach: float) -> "Mar
 
     described = "; ".join(
         f"{METRICS[row['metric']].title}: {row['value']:+.3g}, interval {row['low']:+.3g} to {row['high']:+.3g}, "
-        f"{side(row)}"
+        f"{direction(row)}"
         for row in rows
     )
     return chart(draw, title=title, description=f"Differences with 95 % intervals. {described}.",
                  height=1.5 + 0.45 * len(rows))  # fmt: skip
 
 
-def side(change: Mapping[str, Any]) -> str:
+def direction(change: Mapping[str, Any]) -> str:
     """Whether the interval of a difference lies on the better or the worse side of zero."""
     better = METRICS[change["metric"]].better
     if not better or change["low"] is None or change["low"] <= 0 <= change["high"]:

@@ -16,7 +16,7 @@ SEEN_SHARE = 0.5
 _RUN_WORDS = 5
 
 
-def nearest(train_rows: Sequence[Mapping[str, str]], questions: Sequence[str]) -> list[Mapping[str, str]]:
+def nearest_rows(train_rows: Sequence[Mapping[str, str]], questions: Sequence[str]) -> list[Mapping[str, str]]:
     """For each question, the first training row whose question is nearest by TF-IDF cosine."""
     return [train_rows[at] for at in _cosines(train_rows, questions).argmax(axis=1)]
 

@@ -10,7 +10,7 @@ from counsel.errors import UserError
 from counsel.files import read_json, write_json, write_jsonl, write_text
 from counsel.run import open_run
 from eval.config import ReportConfig
-from eval.page import page
+from eval.page import evaluation_page
 from eval.questions import Question, choose_questions, planned_rows
 from eval.report import judged_markdown, markdown, terminal
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, Row, read_rows
@@ -79,7 +79,7 @@ def write_reports(
     """Write report.md and report.html, with the judge's findings if there is a judge.json."""
     judged = read_json(folder / "judge.json") if (folder / "judge.json").is_file() else None
     write_text(folder / "report.md", markdown(summary) + (judged_markdown(judged) if judged else ""))
-    write_text(folder / "report.html", page(summary, questions, scores, judged))
+    write_text(folder / "report.html", evaluation_page(summary, questions, scores, judged))
 
 
 def _refuse_unfinished(

@@ -21,7 +21,7 @@ from eval.report import (
     beside,
     compared,
     counts,
-    finding,
+    evaluation_finding,
     judged_lead,
     judged_tables,
     label,
@@ -40,7 +40,7 @@ _ORDERS = ("similarity_max", "words")
 _TOPIC_METRICS = ("bits_per_byte", "similarity_max")
 
 
-def page(
+def evaluation_page(
     summary: Mapping[str, Any], questions: Sequence[Question], scores: Sequence[Row], judged: Mapping[str, Any] | None
 ) -> str:
     """The HTML text of a finished evaluation; `judged` is judge.json, None when no judge was asked."""
@@ -50,7 +50,7 @@ def page(
         "page.html",
         Path(__file__).parent,
         title=f"Evaluation of {summary['run']}",
-        finding=finding(summary),
+        finding=evaluation_finding(summary),
         verdict="",
         warnings=[*summary["warnings"], *(judged["warnings"] if judged else [])],
         sections=[

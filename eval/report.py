@@ -23,7 +23,7 @@ COUNTS_NOTE = (
 )
 
 
-def finding(summary: Mapping[str, Any]) -> str:
+def evaluation_finding(summary: Mapping[str, Any]) -> str:
     """What the primary metrics show, in one sentence per adapter."""
     base = base_of(summary)
     sentences = [_finding(changes, name, str(base)) for name, changes in compared(summary).items()]
@@ -64,14 +64,14 @@ def terminal(summary: Mapping[str, Any]) -> str:
             "uncorrected,\nin parentheses. ↑ ↓: the better direction. human: one counselor against the others; "
             "shuffled, echo, canned: floors."
         )
-        blocks.append(finding(summary))
+        blocks.append(evaluation_finding(summary))
     blocks += [f"! {warning}" for warning in summary["warnings"]]
     return "\n\n".join(blocks)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The same findings, the limits of every metric, and how they were measured."""
-    parts = [f"# Evaluation of {summary['run']}", finding(summary), lead(summary)]
+    parts = [f"# Evaluation of {summary['run']}", evaluation_finding(summary), lead(summary)]
     if summary["warnings"]:
         parts.append("## Limits of this evaluation\n\n" + "\n".join(f"- {warning}" for warning in summary["warnings"]))
     for name in compared(summary):

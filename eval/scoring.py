@@ -18,7 +18,7 @@ The arms in `YARDSTICKS` are not models. Their answers to the same questions sho
 from collections.abc import Callable, Mapping, Sequence
 
 from eval.arms import YARDSTICKS
-from eval.contamination import nearest
+from eval.contamination import nearest_rows
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.questions import Question
 from eval.samples import Row
@@ -98,7 +98,7 @@ def human_scores(question: Question, encoder: Encoder) -> Scores:
 
 def yardstick_rows(questions: Sequence[Question], train_rows: Sequence[Mapping[str, str]]) -> list[Row]:
     """The yardsticks' answers, in the order of `YARDSTICKS`; `human` only where a question has a second answer."""
-    retrieved = [row["answer"] for row in nearest(train_rows, [question.question for question in questions])]
+    retrieved = [row["answer"] for row in nearest_rows(train_rows, [question.question for question in questions])]
     texts = {
         "human": [question.answers[0] if len(question.answers) > 1 else "" for question in questions],
         "retrieval": retrieved,

@@ -56,10 +56,10 @@ def _report(options: ReportOptions) -> Result:
 
 def _printed(summary: dict[str, Any]) -> Result:
     """Print the table and the verdict."""
-    from loadtest.table import table, verdict_text
+    from loadtest.table import result_table, verdict_text
     from loadtest.verdict import EXIT_STATUS
 
-    print(table(summary))
+    print(result_table(summary))
     print(verdict_text(summary))
     print(f"report: {Path(summary['dir']) / 'report.html'}")
     return Result(summary, EXIT_STATUS[summary["verdict"]])

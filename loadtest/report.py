@@ -33,7 +33,7 @@ def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
     ]
     path = results.directory / "report.html"
     doubts = [f"Invalid: {reason}." for reason in summary["invalid"]]
-    text = page("Load test", sections, finding=finding(summary), verdict=summary["verdict"], warnings=doubts)
+    text = page("Load test", sections, finding=load_test_finding(summary), verdict=summary["verdict"], warnings=doubts)
     write_text(path, text)
     return path
 
@@ -49,7 +49,7 @@ _DUE_NOTE = (
 )
 
 
-def finding(summary: Mapping[str, Any]) -> str:
+def load_test_finding(summary: Mapping[str, Any]) -> str:
     """The result in one sentence."""
     total, slo = summary["all"], summary["slo"]
     missed = [f"{item['metric']} {item['sign']} {item['bound']:g}" for item in slo if not item["held"]]

@@ -6,7 +6,7 @@ from typing import Any
 _HEAD = ("model", "n", "errors", "TTFT p50", "p90", "TPOT p50", "p90", "e2e p50", "p90", "tokens/s", "requests/s")
 
 
-def table(summary: Mapping[str, Any]) -> str:
+def result_table(summary: Mapping[str, Any]) -> str:
     """The per-model table of a summary, for a terminal."""
     begin_s, end_s = summary["window"]["begin_s"], summary["window"]["end_s"]
     return (

@@ -32,7 +32,7 @@ STOP_S = 15.0
 MAX_LINE_BYTES = 1 << 30
 
 
-class Answer(NamedTuple):
+class OfflineAnswer(NamedTuple):
     """A server's reply: its HTTP status and its body, which holds `error` unless the status is 200."""
 
     status: int
@@ -47,7 +47,7 @@ class OfflineEngine:
         self.base: Base = resolve(config.model)
         self.config, self.log = config, log
         self.process: asyncio.subprocess.Process | None = None
-        self._pending: dict[int, asyncio.Future[Answer]] = {}
+        self._pending: dict[int, asyncio.Future[OfflineAnswer]] = {}
         self._last_number = 0
 
     def plan(self) -> launch.LaunchPlan:
@@ -58,7 +58,7 @@ class OfflineEngine:
         """The vLLM flags for the child."""
         return (*self.plan().argv[3:], *launch.gateway_flags(self.config), "--disable-log-stats")
 
-    async def ask(self, path: str, body: dict[str, Any]) -> Answer:
+    async def ask(self, path: str, body: dict[str, Any]) -> OfflineAnswer:
         """The answer to one request; any number can wait at once. Raises UserError if the engine has exited."""
         if self._listening.done():
             raise self._exit_error()
@@ -132,7 +132,7 @@ class OfflineEngine:
                 future = self._pending.get(message["number"])
                 # A cancelled future stays here until its task runs again.
                 if future is not None and not future.done():
-                    future.set_result(Answer(message["status"], message["body"]))
+                    future.set_result(OfflineAnswer(message["status"], message["body"]))
         finally:
             for future in self._pending.values():
                 if not future.done():

@@ -18,7 +18,7 @@ _BEAM = re.compile(r"-[0-9a-f-]+-beam-\d+$")
 
 
 @dataclass
-class Answer:
+class TokenCounts:
     """One sequence of tokens: how many, and when the first and the last came, by `time.monotonic()`."""
 
     n_tokens: int = 0
@@ -31,7 +31,7 @@ class Tally:
     """Everything that one request made the engine do."""
 
     _prompts: dict[str, int] = field(default_factory=dict)
-    answers: dict[tuple[str, int], Answer] = field(default_factory=dict)
+    answers: dict[tuple[str, int], TokenCounts] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
@@ -58,7 +58,7 @@ class Tally:
         for piece in output.outputs:
             if not piece.token_ids:
                 continue
-            answer = self.answers.setdefault((output.request_id, piece.index), Answer(first_s=now_s))
+            answer = self.answers.setdefault((output.request_id, piece.index), TokenCounts(first_s=now_s))
             answer.n_tokens = len(piece.token_ids) + (answer.n_tokens if is_delta else 0)
             answer.last_s = now_s
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from counsel.cli import FOLDERS, Command, load_config, parse, yaml_file
+from counsel.cli import FOLDERS, Command, load_config, parse_arguments, yaml_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -58,7 +58,7 @@ def test_a_command_in_the_docs_is_one_that_parses(page: str, command: str, monke
     if words[:1] == ["--help"]:
         return
 
-    chosen, schema, flags = parse(folder, folder_commands(folder), words)
+    chosen, schema, flags = parse_arguments(folder, folder_commands(folder), words)
 
     file = yaml_file(flags.pop("config", None), chosen.presets)
     flags.pop("json")

@@ -7,7 +7,7 @@ import pytest
 
 from counsel.errors import UserError
 from eval.ask import likelihood_fields
-from eval.contamination import Contamination, nearest
+from eval.contamination import Contamination, nearest_rows
 from eval.likelihood import Renderer, Span, bits_per_byte, span_nll
 from eval.overlap import bleu, chrf, meteor, rouge
 from eval.questions import Question
@@ -242,7 +242,7 @@ def test_contamination_is_found_with_its_reason() -> None:
     assert training.reason("Something else entirely, my friend, today", ["join a CLUB"]) == "answer"
     assert training.reason("Help: I feel so lonely since we moved to the city", ["x"]) == "question"
     assert training.reason("I feel angry at my boss every day at work", ["x"]) is None
-    assert nearest(TRAIN, ["smoking"])[0]["answer"] == "Set a date and tell people."
+    assert nearest_rows(TRAIN, ["smoking"])[0]["answer"] == "Set a date and tell people."
 
 
 def test_wins_are_on_the_better_side_and_holm_covers_the_whole_family() -> None:

@@ -131,7 +131,7 @@ def test_the_processor_chooses_the_arithmetic_of_serving_and_training(base, monk
     pytest.importorskip("torch")
     monkeypatch.setattr(hardware, "processor", lambda: here)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    trains = hardware.detect()
+    trains = hardware.detect_training_hardware()
     assert hardware.choose_precision(Recipe(), trains).dtype == dtype
     assert str(here) in trains.name
 

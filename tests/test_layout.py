@@ -47,12 +47,6 @@ ONE_NAME = {
     "remove": "serve/commands.py: the command around the store's function",
     "rollback": "serve/commands.py: the command around the store's function",
 }
-# Public names that several modules share by accident. This list may only get shorter: rename one, then remove it here.
-STILL_ALIKE = {
-    "Answer", "Difference", "Groups", "Layer", "Limits", "Metric", "Progress", "Reply", "Run", "ServerModels", "check",
-    "choose", "compare", "judge", "make_client", "nearest", "page", "plan", "prepare", "read", "read_rows", "served",
-    "spread", "table", "warnings",
-}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -127,10 +121,7 @@ def test_public_names_mean_one_thing():
                 modules[node.name].append(name)
     alike = {name: where for name, where in modules.items() if len(where) > 1 and name not in ONE_NAME}
 
-    new = {name: where for name, where in alike.items() if name not in STILL_ALIKE}
-    assert not new, "rename one of each"
-    resolved = STILL_ALIKE - set(alike)
-    assert not resolved, f"remove from STILL_ALIKE: {', '.join(sorted(resolved))}"
+    assert not alike, "rename one of each"
 
 
 @pytest.mark.parametrize("module", LIGHT)

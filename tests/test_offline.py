@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from counsel.catalog import Base
 from serve.config import ServeConfig
-from serve.offline import Answer, OfflineEngine
+from serve.offline import OfflineAnswer, OfflineEngine
 
 
 def test_cancelling_one_request_leaves_the_others(tiny_model: Base, tmp_path: Path) -> None:
@@ -31,4 +31,4 @@ def test_cancelling_one_request_leaves_the_others(tiny_model: Base, tmp_path: Pa
     cancelled, answer = asyncio.run(run())
 
     assert isinstance(cancelled, asyncio.CancelledError)
-    assert answer == Answer(200, {"id": "two"})
+    assert answer == OfflineAnswer(200, {"id": "two"})

@@ -13,9 +13,9 @@ from counsel.errors import UserError
 from counsel.lora_layers import Layers, served_layers
 from tests.tiny import tiny_base, tiny_gpt2
 from train.checklist import Finding
-from train.hardware import TrainHardware, choose_precision, detect
+from train.hardware import TrainHardware, choose_precision, detect_training_hardware
 from train.lora import needed_rank
-from train.preflight import check
+from train.preflight import check_recipe
 from train.recipe import RECIPES, Recipe
 
 SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
@@ -72,7 +72,7 @@ def test_the_rank_the_server_needs(rank, needed):
 
 def checked(recipe, hardware=CPU) -> list[Finding]:
     found: list[Finding] = []
-    prepared = check(recipe, choose_precision(recipe, hardware), hardware, found.append)
+    prepared = check_recipe(recipe, choose_precision(recipe, hardware), hardware, found.append)
     assert (prepared is not None) == all(finding.ok for finding in found)
     return found
 
@@ -274,7 +274,7 @@ def test_the_ends_of_the_ranges_are_allowed():
 def test_sharding_without_a_gpu_is_refused(monkeypatch):
     """FSDP from accelerate launch is detected; on a CPU, where nothing would be sharded, the run is refused."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert detect().sharded
+    assert detect_training_hardware().sharded
 
     with pytest.raises(UserError, match=r"on GPUs only; use train/accelerate/ddp\.yaml"):
         choose_precision(Recipe(), replace(CPU, sharded=True))

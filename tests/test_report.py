@@ -13,14 +13,14 @@ from markupsafe import Markup
 import demo
 from counsel.chat import NOTICE
 from counsel.files import write_json, write_jsonl
-from counsel.report import answers, numeric, page, section
+from counsel.report import answer_columns, numeric, page, section
 from counsel.report import charts as report_charts
 from counsel.report.charts import RED, SERIES, chart
 from counsel.run import Run
 from eval.ask import Question
 from eval.metrics import METRICS, PRIMARY
 from eval.page import page as evaluation_page
-from eval.report import finding
+from eval.report import evaluation_finding
 from loadtest.charts import curves, latencies, timeline
 from loadtest.report import finding as load_finding
 from tests.test_loadtest_metrics import anything, failure, reply, summarize
@@ -61,7 +61,7 @@ def hostile() -> Page:
         section(HOSTILE, [(HOSTILE, HOSTILE), (HOSTILE, HOSTILE)], note=HOSTILE),
         section("charts", latencies(summarize(rows, 0, anything)["models"])),
         section("timeline", timeline(rows, [{"t_s": 1, "running": 1, "waiting": 0, "kv_used": 0.5}], 1)),
-        answers("Answers", [(HOSTILE, [(HOSTILE, HOSTILE)])]),
+        answer_columns("Answers", [(HOSTILE, [(HOSTILE, HOSTILE)])]),
     ]
     return Page(page(HOSTILE, sections, finding=HOSTILE, warnings=[HOSTILE]))
 
@@ -140,11 +140,11 @@ def test_the_finding_is_one_sentence_of_the_primary_metrics() -> None:
     primary = dict(zip(PRIMARY, ((-0.3, 0.01), (0.3, 0.01), (-0.3, 0.04), (0.3, 0.06)), strict=True))
     differences = [change(metric, *value) for metric, value in primary.items()] + [change("rouge_2", 0.3, None)]
 
-    assert finding(evaluation(differences=differences)) == (
+    assert evaluation_finding(evaluation(differences=differences)) == (
         "Of 4 primary metrics, kind is better on 2 (bits per byte; similarity, best reference), worse on 1 (ROUGE-1) "
         "and not significantly different on 1 (chrF), compared with base."
     )
-    assert finding(evaluation(differences=[])) == "No primary metric of kind was measured."
+    assert evaluation_finding(evaluation(differences=[])) == "No primary metric of kind was measured."
 
 
 @pytest.mark.parametrize(

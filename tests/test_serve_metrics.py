@@ -3,7 +3,7 @@
 from prometheus_client import generate_latest
 
 from serve.metrics import ServerMetrics
-from serve.token_counts import Answer, Tally
+from serve.token_counts import Tally, TokenCounts
 from tests.tiny import tiny_manifest
 
 
@@ -20,5 +20,5 @@ def test_no_series_of_a_removed_version_comes_back():
     metrics.adapter_event("gone", manifest, 0.0)
     metrics.adapter_event("unload", manifest, 0.0)
     metrics.adapter_event("fail", manifest, 0.0)
-    metrics.answered(manifest.id, 200, Tally(answers={("r", 0): Answer(2, 0.1, 0.2)}), 0.1, streamed=True)
+    metrics.answered(manifest.id, 200, Tally(answers={("r", 0): TokenCounts(2, 0.1, 0.2)}), 0.1, streamed=True)
     assert series() == []

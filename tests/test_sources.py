@@ -48,7 +48,7 @@ def test_a_table_reads_as_the_csv_module_wrote_it(rows, dialect):
     known = list(csv.reader(io.StringIO(text, newline=""), **dialect))
     assume(known == [HEADER, *rows])  # it writes some line ends that it does not read back
 
-    table = delimited.read(text, "t.csv")
+    table = delimited.read_table(text, "t.csv")
 
     assert [table.header, *table.rows] == known
 
@@ -62,7 +62,7 @@ def test_a_backslash_may_escape_quotes(rows, separator, is_quoted):
     rows.append(['she said "no", twice; then\tleft|it', 'a "b" c', "d"])
     text = written(rows, delimiter=separator, quoting=quoting, escapechar="\\", doublequote=False)
 
-    table = delimited.read(text, "t.csv")
+    table = delimited.read_table(text, "t.csv")
 
     assert [table.header, *table.rows] == [HEADER, *rows]
     assert "backslash" in table.format
@@ -161,7 +161,7 @@ def with_stray_opening(line: int, column: int) -> str:
 def test_a_stray_opening_quote_is_refused_by_line(line, column):
     """In any column, before quoted and unquoted fields, also in the last row."""
     with pytest.raises(UserError, match=rf"'t.csv' line {line} "):
-        delimited.read(with_stray_opening(line, column), "t.csv")
+        delimited.read_table(with_stray_opening(line, column), "t.csv")
 
 
 @settings(max_examples=200, deadline=None)
@@ -191,7 +191,7 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
         return
     broken = data.draw(st.sampled_from(added + removed))
     try:
-        table = delimited.read(broken, "t.csv")
+        table = delimited.read_table(broken, "t.csv")
     except UserError:
         return
     letters = [[cell.replace('"', "").strip() for cell in row] for row in table.rows]
@@ -221,7 +221,7 @@ def test_a_lost_or_added_quote_never_loses_a_row(rows, dialect, data):
 def test_a_table_that_would_lose_rows_is_refused(text, message):
     """Each error names the line to look at."""
     with pytest.raises(UserError) as raised:
-        delimited.read(text, "t.csv")
+        delimited.read_table(text, "t.csv")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -256,7 +256,7 @@ def test_a_table_that_would_lose_rows_is_refused(text, message):
 )  # fmt: skip
 def test_a_table_written_by_hand_is_read(text, rows):
     """Irregular tables that lose nothing are read as they are."""
-    assert delimited.read(text, "t.csv").rows == rows
+    assert delimited.read_table(text, "t.csv").rows == rows
 
 
 PAIRS = [{"Context": "why?", "Response": "well\u2028then"}, {"Context": "who, me?", "Response": "caf\u00e9"}]
@@ -309,7 +309,7 @@ def test_json_is_read_in_the_shapes_people_have(tmp_path, text, message, mark):
 def test_json_of_another_shape_is_a_one_line_error(text, message):
     """The error says what was found and what is allowed."""
     with pytest.raises(UserError) as raised:
-        documents.read(text, "t.json")
+        documents.read_documents(text, "t.json")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 

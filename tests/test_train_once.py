@@ -18,8 +18,8 @@ from tests.train_runs import recipe_for
 from train.checklist import Finding
 from train.data import load_rows
 from train.experiments import equal_counts
-from train.hardware import choose_precision, detect
-from train.preflight import check
+from train.hardware import choose_precision, detect_training_hardware
+from train.preflight import check_recipe
 
 _opened: list[Path] = []
 _watching = False
@@ -84,18 +84,18 @@ def test_a_training_loads_data_base_and_tokenizer_once(tmp_path, monkeypatch):
 def test_a_check_returns_what_it_loaded_unless_it_failed(tmp_path):
     """The rows are those of the data file, which is opened once; after a failure nothing is returned."""
     recipe = recipe_for(tiny_base(tmp_path / "base", "llama"), tmp_path)
-    hardware = detect()
+    hardware = detect_training_hardware()
     findings: list[Finding] = []
 
     with opened_files() as opened:
-        prepared = check(recipe, choose_precision(recipe, hardware), hardware, findings.append)
+        prepared = check_recipe(recipe, choose_precision(recipe, hardware), hardware, findings.append)
 
     assert opened.count(Path(recipe.data)) == 1
     assert prepared is not None
     assert prepared.base.path == Path(recipe.base)
     assert sum(map(len, prepared.splits.values())) == prepared.report.rows_out == 80
     refused = replace(recipe, name="Not Allowed")
-    assert check(refused, choose_precision(refused, hardware), hardware, findings.append) is None
+    assert check_recipe(refused, choose_precision(refused, hardware), hardware, findings.append) is None
 
 
 def test_counting_the_rows_of_six_splits_reads_the_file_once(tmp_path):

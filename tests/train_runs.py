@@ -88,9 +88,9 @@ def losses(recipe: Recipe) -> list[tuple]:
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Press Ctrl-C once, when that step is logged."""
-    from train.progress import Progress
+    from train.progress import TrainingProgress
 
-    whole, pressed = Progress.on_log, []
+    whole, pressed = TrainingProgress.on_log, []
 
     def on_log(self, args, state, *given, **named):
         whole(self, args, state, *given, **named)
@@ -98,4 +98,4 @@ def interrupt_at(monkeypatch, step: int) -> None:
             pressed.append(step)
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Progress, "on_log", on_log)
+    monkeypatch.setattr(TrainingProgress, "on_log", on_log)

@@ -48,17 +48,17 @@ def _overview(summary: dict[str, Any]) -> str:
 
 def run_check(recipe: Recipe) -> Result:
     from train.checklist import Finding
-    from train.hardware import choose_precision, detect
-    from train.preflight import check
+    from train.hardware import choose_precision, detect_training_hardware
+    from train.preflight import check_recipe
 
-    hardware = detect()
+    hardware = detect_training_hardware()
     findings: list[Finding] = []
 
     def show(finding: Finding) -> None:
         print(finding, flush=True)
         findings.append(finding)
 
-    ready = check(recipe, choose_precision(recipe, hardware), hardware, show) is not None
+    ready = check_recipe(recipe, choose_precision(recipe, hardware), hardware, show) is not None
     checks = [finding._asdict() for finding in findings]
     return Result({"ready": ready, "checks": checks}, 0 if ready else 1, _after_check() if ready else "")
 

@@ -3,7 +3,7 @@
 Python's and pandas' readers take an opening quote without a partner as the start of a field of many lines, and silently
 lose the rows after it. Here every quoted field must end where a field can end.
 
-    table = read(text, "talks.csv")
+    table = read_table(text, "talks.csv")
     table.header, table.rows, table.format        # ["q", "a"], [["why?", "well"]], "semicolon between fields"
 """
 
@@ -92,7 +92,7 @@ class _Record:
     has_inches: bool = False
 
 
-def read(text: str, name: str) -> Table:
+def read_table(text: str, name: str) -> Table:
     """The table in `text`. Raises UserError that names the line of a stray quote or separator."""
     line, hint = 1, _SEPARATOR_LINE.match(text)
     if hint:

@@ -1,6 +1,6 @@
 """Reads rows from JSON in the shapes that people have: JSON Lines, a list, a list under a key, pandas tables.
 
-rows, shape = read(text, "talks.json")        # [{"q": "why?", "a": "well"}], "JSON, a list of objects under 'data'"
+rows, shape = read_documents(text, "talks.json")  # [{"q": "why?", "a": "well"}], "JSON, a list of objects under a key"
 """
 
 import json
@@ -13,7 +13,7 @@ Objects = list[dict[str, Any]]
 _SHAPES = 'one object per line, a list of objects, {"data": [objects]}, or {"column": [values]}'
 
 
-def read(text: str, name: str) -> tuple[Objects, str]:
+def read_documents(text: str, name: str) -> tuple[Objects, str]:
     """The rows of JSON or JSON Lines, and a description of the shape. Raises UserError that names the line or shape."""
     if not text.strip():
         return [], "JSON Lines"

@@ -46,7 +46,7 @@ class Precision:
     downgrades: tuple[Downgrade, ...]
 
 
-def detect() -> TrainHardware:
+def detect_training_hardware() -> TrainHardware:
     """This machine as torch sees it."""
     import torch
 

@@ -54,13 +54,13 @@ def preflight(recipe: Recipe, precision: Precision, hardware: TrainHardware) -> 
         if not finding.ok:
             failed.append(finding)
 
-    prepared = check(recipe, precision, hardware, show)
+    prepared = check_recipe(recipe, precision, hardware, show)
     if prepared is None:
         raise UserError(f"{failed[0].check}: {failed[0].seen}; nothing was trained")
     return prepared
 
 
-def check(
+def check_recipe(
     recipe: Recipe, precision: Precision, hardware: TrainHardware, on_finding: Callable[[Finding], None]
 ) -> Prepared | None:
     """Run every check and report each finding as it is made. Returns None if a check failed.
@@ -70,7 +70,7 @@ def check(
     # On import, bitsandbytes warns that a hub kernel is missing. We use none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     checks = Checklist(on_finding)
-    checks.run("name", check_name, recipe)
+    checks.run("name", check_run_name, recipe)
     checks.run("system", check_system, recipe)
     checks.run("optimizer", check_optimizer, recipe, precision)
     for downgrade in precision.downgrades:
@@ -104,7 +104,7 @@ def check(
     return Prepared(base, tokenizer, *prepared_data)
 
 
-def check_name(recipe: Recipe) -> str:
+def check_run_name(recipe: Recipe) -> str:
     names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
     for name in names:
         store.check_name(name)

@@ -32,7 +32,7 @@ SAMPLE_TOKENS = 64
 PRINT_EVERY_S = 10.0
 
 
-class Progress(TrainerCallback):
+class TrainingProgress(TrainerCallback):
     """Writes what the trainer logs to files, and prints progress.
 
     prompts: {question: rendered prompt} to answer at each evaluation.

@@ -23,7 +23,7 @@ from counsel.fingerprint import fingerprint
 from counsel.run import Run, how_to_go_on, provenance
 from train.card import card_text
 from train.data import evenly_spaced
-from train.hardware import Precision, TrainHardware, choose_precision, detect
+from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
 from train.lora import lora_config
 from train.preflight import Prepared, preflight
 from train.prompts import examples, rendered_prompts
@@ -37,7 +37,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     started = time.monotonic()
     store.check_name(recipe.name)
-    hardware = detect()
+    hardware = detect_training_hardware()
     precision = choose_precision(recipe, hardware)
     # A launcher's config file must not overrule the precision chosen for this machine.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if precision.dtype == "bfloat16" else "no"
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return {}
-        return finish(recipe, precision, base, run, trainer, progress, time.monotonic() - started)
+        return finish_run(recipe, precision, base, run, trainer, progress, time.monotonic() - started)
 
 
 def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes: Any) -> None:
@@ -100,7 +100,7 @@ def build(
     from datasets.utils.logging import disable_progress_bar
 
     from train.cpu.loss import keep_freed_memory
-    from train.progress import Progress
+    from train.progress import TrainingProgress
     from train.trainer import AnswerTrainer
 
     disable_progress_bar()
@@ -119,7 +119,7 @@ def build(
     val_rows = evenly_spaced(run.split("val"), recipe.max_val_rows)
     questions = list(dict.fromkeys(row["question"] for row in val_rows))
     prompts = rendered_prompts(tokenizer, evenly_spaced(questions, recipe.samples), recipe.system)
-    progress = Progress(run, tokenizer, prompts)
+    progress = TrainingProgress(run, tokenizer, prompts)
     callbacks: list[Any] = [progress]
     if recipe.patience and val_rows:
         callbacks.append(transformers.EarlyStoppingCallback(recipe.patience))
@@ -243,7 +243,7 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
     )
 
 
-def finish(
+def finish_run(
     recipe: Recipe, precision: Precision, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
 ) -> dict[str, Any]:
     """Save the adapter, check it, publish it, draw the curve, write the summary."""

@@ -96,9 +96,9 @@ def _read(content: bytes, name: str) -> _Content:
         raise UserError(f"{name!r} must end in {', '.join(SUFFIXES)}")
     text, encoding = decode(content, name)
     if suffix in _JSON or (suffix == ".txt" and text.lstrip().startswith(("{", "["))):
-        objects, shape = documents.read(text, name)
+        objects, shape = documents.read_documents(text, name)
         return _Content(objects, f"{shape}, {encoding}", list(dict.fromkeys(key for row in objects for key in row)))
-    header, rows, described = delimited.read(text, name)
+    header, rows, described = delimited.read_table(text, name)
     cells = [dict(zip(header, [*row, *[None] * (len(header) - len(row))], strict=True)) for row in rows]
     return _Content(cells, f"a table, {described}, {encoding}", header)
 

@@ -43,7 +43,7 @@ def section(title: str, *contents: "Markup | Cells", note: str = "", folded: boo
     return result
 
 
-def answers(title: str, examples: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> "Markup":
+def answer_columns(title: str, examples: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> "Markup":
     """A section of questions, each with (name, answer) pairs side by side."""
     parts: Any = _environment().get_template("parts.html").module
     result: Markup = parts.section(title, [parts.answers(examples)])

@@ -36,7 +36,7 @@ from eval.config import JudgeConfig
 from eval.finish import write_reports
 from eval.folders import finished, read_summary
 from eval.judge.agreement import read_labels
-from eval.judge.findings import findings, unmatched, warnings
+from eval.judge.findings import findings, judge_warnings, unmatched
 from eval.judge.items import Item, answers, not_judged, plan_items
 from eval.judge.rubric import prompts_sha256
 from eval.questions import choose_questions
@@ -75,7 +75,7 @@ def judge(config: JudgeConfig) -> Result:
     document["labels_unmatched"] = unmatched(labels, texts)
     document["counts"]["not_judged"] = {arm: not_judged(scores, arm) for arm in arms}
     failure = next((row["error"] for row in replies if row["error"] is not None), None)
-    document["warnings"] = warnings(document, failure)
+    document["warnings"] = judge_warnings(document, failure)
     write_json(folder / "judge.json", document)
     write_reports(folder, summary, questions, scores)
     print(judged_terminal(document))

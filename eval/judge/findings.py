@@ -216,7 +216,7 @@ def rate(values: Mapping[str, Sequence[float]], seed: int, pooled: bool = True) 
     return share._asdict()
 
 
-def warnings(document: Mapping[str, Any], failure: str | None) -> list[str]:
+def judge_warnings(document: Mapping[str, Any], failure: str | None) -> list[str]:
     """What a reader must know before believing this judge; `failure` is one failed request's error."""
     lines, counts, preferred = [], document["counts"], document["preference"]
     judge, validated = document["judge"], [name for name, each in document["agreement"].items() if each["validated"]]

@@ -35,7 +35,7 @@ class Adapter(ctypes.Structure):
     ]
 
 
-class Layer(ctypes.Structure):
+class KernelLayer(ctypes.Structure):
     """The shape of one linear layer, and the address of its table of adapters; the same fields as in lora.cpp."""
 
     _fields_ = [
@@ -46,7 +46,7 @@ class Layer(ctypes.Structure):
     ]
 
 
-class Groups(ctypes.Structure):
+class KernelGroups(ctypes.Structure):
     """The addresses of the lists of each adapter's rows; the same fields as in lora.cpp."""
 
     _fields_ = [

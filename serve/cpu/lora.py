@@ -37,7 +37,7 @@ class Groups:
         self.starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
         self.present = frozenset(slots.tolist())
         pointers = (self.slots.data_ptr(), self.starts.data_ptr(), self.rows.data_ptr())
-        self.for_kernel = kernel.Groups(len(slots), *pointers)
+        self.for_kernel = kernel.KernelGroups(len(slots), *pointers)
         self.address = ctypes.addressof(self.for_kernel)
 
     def __iter__(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -70,7 +70,7 @@ class Layer:
         self.in_slots: dict[int, PackedAdapter] = {}
         self.packed = weakref.WeakKeyDictionary[Any, PackedAdapter]()
         self.table = (kernel.Adapter * a_stacked[0].shape[0])()
-        self.for_kernel = kernel.Layer(
+        self.for_kernel = kernel.KernelLayer(
             a_stacked[0].shape[-1], len(n_out), (ctypes.c_int64 * MAX_SLICES)(*n_out), ctypes.addressof(self.table)
         )
         self.address = ctypes.addressof(self.for_kernel)
