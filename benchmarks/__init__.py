@@ -1,1 +1,1 @@
-"""Every benchmark and soak: run from a checkout, each ends in one line of JSON."""
+"""Every benchmark and soak: run them from a checkout (see README.md). The last line of each is one JSON object."""

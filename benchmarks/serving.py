@@ -1,16 +1,22 @@
-"""Stock vLLM, the tuned launch with stock LoRA, and ours, on this machine: `make bench-serve`.
+"""Our server beside stock vLLM, and beside our launch with stock LoRA, on this machine: `make bench-serve`.
 
     python -m benchmarks.serving --quick
 
-Four servers of one base and 16 random adapters: `stock` (vLLM as it starts), `tuned` (our launch, vLLM's LoRA),
-`no_lora` (our launch, LoRA off, so that vLLM compiles) and `ours`; and llama.cpp's, where it is installed. `ours` and
-`stock` are started twice, in turn and timed: our first start compiles when this machine never served the model like
-that. While one server is measured the others are stopped (SIGSTOP), so each has the machine. Rounds go through the arms
-in turn, forth and back; a ratio is the median of the rounds' own ratios. Each measurement asks all its requests at
-once, and again when all have ended, until 3 seconds have passed. Nothing is streamed, every answer has its full length,
-and no prompt repeats; those of chats open with the same system prompt.
+Four servers have the same base and 16 random adapters, and llama.cpp's is the fifth where it is installed:
 
-Writes <out>/bench.json (every measurement: arm, cell, round, tokens_s), bench.png, and each server's log.
+stock      vLLM with its default settings
+tuned      our launch with vLLM's own LoRA
+no_lora    our launch without LoRA, so that vLLM compiles
+ours       our launch and our LoRA
+
+`ours` and `stock` are started twice, alternately, and each start is timed. Our first start compiles if this machine has
+never served the model with these settings. While one server is measured the others are stopped (SIGSTOP), so it has the
+machine to itself. Rounds visit the servers in alternating order; a ratio is the median of the ratios per round. A
+measurement sends all its requests at once, and sends them again when all have ended, until 3 seconds have passed.
+Nothing is streamed, every answer has its full length, and no prompt repeats; chats begin with the same system prompt.
+
+Writes <out>/bench.json (every measurement: arm, which is the server, cell, round, tokens_s), bench.png, and each
+server's log.
 """
 
 import asyncio
@@ -28,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from benchmarks import llama_cpp as bench_llama_cpp
+from benchmarks import llama_cpp
 from counsel.catalog import Base, resolve, weight_files
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import Command, Result, main, option
@@ -51,18 +57,18 @@ WORDS = ("lonely", "since", "we", "moved", "work", "is", "hard", "what", "can", 
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """What is measured, and how often."""
+class BenchServing:
+    """What to measure, and how often."""
 
     model: str = option("smollm2-135m", "base model")
-    quick: bool = option(False, "one rank, the cells the targets need, under 10 minutes")
-    rounds: int = option(5, "times each cell of the fast arms is measured (--quick: 3)")
-    ranks: tuple[int, ...] = option((8, 16, 64), "adapter ranks (--quick: 16)")
+    quick: bool = option(False, "one rank and only the cells that the targets need: under 10 minutes")
+    rounds: int = option(5, "measurements of each cell on the fast servers (--quick: 3)")
+    ranks: tuple[int, ...] = option((8, 16, 64), "ranks of the adapters (--quick: 16)")
     out: str = option("runs/bench-serve", "folder for the results")
 
 
-class Load(NamedTuple):
-    """How long a request and its answer are, and what its prompt opens with."""
+class LoadShape(NamedTuple):
+    """How long a request and its answer are, and how its prompt begins."""
 
     prompt_words: int
     new_tokens: int
@@ -70,16 +76,16 @@ class Load(NamedTuple):
 
 
 LOADS = {
-    "decode": Load(16, 32),
-    # Half of the questions on CounselChat have 46 words or more; every recipe opens with the system prompt.
-    "chat": Load(46, 48, opening=f"{SYSTEM_PROMPT} "),
-    "prefill": Load(300, 4),
-    "warm-up": Load(16, 2),
+    "decode": LoadShape(16, 32),
+    # Half of the questions on CounselChat have 46 words or more. Every recipe begins with the system prompt.
+    "chat": LoadShape(46, 48, opening=f"{SYSTEM_PROMPT} "),
+    "prefill": LoadShape(300, 4),
+    "warm-up": LoadShape(16, 2),
 }
 
 
 class Cell(NamedTuple):
-    """How many adapters share a load with the base (0: base only, -1: one adapter and no base), and what load."""
+    """A load, and how many adapters share it with the base (0: the base alone, -1: one adapter without the base)."""
 
     adapters: int
     concurrency: int
@@ -87,11 +93,11 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        who = {0: "base", -1: "adapter"}.get(self.adapters, f"mixed{self.adapters}")
-        return f"{who}_c{self.concurrency}" + ("" if self.load == "decode" else f"_{self.load}")
+        models = {0: "base", -1: "adapter"}.get(self.adapters, f"mixed{self.adapters}")
+        return f"{models}_c{self.concurrency}" + ("" if self.load == "decode" else f"_{self.load}")
 
     def models(self, base: str) -> list[str]:
-        """The model each of the cell's requests asks for."""
+        """The model of each request of the cell."""
         if self.adapters == 0:
             return [base] * self.concurrency
         if self.adapters == -1:
@@ -100,7 +106,7 @@ class Cell(NamedTuple):
         return list(itertools.islice(itertools.cycle(names), self.concurrency))
 
 
-# What its adapters change: every linear layer of a Llama.
+# The layers that the adapters change: every linear layer of a Llama.
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = (Cell(0, 1), Cell(-1, 1), Cell(0, 32), Cell(4, 32), Cell(16, 32))
 CHATS = (Cell(0, 32, "chat"), Cell(4, 32, "chat"))
@@ -117,7 +123,7 @@ FULL = (
 )
 
 
-class Arm:
+class BenchServer:
     """One server under test, in its own process group."""
 
     def __init__(self, name: str, argv: list[str], env: dict[str, str], log: Path) -> None:
@@ -141,15 +147,15 @@ class Arm:
         print(f"{name}: ready after {self.ready_s:.1f} s", file=sys.stderr)
 
     def record(self, ready_s: dict[str, list[float]]) -> Self:
-        """Note under the arm's name how long its start took."""
+        """Add the time of this start to `ready_s`, under the server's name; return the server."""
         ready_s.setdefault(self.name, []).append(self.ready_s)
         return self
 
-    def extra(self, model: str) -> dict[str, Any]:
-        """Beyond OpenAI's fields: every answer has its full length, and llama.cpp knows adapters by number."""
+    def extra_body(self, model: str) -> dict[str, Any]:
+        """Fields that OpenAI's API lacks: ignore_eos, for answers of full length, and llama.cpp's adapter number."""
         if self.name != LLAMA_CPP:
             return {"ignore_eos": True}
-        # The base is asked for in so many words: by default all adapters were seen to be computed.
+        # Scale 0 selects the base. Without this field llama.cpp was seen to compute all adapters.
         chosen = (ADAPTERS.index(model), 1.0) if model in ADAPTERS else (0, 0.0)
         return {"ignore_eos": True, "lora": [{"id": chosen[0], "scale": chosen[1]}]}
 
@@ -165,8 +171,8 @@ class Arm:
         self.process.wait()
 
 
-def bench(config: BenchConfig) -> Result:
-    """Measure every cell on every arm; print a table; the last line holds the ratios the targets are about."""
+def bench_serving(config: BenchServing) -> Result:
+    """Measure every cell on every server and print a table; the last line has the ratios that the targets name."""
     base, out = resolve(config.model), Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     ranks, rounds = ((16,), 3) if config.quick else (config.ranks, config.rounds)
@@ -174,21 +180,21 @@ def bench(config: BenchConfig) -> Result:
     ready: dict[str, list[float]] = {}
     for rank in ranks:
         folders = random_adapters(base, out / "adapters", rank)
-        arms: list[Arm] = []
+        servers: list[BenchServer] = []
         try:
             planned = launches(base, folders, rank)
-            peer = bench_llama_cpp.server_argv(base, folders, len(detect().cpus), out)
-            if peer:
-                planned[LLAMA_CPP] = peer, {}
+            llama_cpp_argv = llama_cpp.server_argv(base, folders, len(detect().cpus), out)
+            if llama_cpp_argv:
+                planned[LLAMA_CPP] = llama_cpp_argv, {}
             for name in ("ours", "stock"):
-                Arm(name, *planned[name], out / f"{name}-r{rank}-first.log").record(ready).kill()
+                BenchServer(name, *planned[name], out / f"{name}-r{rank}-first.log").record(ready).kill()
             for name, (argv, env) in planned.items():
-                arms.append(Arm(name, argv, env, out / f"{name}-r{rank}.log").record(ready))
-                arms[-1].pause()
-            rows += _measure(arms, base.name, QUICK if config.quick else FULL, rank, rounds)
+                servers.append(BenchServer(name, argv, env, out / f"{name}-r{rank}.log").record(ready))
+                servers[-1].pause()
+            rows += _measure(servers, base.name, QUICK if config.quick else FULL, rank, rounds)
         finally:
-            for arm in arms:
-                arm.kill()
+            for server in servers:
+                server.kill()
     summary = ratios(rows, ready)
     report = {"config": vars(config), "ready_s": ready, "summary": summary, "rows": rows, **provenance()}
     write_json(out / "bench.json", report)
@@ -198,7 +204,7 @@ def bench(config: BenchConfig) -> Result:
 
 
 def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Each arm's command line and environment. All have the same context and key-value memory, to fit side by side."""
+    """Each server's command line and environment. All have the same context and KV cache, so that they fit together."""
     entry = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
     named = [f"{name}={folder}" for name, folder in zip(ADAPTERS, adapters, strict=True)]
     lora = ["--enable-lora", "--max-loras", str(len(adapters)), "--max-cpu-loras", str(len(adapters)),
@@ -206,43 +212,46 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
     same = ["--model", str(base.path), "--served-model-name", base.name, "--max-model-len", "2048",
             "--kv-cache-memory-bytes", str(1 << 30)]  # fmt: skip
     config = ServeConfig(max_loras=len(adapters), max_cpu_loras=len(adapters), max_lora_rank=rank, max_model_len=2048)
-    made = plan(config, base, detect(), (rank,), targets(base.path))
-    tuned = [*list(made.argv[3:]), *same]
+    ours = plan(config, base, detect(), (rank,), targets(base.path))
+    tuned = [*list(ours.argv[3:]), *same]
     without = [*same, *("--block-size", "32"), *("--max-num-seqs", "64"), *("--max-num-batched-tokens", "512")]
     stock_plugins = {"VLLM_PLUGINS": ""}
     return {
-        "ours": ([*entry, *tuned, *lora], {**made.env, "VLLM_PLUGINS": "counsel_platform,counsel_cpu_ops"}),
+        "ours": ([*entry, *tuned, *lora], {**ours.env, "VLLM_PLUGINS": "counsel_platform,counsel_cpu_ops"}),
         "stock": ([*entry, *same, *lora], stock_plugins),
-        "tuned": ([*entry, *tuned, *lora], {**made.env, **stock_plugins}),
-        "no_lora": ([*entry, *without], {**made.env, **stock_plugins}),
+        "tuned": ([*entry, *tuned, *lora], {**ours.env, **stock_plugins}),
+        "no_lora": ([*entry, *without], {**ours.env, **stock_plugins}),
     }
 
 
-def _measure(arms: list[Arm], base: str, cells: tuple[Cell, ...], rank: int, rounds: int) -> list[dict[str, Any]]:
+def _measure(
+    servers: list[BenchServer], base: str, cells: tuple[Cell, ...], rank: int, rounds: int
+) -> list[dict[str, Any]]:
     rows = []
     for turn in range(rounds + 1):
-        for cell, arm in itertools.product(cells, arms if turn % 2 else arms[::-1]):
-            # vLLM's own LoRA is slow: beyond the cells the targets are about, one round of it is what time allows.
-            once = arm.name == "tuned" or (arm.name == "stock" and cell not in TARGETS)
-            if (arm.name == "no_lora" and cell.adapters) or (once and turn > 1):
+        for cell, server in itertools.product(cells, servers if turn % 2 else servers[::-1]):
+            name = server.name
+            # vLLM's own LoRA is slow: there is time for only one round of it, except for the targets' cells.
+            once = name == "tuned" or (name == "stock" and cell not in TARGETS)
+            if (name == "no_lora" and cell.adapters) or (once and turn > 1):
                 continue
-            if turn == 0 and arm.name in ("stock", "tuned"):
+            if turn == 0 and name in ("stock", "tuned"):
                 cell = cell._replace(load="warm-up")
-            arm.resume()
-            tokens_s = asyncio.run(_tokens_per_s(arm, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
-            arm.pause()
+            server.resume()
+            tokens_s = asyncio.run(_tokens_per_s(server, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
+            server.pause()
             if turn:
-                rows.append({"arm": arm.name, "rank": rank, "cell": cell.name, "round": turn, "tokens_s": tokens_s})
-                print(f"r{rank} round {turn} {cell.name:<16} {arm.name:<8} {tokens_s:7.1f} tok/s", file=sys.stderr)
+                rows.append({"arm": name, "rank": rank, "cell": cell.name, "round": turn, "tokens_s": tokens_s})
+                print(f"r{rank} round {turn} {cell.name:<16} {name:<8} {tokens_s:7.1f} tok/s", file=sys.stderr)
     return rows
 
 
-async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
-    """New tokens per second over the whole load; of the prefill load, prompt tokens."""
-    # Neither another round nor another cell may leave the prompt, but for its opening, in a prefix cache.
+async def _tokens_per_s(server: BenchServer, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
+    """New tokens per second over the whole load; for the prefill load, prompt tokens."""
+    # Prompts differ between rounds and cells, so that a prefix cache holds only their opening.
     words, load = random.Random(f"{cell.name} {seed}"), LOADS[cell.load]
     counted, started_s = 0, time.perf_counter()
-    async with make_async_client(f"{arm.url}/v1", "none") as client:
+    async with make_async_client(f"{server.url}/v1", "none") as client:
         while not counted or time.perf_counter() - started_s < at_least_s:
             replies = await asyncio.gather(
                 *(
@@ -251,7 +260,7 @@ async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: 
                         prompt=load.opening + " ".join(words.choices(WORDS, k=load.prompt_words)),
                         max_tokens=load.new_tokens,
                         temperature=0,
-                        extra_body=arm.extra(model),
+                        extra_body=server.extra_body(model),
                     )
                     for model in cell.models(base)
                 )
@@ -262,12 +271,12 @@ async def _tokens_per_s(arm: Arm, cell: Cell, base: str, seed: int, at_least_s: 
 
 
 def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[str, float | None]:
-    """The figures the targets are about, at rank 16 (or the only rank), each a median over rounds."""
+    """The figures that the targets name, at rank 16 (or at the first rank measured), each a median over rounds."""
     rank = 16 if any(row["rank"] == 16 for row in rows) else rows[0]["rank"]
 
-    def by_round(arm: str, cell: str) -> dict[int, float]:
-        found = [row for row in rows if (row["arm"], row["cell"], row["rank"]) == (arm, cell, rank)]
-        return {row["round"]: row["tokens_s"] for row in found}
+    def by_round(server: str, cell: str) -> dict[int, float]:
+        matching = [row for row in rows if (row["arm"], row["cell"], row["rank"]) == (server, cell, rank)]
+        return {row["round"]: row["tokens_s"] for row in matching}
 
     def ratio(over: tuple[str, str], under: tuple[str, str]) -> float | None:
         top, bottom = by_round(*over), by_round(*under)
@@ -291,7 +300,8 @@ def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[
     }
 
 
-def _medians(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str], list[float]]:
+def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str], list[float]]:
+    """Tokens per second of each round, by rank, cell and server."""
     grouped: dict[tuple[int, str, str], list[float]] = {}
     for row in rows:
         grouped.setdefault((row["rank"], row["cell"], row["arm"]), []).append(row["tokens_s"])
@@ -299,10 +309,10 @@ def _medians(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str], list[floa
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rank':>4}  {'cell':<20}{'arm':<9}{'tok/s':>8}  (lowest to highest, n)")
-    for (rank, cell, arm), values in _medians(rows).items():
+    print(f"{'rank':>4}  {'cell':<20}{'server':<10}{'tok/s':>8}  (lowest to highest, n)")
+    for (rank, cell, server), values in _grouped(rows).items():
         spread = f"({min(values):.0f} to {max(values):.0f}, n={len(values)})"
-        print(f"{rank:>4}  {cell:<20}{arm:<9}{statistics.median(values):8.1f}  {spread}")
+        print(f"{rank:>4}  {cell:<20}{server:<10}{statistics.median(values):8.1f}  {spread}")
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -312,15 +322,15 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rank = rows[0]["rank"]
-    grouped = {key[1:]: values for key, values in _medians(rows).items() if key[0] == rank}
+    grouped = {key[1:]: values for key, values in _grouped(rows).items() if key[0] == rank}
     cells = list(dict.fromkeys(cell for cell, _ in grouped))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    servers = list(dict.fromkeys(row["arm"] for row in rows))
     figure, axes = plt.subplots(figsize=(max(7, len(cells)), 4))
-    width = 0.8 / len(arms)
-    for i, arm in enumerate(arms):
-        shown = [(at, grouped[cell, arm]) for at, cell in enumerate(cells) if (cell, arm) in grouped]
-        places = [at + width * (i - (len(arms) - 1) / 2) for at, _ in shown]
-        axes.bar(places, [statistics.median(values) for _, values in shown], width, label=arm)
+    width = 0.8 / len(servers)
+    for i, server in enumerate(servers):
+        shown = [(at, grouped[cell, server]) for at, cell in enumerate(cells) if (cell, server) in grouped]
+        positions = [at + width * (i - (len(servers) - 1) / 2) for at, _ in shown]
+        axes.bar(positions, [statistics.median(values) for _, values in shown], width, label=server)
     axes.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
     axes.set_ylabel("tokens per second")
     axes.set_title(f"adapters of rank {rank}")
@@ -330,12 +340,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def random_adapters(base: Base, folder: Path, rank: int) -> list[Path]:
-    """One for each name of ADAPTERS, made in `folder`."""
+    """Make one adapter for each name in ADAPTERS, in `folder`; return their folders."""
     return [_random_adapter(base, folder / f"r{rank}-{i}", rank, seed=i) for i in range(len(ADAPTERS))]
 
 
 def _random_adapter(base: Base, folder: Path, rank: int, seed: int) -> Path:
-    """A LoRA over every linear layer of `base`, small and random: its text is noise, its cost real."""
+    """A small random LoRA on every linear layer of `base`: its answers are noise, its cost is real."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -351,11 +361,16 @@ def _random_adapter(base: Base, folder: Path, rank: int, seed: int) -> Path:
                     weights[f"{stem}.lora_A.weight"] = torch.randn(rank, n_in, generator=generator) * n_in**-0.5
                     weights[f"{stem}.lora_B.weight"] = torch.randn(n_out, rank, generator=generator) * 0.01
     save_file(weights, folder / "adapter_model.safetensors")
-    described = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGET_MODULES),
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGET_MODULES),
                  "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.hub_id}  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
 if __name__ == "__main__":
-    sys.exit(main("benchmarks.serving", {"": Command(BenchConfig, bench, "measure LoRA serving on this machine")}))
+    sys.exit(
+        main(
+            "benchmarks.serving",
+            {"": Command(BenchServing, bench_serving, "measure LoRA serving beside stock vLLM, on this machine")},
+        )
+    )

@@ -1,32 +1,38 @@
-"""Soak: 64 adapters through 4 slots under 16 streams, while adapters come, change and go and a worker is killed once.
+"""Soak: 64 adapters share 4 slots under 16 streams, while adapters are published, replaced and removed, and the worker
+is killed once.
 
     make soak-serve                                   (three minutes of load; about eight in all)
-    python -m benchmarks.soak --seconds 60           (a short look)
+    python -m benchmarks.soak --seconds 60           (a shorter run)
 
-Every answer is held against PEFT's greedy tokens for the exact version that the reply names. The last line of stdout is
-one JSON object:
+Every answer is compared with PEFT's greedy tokens for the exact version that the reply names. The last line of stdout
+is one JSON object:
 
 requests                      answered in full
-wrong_answers                 of those, not PEFT's for the version that answered, or of a name that was not asked for
-near_ties                     not PEFT's, but first different by a token that lost with PEFT by under 0.001 logits
-                              (a server in bfloat16: 0.5)
-errors                        by kind: ended with an HTTP error or a broken connection (the kill, names just removed)
-lost                          ended without an answer and without an error
-restarts                      of the engine, after the kill
-rss_growth_mb                 memory of all server processes under load: end, minus half-way from the restart to the end
-publish_to_first_token_p50_s  from before publish to the first token of an answer, n loads
-first_token_p50_s             the streams' own requests, whose adapters were there all along and wait for a slot as well
-publish_unserved              publishes without an answer within 10 s, those cut short by the kill left out
-gap_ratio_during_load         longest gap between chunks of a stream that overlaps such a load, over the p99 of all;
-                              taken where the server hands them out, since this client is itself held up by its work
-gap_ratio_of_a_load_p50       the same for each load by itself; the median
-gap_ratio_otherwise           longest gap that overlaps no load, over the same p99
-gateway_throughput_ratio      tokens/s through our middleware over past it, on one engine of --gate-model: median of the
-                              rounds' own ratios; gateway_throughput_ci95: what the median lies in, by order statistics
-gateway_cpu_share             processor time that the middleware adds to the API process per token, over that of the
-                              whole server: what it can cost at most where the cores are the limit
-gateway_p50_ms                what the middleware adds to the latency of one short request at a time: median over pairs,
-                              gateway_p50_ci95_ms: what that lies in
+wrong_answers                 of those, answers that differ from PEFT's, or came from a model that was not asked
+near_ties                     answers whose first different token lost with PEFT by less than 0.001 logits (0.5 on a
+                              server in bfloat16); not counted as wrong
+errors                        requests that ended in an HTTP error or a broken connection (by the kill, or for a name
+                              just removed), by kind
+lost                          requests that ended without an answer and without an error
+restarts                      restarts of the engine, after the kill
+rss_growth_mb                 memory of all server processes at the end of the load, minus that half-way between the
+                              restart and the end
+publish_to_first_token_p50_s  from just before publish to the first token of an answer; publish_to_first_token_n: how
+                              many such loads
+first_token_p50_s             time to first token of the streams' requests, whose adapters also wait for a slot
+publish_unserved              publishes without an answer within 10 s, except those that the kill interrupted
+gap_p99_s                     p99 of the gaps between chunks of a stream, taken in the server, because this client's own
+                              work delays it
+gap_ratio_during_load         longest gap that overlaps such a load, over that p99
+gap_ratio_of_a_load_p50       the same for each load; the median
+gap_ratio_otherwise           longest gap that overlaps no load, over that p99
+gateway_throughput_ratio      tokens/s through the gateway over tokens/s around it, on one engine of --gateway-model:
+                              median of the ratios per round, of which there are gateway_rounds;
+                              gateway_throughput_ci95: its confidence interval; gateway_throughput_range
+gateway_cpu_share             processor time per token that the gateway adds to the API process, over the whole
+                              server's: the most it can cost where the cores are the limit
+gateway_p50_ms                latency that the gateway adds to one short request at a time: median over
+                              gateway_latency_n pairs; gateway_p50_ci95_ms: its confidence interval
 """
 
 import asyncio
@@ -45,8 +51,8 @@ from typing import Any
 
 import openai
 
-from benchmarks.gateway_overhead import PAST_IT, gate_cost, model_process, processes_of
-from benchmarks.soak_store import EXACTLY, N_TOKENS, PROMPTS, ROUNDED, Shop, ask
+from benchmarks.gateway_overhead import BYPASS, gateway_cost, model_process, processes_of
+from benchmarks.soak_store import EXACTLY, N_TOKENS, PROMPTS, ROUNDED, SoakStore, messages
 from counsel import store as adapter_store
 from counsel.cli import Command, Result, main, option
 from counsel.client import make_async_client
@@ -58,26 +64,28 @@ from serve.server import Server
 from serve.supervise import supervise
 from tests.conftest import tiny_config
 
-GATE = f"{Gateway.__module__}.{Gateway.__name__}"
+GATEWAY = f"{Gateway.__module__}.{Gateway.__name__}"
 GAPS = "COUNSEL_SOAK_GAPS"
 EXACT = {"ignore_eos": True, "return_token_ids": True}
 
 
 @dataclass(frozen=True)
 class Soak:
-    model: str = option("tiny", "base model; `tiny` is a random Gemma-2, made for the purpose")
-    bfloat16: bool = option(False, "serve in bfloat16, as most models are; PEFT, and else the server, in float32")
-    seconds: float = option(180.0, "seconds of load, half of it after the kill (the restart itself is not counted)")
+    """What to serve, and how much load to put on it."""
+
+    model: str = option("tiny", "base model; `tiny` is a random Gemma-2 made for this run")
+    bfloat16: bool = option(False, "serve in bfloat16, as most models are, instead of float32 (PEFT stays in float32)")
+    seconds: float = option(180.0, "seconds of load, half of them after the kill, without the restart itself")
     adapters: int = option(64, "adapters published at the start")
-    streams: int = option(16, "streams at a time")
-    gate_model: str = option("smollm2-135m", "base on which requests go through the middleware and past it")
-    rounds: int = option(60, "interleaved rounds through the middleware and past it")
-    round_s: float = option(1.0, "seconds of each half of such a round, and what its last answers take")
+    streams: int = option(16, "concurrent streams")
+    gateway_model: str = option("smollm2-135m", "base on which the cost of the gateway is measured")
+    rounds: int = option(60, "rounds through the gateway and around it")
+    round_s: float = option(1.0, "seconds of each half of such a round; answers in progress then finish")
 
 
 @dataclass
 class Tally:
-    """What the streams saw; times are seconds of the monotonic clock."""
+    """What the streams and the churn count. Times are seconds of the monotonic clock."""
 
     requests: int = 0
     wrong_answers: int = 0
@@ -88,20 +96,20 @@ class Tally:
     loads: list[tuple[float, float]] = field(default_factory=list)
     first_tokens_s: list[float] = field(default_factory=list)
 
-    def error(self, error: Exception) -> None:
+    def count_error(self, error: Exception) -> None:
         name = type(error).__name__
         self.errors[name] = self.errors.get(name, 0) + 1
 
 
-class Probe(Gateway):
-    """Our middleware, with a way past it and a note of every gap between the chunks that leave it."""
+class ProbedGateway(Gateway):
+    """The gateway with a bypass, which also writes down every gap between the chunks that it sends."""
 
     def __init__(self, app: App) -> None:
         super().__init__(app)
         self.gaps = os.open(os.environ[GAPS], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and PAST_IT in scope["headers"]:
+        if scope["type"] == "http" and BYPASS in scope["headers"]:
             await self.app(scope, receive, send)
         else:
             await super().__call__(scope, receive, self._timed(send))
@@ -121,8 +129,8 @@ class Probe(Gateway):
         return timed
 
 
-class Probed(Server):
-    """A server with that middleware in the place of ours."""
+class ProbedServer(Server):
+    """A server with ProbedGateway in place of the gateway."""
 
     @property
     def gaps(self) -> Path:
@@ -130,52 +138,54 @@ class Probed(Server):
 
     def command(self) -> tuple[str, ...]:
         os.environ[GAPS] = str(self.gaps.resolve())
-        # By its full name: here this module may be __main__.
-        return tuple("benchmarks.soak.Probe" if word == GATE else word for word in super().command())
+        # A literal name, because this module may be __main__.
+        return tuple("benchmarks.soak.ProbedGateway" if word == GATEWAY else word for word in super().command())
 
 
 def run(options: Soak) -> Result:
-    """Run the soak; the exit status is 1 when an answer was wrong or lost."""
+    """Run the soak; the exit status is 1 if an answer was wrong or lost."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        say(f"making {options.adapters} adapters, and asking PEFT what each answers")
-        shop = Shop(folder, options.model, options.adapters, ROUNDED if options.bfloat16 else EXACTLY)
-        chosen = {"max_loras": 4, "max_cpu_loras": 32, "restarts": 3, "compile": options.model != "tiny"}
-        config = tiny_config(folder, shop.base.path, dtype=shop.precision.dtype, **chosen)
+        log(f"making {options.adapters} adapters, with PEFT's answers for each")
+        store = SoakStore(folder, options.model, options.adapters, ROUNDED if options.bfloat16 else EXACTLY)
+        settings = {"max_loras": 4, "max_cpu_loras": 32, "restarts": 3, "compile": options.model != "tiny"}
+        config = tiny_config(folder, store.base.path, dtype=store.precision.dtype, **settings)
         figures: dict[str, Any] = {}
-        with Probed(config) as server:
+        with ProbedServer(config) as server:
             stop = threading.Event()
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 keeper = pool.submit(supervise, server, stop)
                 try:
-                    figures |= asyncio.run(soak(server, shop, options))
+                    figures |= asyncio.run(soak(server, store, options))
                 finally:
                     stop.set()
                 keeper.result()
             figures["restarts"] = server.restarts
-        gate = ServeConfig(model=options.gate_model, store=str(folder / "none"), logs=str(folder / "gate"), port=0)
-        with Probed(gate) as server:
-            figures |= asyncio.run(gate_cost(server, _a_long_answer, options.streams, options.rounds, options.round_s))
+        config = ServeConfig(
+            model=options.gateway_model, store=str(folder / "none"), logs=str(folder / "gateway"), port=0
+        )
+        with ProbedServer(config) as server:
+            figures |= asyncio.run(gateway_cost(server, _ask_long, options.streams, options.rounds, options.round_s))
     return Result(figures, exit_status=int(bool(figures["wrong_answers"] or figures["lost"])))
 
 
-async def soak(server: Probed, shop: Shop, options: Soak) -> dict[str, Any]:
-    """Load, churn and one kill; return the figures."""
+async def soak(server: ProbedServer, store: SoakStore, options: Soak) -> dict[str, Any]:
+    """Run streams, churn and one kill; return the figures."""
     tally, over = Tally(), asyncio.Event()
-    streams = [asyncio.create_task(stream(server, shop, tally, over, seed)) for seed in range(options.streams)]
-    churning = asyncio.create_task(churn(server, shop, tally, over))
+    streams = [asyncio.create_task(stream(server, store, tally, over, seed)) for seed in range(options.streams)]
+    churning = asyncio.create_task(churn(server, store, tally, over))
     await asyncio.sleep(options.seconds / 2)
-    say("killing the engine's worker; the streams go on asking")
+    log("killing the engine's worker; the streams keep asking")
     model_process(processes_of(server)).send_signal(signal.SIGKILL)
     async with asyncio.timeout(server.config.start_s):
-        await _back(server)
+        await _restarted(server)
     await asyncio.sleep(options.seconds / 4)
     rss_before = _rss_bytes(server)
     await asyncio.sleep(options.seconds / 4)
     rss_growth = _rss_bytes(server) - rss_before
     over.set()
     await asyncio.gather(*streams, churning)
-    # (when, how long): the last line of a server that was killed may be torn.
+    # (time, length). The last line of a killed server may be incomplete.
     lines = [line.split() for line in server.gaps.read_text().splitlines()]
     gaps = [(float(line[0]), float(line[1])) for line in lines if len(line) == 2]
     p99_gap_s = _quantile([gap for _, gap in gaps], 0.99)
@@ -203,7 +213,8 @@ async def soak(server: Probed, shop: Shop, options: Soak) -> dict[str, Any]:
     }
 
 
-async def _back(server: Server) -> None:
+async def _restarted(server: Server) -> None:
+    """Return once the server has stopped answering and answers again."""
     async with make_async_client(server.base_url) as client:
         was_up = True
         while True:
@@ -217,16 +228,16 @@ async def _back(server: Server) -> None:
             await asyncio.sleep(0.2)
 
 
-async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, seed: int) -> None:
-    """One caller: ask a random live adapter (or the base) again and again, and judge each answer."""
-    chance = random.Random(seed)
+async def stream(server: Server, store: SoakStore, tally: Tally, over: asyncio.Event, seed: int) -> None:
+    """One client: ask a random live adapter (or the base) until the end, and check each answer."""
+    rng = random.Random(seed)
     async with make_async_client(server.base_url, timeout_s=60) as client:
         while not over.is_set():
-            model, prompt = chance.choice([*shop.live, shop.base.name]), chance.choice(PROMPTS)
+            model, prompt = rng.choice([*store.live, store.base.name]), rng.choice(PROMPTS)
             try:
                 answered, ids, finished, first_token_s = await _answer(client, model, prompt)
             except (openai.OpenAIError, OSError) as error:
-                tally.error(error)
+                tally.count_error(error)
                 await asyncio.sleep(0.5)
                 continue
             if not finished:
@@ -234,22 +245,22 @@ async def stream(server: Server, shop: Shop, tally: Tally, over: asyncio.Event, 
                 continue
             tally.requests += 1
             tally.first_tokens_s.append(first_token_s)
-            wanted = shop.expected.get((answered, prompt)) if answered.split("@")[0] == model else None
-            if wanted is not None and ids == wanted.ids:
+            expected = store.expected.get((answered, prompt)) if answered.split("@")[0] == model else None
+            if expected is not None and ids == expected.ids:
                 continue
-            if wanted is not None and wanted.is_near_tie(ids, shop.precision.near_tie):
+            if expected is not None and expected.is_near_tie(ids, store.precision.near_tie):
                 tally.near_ties += 1
                 continue
             tally.wrong_answers += 1
-            say(f"wrong: asked {model}, {answered} said {ids}, PEFT {wanted and wanted.ids}")
+            log(f"wrong: asked {model}, {answered} answered {ids}, PEFT {expected and expected.ids}")
 
 
 async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[str, list[int], bool, float]:
-    """Who answered, the tokens, whether to the end, and seconds to the first token (0.0: none came)."""
+    """Which model answered, the tokens, whether it finished, and seconds to the first token (0.0: none came)."""
     answered, ids, finished, start_s, first_token_s = "", list[int](), False, time.monotonic(), 0.0
     chunks = await client.chat.completions.create(
         model=model,
-        messages=ask(prompt),  # type: ignore[arg-type]
+        messages=messages(prompt),  # type: ignore[arg-type]
         max_completion_tokens=N_TOKENS,
         temperature=0,
         stream=True,
@@ -265,44 +276,44 @@ async def _answer(client: openai.AsyncOpenAI, model: str, prompt: str) -> tuple[
     return answered, ids, finished, first_token_s
 
 
-async def churn(server: Server, shop: Shop, tally: Tally, over: asyncio.Event) -> None:
-    """Every two seconds publish a new name, replace one or remove one; time each new version to its first token."""
-    chance, number = random.Random(99), 0
+async def churn(server: Server, store: SoakStore, tally: Tally, over: asyncio.Event) -> None:
+    """Every two seconds publish a new name, replace one or remove one; time each new version until its first token."""
+    rng, number = random.Random(99), 0
     async with make_async_client(server.base_url, timeout_s=60) as client:
         while not over.is_set():
             await asyncio.sleep(2)
             number += 1
             if number % 3 == 0:
-                shop.remove(chance.choice(shop.live))
+                store.remove(rng.choice(store.live))
                 continue
-            name = f"new{number}" if number % 3 == 1 else chance.choice(shop.live)
+            name = f"new{number}" if number % 3 == 1 else rng.choice(store.live)
             start_s = time.monotonic()
-            await asyncio.to_thread(shop.publish, name)
-            wanted = adapter_store.find(shop.store, name).id
+            await asyncio.to_thread(store.publish, name)
+            version = adapter_store.find(store.store, name).id
             try:
                 async with asyncio.timeout(10):
-                    while await _meaning(client, name) != wanted:
+                    while await _current_version(client, name) != version:
                         await asyncio.sleep(0.02)
                     answered = (await client.completions.create(model=name, prompt="sleep", max_tokens=1)).model
             except TimeoutError:
                 tally.unserved += 1
             except openai.APIError as error:
-                tally.error(error)
+                tally.count_error(error)
             else:
                 tally.loads.append((start_s, time.monotonic()))
-                tally.wrong_answers += answered != wanted
+                tally.wrong_answers += answered != version
 
 
-async def _meaning(client: openai.AsyncOpenAI, name: str) -> str | None:
-    """Which version a name means to the server; None while it knows none."""
+async def _current_version(client: openai.AsyncOpenAI, name: str) -> str | None:
+    """The version that the server serves under a name; None if it does not serve the name."""
     try:
         return (await client.models.retrieve(name)).root  # type: ignore[attr-defined]
     except openai.NotFoundError:
         return None
 
 
-async def _a_long_answer(client: openai.AsyncOpenAI, model: str) -> int:
-    """Ask for one; how many tokens it has."""
+async def _ask_long(client: openai.AsyncOpenAI, model: str) -> int:
+    """Ask for a long answer; return its number of tokens."""
     await _answer(client, model, PROMPTS[0])
     return N_TOKENS
 
@@ -315,7 +326,7 @@ def _quantile(values: list[float], q: float) -> float:
     return sorted(values)[min(len(values) - 1, int(q * len(values)))]
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the soak publishes: random adapters in a store, and what PEFT answers for each exact version."""
+"""What the soak publishes: random adapters in a store, with PEFT's answers for each exact version."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,9 +13,10 @@ PROMPTS = ("i feel lonely since we moved", "work is hard what can help me sleep"
 
 
 class Precision(NamedTuple):
-    """What a server may say otherwise than PEFT in float32, and adapters on which that is seldom much.
+    """How far a server's answers may differ from PEFT's in float32.
 
-    near_tie: logits by which a token may have lost with PEFT and still be chosen. std: of the adapters' weights.
+    near_tie: the server may choose a token that lost with PEFT by less than this many logits. std: standard deviation
+    of the adapters' weights, small enough that such differences are rare.
     """
 
     dtype: str
@@ -24,19 +25,20 @@ class Precision(NamedTuple):
 
 
 EXACTLY = Precision("float32", near_tie=1e-3, std=0.1)
-# On weights as large as above its rounding moves logits by more than 2; here, by up to four of its steps at 16 to 32.
+# With weights of std 0.1, bfloat16's rounding moves logits by more than 2. With these it moves them by at most 0.5,
+# four of its steps between 16 and 32.
 ROUNDED = Precision("bfloat16", near_tie=0.5, std=0.05)
 
 
-class Shop:
-    """The adapters on disk, the store, and what PEFT says for each exact version."""
+class SoakStore:
+    """The adapters on disk, the store they are published into, and PEFT's answers for each exact version."""
 
     def __init__(self, folder: Path, model: str, n: int, precision: Precision) -> None:
         import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        # Tiny products gain nothing from a second thread, and lose much where cores are shared.
+        # A second thread does not speed up such small products, and slows them when the cores are shared.
         torch.set_num_threads(1)
         self.folder, self.store, self.precision = folder, folder / "store", precision
         self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
@@ -45,7 +47,7 @@ class Shop:
         self._n_made = 0
         for prompt, answer in self._answers(None).items():
             self.expected[self.base.name, prompt] = answer
-        # Those published later reuse contents, but never for the same name twice in a row.
+        # Later versions reuse these adapters, but a name never gets the same one twice in a row.
         self.spare = [self.make() for _ in range(n + 8)]
         for number in range(n):
             self.publish(f"adapter{number}")
@@ -57,8 +59,8 @@ class Shop:
         return path, self._answers(path)
 
     def _answers(self, path: Path | None) -> dict[str, Greedy]:
-        asked = [ask(prompt) for prompt in PROMPTS]
-        return dict(zip(PROMPTS, greedy_answers(self.base.path, path, asked, N_TOKENS), strict=True))
+        conversations = [messages(prompt) for prompt in PROMPTS]
+        return dict(zip(PROMPTS, greedy_answers(self.base.path, path, conversations, N_TOKENS), strict=True))
 
     def publish(self, name: str) -> None:
         path, answers = self.spare.pop(0)
@@ -74,5 +76,5 @@ class Shop:
         adapter_store.remove(self.store, name)
 
 
-def ask(prompt: str) -> list[dict[str, str]]:
+def messages(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]

@@ -2,14 +2,15 @@
 
 `make bench-train`, or `python -m benchmarks.training --rows 48`.
 
-Two arms, each in its own process, taken in turn, on the same rows in the same order with the same LoRA and batch:
+Two trainers run alternately, each in its own process, on the same rows in the same order, with the same LoRA config and
+batch size:
 
-  trl   SFTTrainer("folder", SFTConfig()) as it comes: fp32 weights under bf16 autocast, activation checkpointing
+  trl   SFTTrainer("folder", SFTConfig()), TRL's defaults: fp32 weights under bf16 autocast, activation checkpointing
   ours  what `python -m train` does
 
 tokens_per_s counts real tokens (no padding) over the optimizer steps after the first, which warms up. val_loss is
-scored by one and the same function on both trained models. The last line is JSON: speedup_vs_trl (median of the
-ratios of neighbouring runs, with their range), val_loss_ratio, peak memory.
+computed by the same function for both trained models. The last line is JSON: speedup_vs_trl (median of the ratios of
+paired runs, with their range), val_loss_ratio, peak memory.
 """
 
 import dataclasses
@@ -31,38 +32,38 @@ from train.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What to measure."""
+class BenchTraining:
+    """What to train, and how often."""
 
     base: str = option("smollm2-135m", "base model")
     data: str = option("sample", "conversations")
     rows: int = option(48, "training rows, each seen once")
     val_rows: int = option(32, "rows of the validation split scored at the end")
     batch_size: int = option(8, "rows per step")
-    repeats: int = option(3, "runs of each arm")
+    repeats: int = option(3, "runs of each trainer")
     learning_rate: float = option(5e-4, "peak learning rate")
-    arm: str = option("", "run one arm, trl or ours, and print its figures (used by the bench itself)")
+    trainer: str = option("", "run one trainer, trl or ours, and print its figures (the benchmark itself uses this)")
     seed: int = option(42, "seed of the first pair of runs")
 
 
-def bench(config: Bench) -> Result:
-    """Run both arms in turn, or the one arm that is named."""
-    if config.arm:
-        if config.arm not in ("trl", "ours"):
-            raise UserError(f"arm is {config.arm!r}; allowed: trl, ours")
-        return Result(run_arm(config))
-    found: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
+def bench_training(config: BenchTraining) -> Result:
+    """Run both trainers alternately, or only the one that is named."""
+    if config.trainer:
+        if config.trainer not in ("trl", "ours"):
+            raise UserError(f"trainer is {config.trainer!r}; allowed: trl, ours; leave it out to compare both")
+        return Result(run_trainer(config))
+    measured: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
     for repeat in range(config.repeats):
-        # Each arm goes first in turn, so that a machine that slows down favors neither.
-        for arm in ("trl", "ours") if repeat % 2 == 0 else ("ours", "trl"):
-            figures = _in_own_process(dataclasses.replace(config, arm=arm, seed=config.seed + repeat))
-            found[arm].append(figures)
+        # The order alternates, so that a machine that slows down favors neither.
+        for name in ("trl", "ours") if repeat % 2 == 0 else ("ours", "trl"):
+            figures = _in_own_process(dataclasses.replace(config, trainer=name, seed=config.seed + repeat))
+            measured[name].append(figures)
             print(
-                f"{arm:<5} run {repeat + 1}  {figures['tokens_per_s']:7.1f} tok/s  val loss {figures['val_loss']:.4f}  "
-                f"peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB",
+                f"{name:<5} run {repeat + 1}  {figures['tokens_per_s']:7.1f} tok/s  "
+                f"val loss {figures['val_loss']:.4f}  peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB",
                 flush=True,
             )
-    pairs = list(zip(found["ours"], found["trl"], strict=True))
+    pairs = list(zip(measured["ours"], measured["trl"], strict=True))
     speedups = [ours["tokens_per_s"] / trl["tokens_per_s"] for ours, trl in pairs]
     ratios = [ours["val_loss"] / trl["val_loss"] for ours, trl in pairs]
     print(
@@ -76,16 +77,18 @@ def bench(config: Bench) -> Result:
             "val_loss_ratio_range": [round(min(ratios), 5), round(max(ratios), 5)],
             "n": len(pairs),
             "processor": str(processor()),
-            "tokens_per_s": {arm: [run["tokens_per_s"] for run in runs] for arm, runs in found.items()},
-            "peak_memory_bytes": {arm: max(run["peak_memory_bytes"] for run in runs) for arm, runs in found.items()},
+            "tokens_per_s": {name: [run["tokens_per_s"] for run in runs] for name, runs in measured.items()},
+            "peak_memory_bytes": {
+                name: max(run["peak_memory_bytes"] for run in runs) for name, runs in measured.items()
+            },
             "rows": config.rows,
             "base": config.base,
         }
     )
 
 
-def run_arm(config: Bench) -> dict[str, Any]:
-    """Train one arm here and score it."""
+def run_trainer(config: BenchTraining) -> dict[str, Any]:
+    """Train in this process with the trainer that is named, and score the trained model."""
     from transformers import AutoTokenizer, set_seed
 
     from counsel import catalog
@@ -106,28 +109,29 @@ def run_arm(config: Bench) -> dict[str, Any]:
     rows = examples(data.evenly_spaced(splits["train"], config.rows), recipe.system)
     val = examples(data.evenly_spaced(splits["val"], config.val_rows), recipe.system)
     precision = choose_precision(recipe, detect_training_hardware())
+    # The recipe's own LoRA config for both, so that plain TRL trains the same parameters.
     lora = lora_config(recipe)
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        if config.arm == "trl":
+        if config.trainer == "trl":
             trainer = _trl_trainer(recipe, base.path, rows, lora, Path(scratch))
         else:
             trainer = _our_trainer(recipe, precision, base, rows, lora, Path(scratch))
-        clock = _clock_steps(trainer)
+        step_times_s = _time_steps(trainer)
         trainer.train()
     tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     return {
-        # The first step is left out of the time, and its share of the tokens with it.
-        "tokens_per_s": round(tokens * (1 - 1 / len(clock)) / sum(clock[1:]), 1),
+        # Without the first step and its share of the tokens.
+        "tokens_per_s": round(tokens * (1 - 1 / len(step_times_s)) / sum(step_times_s[1:]), 1),
         "peak_memory_bytes": sft.peak_memory("cpu"),
         "val_loss": mean_answer_loss(trainer.model, tokenizer, val, recipe.max_length),
-        "steps": len(clock),
+        "steps": len(step_times_s),
     }
 
 
 def mean_answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_length: int) -> float:
-    """Mean loss per answer token by full logits, one row at a time: the same yardstick for every trained model."""
+    """Mean loss per answer token by full logits, one row at a time: the same measure for every trained model."""
     import torch
 
     total, count = 0.0, 0
@@ -175,7 +179,7 @@ def _our_trainer(
 
     model = sft.load_base(recipe, precision, base)
     if reason := sft.slow_path_reason(recipe, precision, model, lora):
-        raise UserError(f"there is no fast path to measure: {reason}")
+        raise UserError(f"the fast path is off, so there is nothing to measure: {reason}")
     keep_freed_memory()
     arguments = sft.trainer_arguments(recipe, precision, Run(scratch), validate=False)
     arguments.save_strategy = "no"
@@ -189,8 +193,8 @@ def _our_trainer(
     )
 
 
-def _clock_steps(trainer: Any) -> list[float]:
-    """A list that gets the seconds of each optimizer step."""
+def _time_steps(trainer: Any) -> list[float]:
+    """Return a list to which each optimizer step adds its seconds."""
     from transformers import TrainerCallback
 
     seconds: list[float] = []
@@ -206,11 +210,12 @@ def _clock_steps(trainer: Any) -> list[float]:
     return seconds
 
 
-def _in_own_process(config: Bench) -> dict[str, Any]:
+def _in_own_process(config: BenchTraining) -> dict[str, Any]:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in dataclasses.asdict(config).items()]
     done = subprocess.run([sys.executable, "-m", "benchmarks.training", *flags], capture_output=True, text=True)
     if done.returncode != 0:
-        raise UserError(f"the {config.arm} arm failed: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}")
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise UserError(f"the {config.trainer} trainer failed: {reason}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -218,6 +223,11 @@ if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     sys.exit(
         main(
-            "benchmarks.training", {"": Command(Bench, bench, "training speed against plain TRL defaults, on this CPU")}
+            "benchmarks.training",
+            {
+                "": Command(
+                    BenchTraining, bench_training, "measure training speed against plain TRL defaults, on this CPU"
+                )
+            },
         )
     )

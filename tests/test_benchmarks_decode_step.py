@@ -1,6 +1,6 @@
-"""The figures of `make bench-step`, computed by hand from a trace of three steps."""
+"""The figures of `make bench-step`: a trace of three steps computed by hand, and a page of metrics."""
 
-from benchmarks.decode_step import by_kind
+from benchmarks.decode_step import by_kind, steps_in
 
 
 def span(name, start_us, length_us):
@@ -28,3 +28,19 @@ def test_a_trace_becomes_milliseconds_per_step_by_kind():
         "matmul": 2.0, "lora": 0.7, "attention": 0.6, "compiled": 2.0, "torch": 0.8, "python": 2.4, "elsewhere": 1.5,
     }  # fmt: skip
     assert sum(found.values()) == 10.0
+
+
+def test_steps_are_counted_over_all_engines():
+    """Only the histogram's count is taken, of each engine, and no other series."""
+    page = """\
+# HELP vllm:iteration_tokens_total Histogram of number of tokens per engine_step.
+# TYPE vllm:iteration_tokens_total histogram
+vllm:iteration_tokens_total_bucket{engine="0",le="+Inf"} 7.0
+vllm:iteration_tokens_total_count{engine="0"} 7.0
+vllm:iteration_tokens_total_sum{engine="0"} 99.0
+vllm:iteration_tokens_total_count{engine="1"} 5.0
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0"} 80.0
+"""
+
+    assert steps_in(page) == 12.0
