@@ -24,6 +24,7 @@ from benchmarks.offline import offline_vs_generate
 from counsel.catalog import resolve
 from counsel.chat import prompt_messages
 from counsel.files import read_json
+from counsel.processor import processor
 from counsel.run import open_run
 from eval.likelihood import Renderer
 from eval.questions import choose_questions
@@ -110,6 +111,7 @@ def main() -> None:
                 **offline_vs_generate(given.run),
                 "nll_vs_transformers_max_abs_diff": round(worst_difference(Path(document["folder"]), given.adapter), 5),
                 "rows_lost_after_kill": lost,
+                "processor": str(processor()),
             }
         )
     )

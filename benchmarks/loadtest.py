@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 from counsel.catalog import resolve
 from counsel.client import API_KEY
 from counsel.files import read_json, write_jsonl
+from counsel.processor import processor
 from loadtest.records import RequestRecord, read_records
 from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
@@ -245,7 +246,7 @@ def main() -> None:
             with Server(config) as server:
                 os.sched_setaffinity(0, cores[-half:])
                 document |= compare(server.base_url)
-    print(json.dumps(document))
+    print(json.dumps({**document, "processor": str(processor())}))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from typing import Any
 from counsel.catalog import resolve
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
+from counsel.processor import processor
 from counsel.run import open_run
 from eval.batch import ENGINE_CONCURRENCY, Ask, answer_all, engine_answers, engine_for
 from eval.config import BatchConfig
@@ -193,7 +194,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="per answer (default: 64)")
     parser.add_argument("--rounds", type=int, default=5, help="besides the warm-up (default: 5)")
     given = parser.parse_args()
-    print(json.dumps(offline_vs_generate(given.run, given.prompts, given.tokens, given.rounds)))
+    figures = offline_vs_generate(given.run, given.prompts, given.tokens, given.rounds)
+    print(json.dumps({**figures, "processor": str(processor())}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ errors                        requests that ended in an HTTP error or a broken c
                               just removed), by kind
 lost                          requests that ended without an answer and without an error
 restarts                      restarts of the engine, after the kill
+processor                     the CPU, with the extension that decides its speed
 rss_growth_mb                 memory of all server processes at the end of the load, minus that half-way between the
                               restart and the end
 publish_to_first_token_p50_s  from just before publish to the first token of an answer; publish_to_first_token_n: how
@@ -56,6 +57,7 @@ from benchmarks.soak_store import EXACTLY, N_TOKENS, PROMPTS, ROUNDED, SoakStore
 from counsel import store as adapter_store
 from counsel.cli import Command, Result, main, option
 from counsel.client import make_async_client
+from counsel.processor import processor
 from serve.config import ServeConfig
 from serve.gateway import App, Gateway
 from serve.reply import Message, Send
@@ -160,7 +162,7 @@ def run(options: Soak) -> Result:
                 finally:
                     stop.set()
                 keeper.result()
-            figures["restarts"] = server.restarts
+            figures |= {"restarts": server.restarts, "processor": str(processor())}
         config = ServeConfig(
             model=options.gateway_model, store=str(folder / "none"), logs=str(folder / "gateway"), port=0
         )
