@@ -291,7 +291,7 @@ async def churn(server: Server, store: SoakStore, tally: Tally, over: asyncio.Ev
             name = f"new{number}" if number % 3 == 1 else rng.choice(store.live)
             start_s = time.monotonic()
             await asyncio.to_thread(store.publish, name)
-            version = adapter_store.find(store.store, name).id
+            version = adapter_store.find(store.path, name).id
             try:
                 async with asyncio.timeout(10):
                     while await _current_version(client, name) != version:

@@ -40,7 +40,7 @@ class SoakStore:
         logging.disable_progress_bar()
         # A second thread does not speed up such small products, and slows them when the cores are shared.
         torch.set_num_threads(1)
-        self.folder, self.store, self.precision = folder, folder / "store", precision
+        self.folder, self.path, self.precision = folder, folder / "store", precision
         self.base: Base = resolve(str(tiny_base(folder / "tiny")) if model == "tiny" else model)
         self.expected: dict[tuple[str, str], Greedy] = {}
         self.live: list[str] = []
@@ -64,7 +64,7 @@ class SoakStore:
 
     def publish(self, name: str) -> None:
         path, answers = self.spare.pop(0)
-        manifest = adapter_store.publish(self.store, name, path, self.base)
+        manifest = adapter_store.publish(self.path, name, path, self.base)
         for prompt, answer in answers.items():
             self.expected[manifest.id, prompt] = answer
         self.spare.append((path, answers))
@@ -73,7 +73,7 @@ class SoakStore:
 
     def remove(self, name: str) -> None:
         self.live.remove(name)
-        adapter_store.remove(self.store, name)
+        adapter_store.remove(self.path, name)
 
 
 def messages(prompt: str) -> list[dict[str, str]]:

@@ -76,7 +76,8 @@ def test_both_notebooks_run_one_after_the_other(tmp_path: Path) -> None:
     assert "README.md" in made["pushed"]["files"]
     assert made["pushed"]["sent"] is False
 
-    asked = run_notebook("chat.ipynb", tmp_path, parameters, "published", "replies")
+    asked = run_notebook("chat.ipynb", tmp_path, parameters, "published", "replies", "rolled_back")
     versions = [made["trained"]["adapter"], asked["published"]["adapter"]]
     assert versions[0] != versions[1]
     assert [reply["model"] for reply in asked["replies"]] == ["tiny", *versions]
+    assert asked["rolled_back"]["adapter"] == versions[0]
