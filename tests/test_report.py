@@ -19,7 +19,7 @@ from counsel.report.charts import RED, SERIES, chart
 from counsel.run import Run
 from eval.ask import Question
 from eval.metrics import METRICS, PRIMARY
-from eval.page import page as evaluation_page
+from eval.page import evaluation_page
 from eval.report import evaluation_finding
 from loadtest.charts import curves, latencies, timeline
 from loadtest.report import finding as load_finding
