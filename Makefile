@@ -33,7 +33,7 @@ demo: setup  ## fine-tune, hot-load, evaluate and load-test a small real model; 
 clean:  ## remove the environment and caches inside the clone (runs/ and store/ stay)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
 
-soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer held against PEFT
+soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer compared with PEFT's
 	@$(BIN)/python -m benchmarks.soak
 
 bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 15 minutes)
@@ -42,10 +42,10 @@ bench-train: setup  ## training speed and loss against plain TRL defaults, on th
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hours; QUICK=1: under 10 minutes)
 	$(BIN)/python -m benchmarks.serving $(if $(QUICK),--quick)
 
-bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours
+bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours (4 minutes)
 	@$(BIN)/python -m benchmarks.decode_step
 
-bench-turns: setup  ## how long an adapter waits for a slot that busy ones hold, and what its turn costs them (10 minutes)
+bench-turns: setup  ## how long an adapter waits while others occupy every slot, and what its turn costs them (10 minutes)
 	@$(BIN)/python -m benchmarks.adapter_turns
 
 bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)

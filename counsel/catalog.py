@@ -153,11 +153,12 @@ def _from_hub(name: str, entry: Entry) -> Path:
         return path
     # Other programs share the hub's snapshot: link to its files, and put our template beside the links.
     target = cache_dir() / "models" / f"{name}-{path.name[:12]}"
-    if not target.is_dir():
-        with new_directory(target) as folder:
-            for file in path.iterdir():
-                if file.name != "chat_template.jinja":
-                    (folder / file.name).symlink_to(file.resolve())
+    with locked(target.parent):
+        if not target.is_dir():
+            with new_directory(target) as folder:
+                for file in path.iterdir():
+                    if file.name != "chat_template.jinja":
+                        (folder / file.name).symlink_to(file.resolve())
     _write_template(target, entry)
     return target
 

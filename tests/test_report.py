@@ -22,7 +22,7 @@ from eval.metrics import METRICS, PRIMARY
 from eval.page import evaluation_page
 from eval.report import evaluation_finding
 from loadtest.charts import curves, latencies, timeline
-from loadtest.report import finding as load_finding
+from loadtest.report import load_test_finding as load_finding
 from tests.test_loadtest_metrics import anything, failure, reply, summarize
 
 HOSTILE = '<script>alert("$x_1$")</script>'
