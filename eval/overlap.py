@@ -51,6 +51,7 @@ def _rouge_scorer() -> Any:
 
 @lru_cache(maxsize=2)
 def _sacrebleu(name: str) -> Any:
-    from sacrebleu import metrics
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
-    return metrics.BLEU(effective_order=True) if name == "BLEU" else metrics.CHRF()
+    return BLEU(effective_order=True) if name == "BLEU" else CHRF()

@@ -110,7 +110,8 @@ def greedy_match(answer: Encoded, references: Sequence[Encoded]) -> float:
 
 def _unit(vectors: Vectors) -> Vectors:
     """Scaled to length 1 along the last axis."""
-    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    scaled: Vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+    return scaled
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

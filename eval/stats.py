@@ -177,7 +177,8 @@ def resample_counts(n: int, seed: int) -> Floats:
 
 
 def _leave_one_out(r: Ratio) -> Floats:
-    return (r.num.sum() - r.num) / (r.den.sum() - r.den)
+    left: Floats = (r.num.sum() - r.num) / (r.den.sum() - r.den)
+    return left
 
 
 def _spread(jackknife: Floats) -> float:

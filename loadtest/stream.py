@@ -13,7 +13,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx2
 import openai
@@ -340,7 +340,7 @@ def _chunk(data: bytes) -> dict[str, Any]:
         raise _ReplyError("server_error", f"not a chat completion chunk: {data[:80]!r}")
     if chunk.get("error"):
         raise _ReplyError("server_error", str(chunk["error"]))
-    return chunk
+    return cast(dict[str, Any], chunk)
 
 
 def _is_chunk(chunk: Any) -> bool:

@@ -52,7 +52,7 @@ def summarize_run(results: Results, note: str = "", stopped: str = "") -> dict[s
         verdict = "unjudged"
     else:
         verdict = "passed" if all(item.held for item in judged) else "missed"
-    return rounded(
+    summary: dict[str, Any] = rounded(
         {
             "dir": str(results.directory),
             "verdict": verdict,
@@ -66,6 +66,7 @@ def summarize_run(results: Results, note: str = "", stopped: str = "") -> dict[s
             **metrics,
         }
     )
+    return summary
 
 
 def _steps(results: Results, good: Callable[[RequestRecord], bool]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from counsel import adapter_check
 from counsel.catalog import Base
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
+from counsel.tensors import tensor_shapes
 from train.recipe import Recipe
 
 PROBE = "I feel overwhelmed at work and I cannot sleep. What could help?"
@@ -23,7 +24,7 @@ def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: 
     # `store.publish` checks again, on purpose: it checks the copy that will be served, and adapters from elsewhere too.
     # An adapter that is not published may be for another server.
     facts = adapter_check.check(folder, base.path, served=bool(recipe.store))
-    saved = {key.rsplit(".lora_", 1)[0] for key in adapter_check.tensor_shapes(folder / adapter_check.WEIGHTS)}
+    saved = {key.rsplit(".lora_", 1)[0] for key in tensor_shapes(folder / adapter_check.WEIGHTS)}
     trained = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     if saved != trained:
         differing = sorted(trained ^ saved)
