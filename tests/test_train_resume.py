@@ -187,7 +187,7 @@ def test_a_run_that_had_ended_does_not_train_further(base, tmp_path, monkeypatch
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "finish", kill)
+        patch.setattr(sft, "finish_run", kill)
         with pytest.raises(RuntimeError, match="killed"):
             sft.train(killed)
     done = sft.train(replace(killed, resume=True))

@@ -232,8 +232,8 @@ def test_the_machine_decides_the_precision_not_the_launcher(base, tmp_path, monk
     from train.data import evenly_spaced
     from train.prompts import examples
 
-    hardware = sft.detect()
-    monkeypatch.setattr(sft, "detect", lambda: replace(hardware, bf16=False))
+    hardware = sft.detect_training_hardware()
+    monkeypatch.setattr(sft, "detect_training_hardware", lambda: replace(hardware, bf16=False))
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     recipe = recipe_for(base, tmp_path, max_steps=2, evaluations=1, samples=0, store="", fast_cpu=False)
 
