@@ -319,11 +319,13 @@ def _shown(default: Any) -> str:
 def _with_dashed_values(words: Sequence[str], schema: type) -> list[str]:
     """`words`, with each text option joined to a value that looks like an option, as in `--vllm-args --seed`."""
     by_flag = {_flag(name): kind for name, kind in kinds(schema).items()}
+    negated = [f"--no-{flag.removeprefix('--')}" for flag, kind in by_flag.items() if kind.type is bool]
+    ours = {*by_flag, *negated, "--config", "--json", "--help", "-h"}
     joined: list[str] = []
     for word in words:
         last = by_flag.get(joined[-1]) if joined else None
-        ours = word.partition("=")[0] in (*by_flag, "--config", "--json", "--help", "-h") or word.startswith("--no-")
-        if last is not None and last.type is str and not last.many and word.startswith("-") and not ours:
+        is_ours = word.partition("=")[0] in ours
+        if last is not None and last.type is str and not last.many and word.startswith("-") and not is_ours:
             joined[-1] += f"={word}"
         else:
             joined.append(word)

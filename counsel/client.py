@@ -113,8 +113,8 @@ def _read_models(body: bytes, url: str) -> ServerModels:
     bases = [name for name in cards if name not in adapters]
     if not bases:
         raise UserError(f"the server at {url} lists no base model, only the adapters {', '.join(adapters)}")
-    # The card of an exact version stands for itself.
-    names = [name for name in cards if name in bases or roots[name] != name]
+    # The card of an exact version stands for itself. So does one of stock vLLM whose adapter is named like its path.
+    names = [name for name in cards if name in bases or "@" not in name or roots[name] != name]
     return ServerModels(
         bases[0], tuple(name for name in names if name in adapters), tuple(names), roots, lengths[bases[0]]
     )

@@ -169,6 +169,7 @@ def test_unknown_flag_is_a_usage_error():
         (["--extra", "--seed 3 --fast"], "--seed 3 --fast"),
         (["--extra=--seed"], "--seed"),
         (["--extra", "-O3", "--loud"], "-O3"),
+        (["--extra", "--no-seed"], "--no-seed"),
     ],
 )
 def test_a_text_value_may_begin_with_a_dash(words, extra, capsys):
@@ -184,7 +185,8 @@ def test_a_text_value_may_begin_with_a_dash(words, extra, capsys):
     assert json.loads(capsys.readouterr().out) == {"extra": extra}
 
 
-def test_one_of_our_options_is_never_taken_for_a_value():
+@pytest.mark.parametrize("word", ["--loud", "--no-loud", "--extra=x"])
+def test_one_of_our_options_is_never_taken_for_a_value(word):
     """`--extra --loud` lacks the text for --extra."""
 
     @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def test_one_of_our_options_is_never_taken_for_a_value():
         loud: bool = option(False, "in capitals")
 
     with pytest.raises(SystemExit) as stop:
-        main("pass", {"": Command(Passing, lambda config: Result({}), "pass it on")}, ["--extra", "--loud"])
+        main("pass", {"": Command(Passing, lambda config: Result({}), "pass it on")}, ["--extra", word])
     assert stop.value.code == 2
 
 

@@ -73,6 +73,13 @@ def test_stock_vllm(server):
     assert [models.exact(name) for name in models.names] == ["tiny", "calm"]
 
 
+def test_an_adapter_that_stock_vllm_serves_under_its_path_is_a_name(server):
+    """`--lora-modules org/calm=org/calm`: its root is its own name, as that of an exact version."""
+    base, adapter = {"id": "tiny", "root": "/models/tiny"}, {"id": "org/calm", "root": "org/calm", "parent": "tiny"}
+    models = listed(server, base, adapter)
+    assert (models.adapters, models.names) == (("org/calm",), ("tiny", "org/calm"))
+
+
 def test_a_server_that_tells_only_names(server):
     """The first model is the base; the others are models of their own, in the server's order."""
     models = listed(server, {"id": "gpt-b"}, {"id": "gpt-a"})
