@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from counsel.adapter_check import SERVED_RANKS
 from counsel.catalog import Base, weight_files
 from counsel.files import read_json
 from serve.config import ServeConfig
@@ -152,9 +153,10 @@ def _add_lora(builder: _PlanBuilder, config: ServeConfig, ranks: Sequence[int], 
     builder.flag("--max-cpu-loras", str(config.max_cpu_loras), why=why)
     largest = max(ranks, default=0)
     if largest > config.max_lora_rank:
+        needed = min((rank for rank in SERVED_RANKS if rank >= largest), default=largest)
         why = (
             f"the store holds an adapter of rank {largest}, which this server refuses (max_lora_rank); "
-            f"start with --max-lora-rank {largest} to serve it"
+            f"start with --max-lora-rank {needed} to serve it"
         )
     else:
         why = "a higher limit costs memory but no time: each adapter is computed at its own rank (max_lora_rank)"
