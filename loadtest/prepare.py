@@ -91,7 +91,9 @@ def target_models(scenario: Scenario) -> Models:
     for scope in (parse_objective(text).scope for text in scenario.slo):
         if scope not in ("", "*", *names):
             raise UserError(f"slo names the model {scope!r}, which is not in this run; {nearest(scope, names)}")
-    return Models(names, server.base if server.base in names else None)
+    # vLLM lists a base once per --served-model-name.
+    bases = [name for name in server.names if name not in server.adapters]
+    return Models(names, next((base for base in bases if base in names), None))
 
 
 def build_plan(scenario: Scenario, models: Models, questions: Sequence[str]) -> tuple[list[Arrival], list[str]]:

@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 
+from counsel.client import ServerModels
 from counsel.errors import UserError
 from loadtest.arrivals import due_times, expected_count, rate_knots, trace_times
 from loadtest.mix import choose_models, shares, with_cold_requests
-from loadtest.prepare import Models, build_plan
+from loadtest.prepare import Models, build_plan, target_models
 from loadtest.scenario import Scenario
 
 QUESTIONS = ["one two three", "four five six", "seven eight nine"]
@@ -166,3 +167,14 @@ def test_a_wrong_scenario_is_one_line_that_says_what_is_allowed(option, says):
         Scenario(**option)
 
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("models", "base"), [((), "base"), (("x", "alias"), "alias"), (("x",), None), (("x@1",), None)], ids=str
+)
+def test_the_base_of_a_run_is_the_first_base_in_it(monkeypatch, models, base):
+    """vLLM lists a base under each --served-model-name; a run may name the second."""
+    names = ("base", "alias", "x")
+    served = ServerModels("base", ("x",), names, {**dict.fromkeys(names, ""), "x@1": "x@1"}, 512)
+    monkeypatch.setattr("loadtest.prepare.list_models", lambda _client: served)
+    assert target_models(Scenario(models=models)) == Models(models or names, base)
