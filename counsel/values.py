@@ -96,9 +96,10 @@ def check_bounds(config: Any) -> None:
     """
     for name, kind in kinds(type(config)).items():
         value = getattr(config, name)
+        if value is None and kind.optional:
+            continue
         for item in value if kind.many else (value,):
-            if item is not None or not kind.optional:
-                _check(name, item, kind)
+            _check(name, item, kind)
 
 
 def _check(key: str, value: Any, kind: Kind) -> None:

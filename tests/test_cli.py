@@ -277,6 +277,7 @@ class Baking:
     loaves: PositiveInt | None = option(None, "how many", shown="all that fit")
     salt: ShareBelowOne = option(0.02, "part of the flour")
     seeds: tuple[Seed, ...] = option((), "what goes on top")
+    turns_s: tuple[PositiveFloat, ...] | None = option(None, "when to turn it")
     note: str = option("a long story " * 20, "what to write on it")
 
     def __post_init__(self) -> None:
