@@ -64,7 +64,7 @@ class ServeConfig:
         64, "adapters kept in host memory, ready to load; at least --max-loras", group=_ADAPTERS
     )
     max_lora_rank: Annotated[int, Literal[SERVED_RANKS]] = option(
-        64, "largest adapter rank served; lower is faster", group=_ADAPTERS
+        64, "largest adapter rank served; a higher one takes more memory", group=_ADAPTERS
     )
     adapter_wait_s: PositiveFloat = option(
         2.0, "longest time an adapter waits while others occupy every slot; then they take turns", group=_ADAPTERS

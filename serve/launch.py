@@ -20,7 +20,8 @@ from serve.config import ServeConfig
 from serve.hardware import Hardware
 
 # The entry points of this project that vLLM loads. Those of a folder that is not installed are ignored.
-PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters", "counsel_log_privacy")
+LOG_PRIVACY = "counsel_log_privacy"
+PLUGINS = ("counsel_platform", "counsel_cpu_ops", "counsel_cpu_seeds", "counsel_adapters", LOG_PRIVACY)
 THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC_METHOD"
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 # The key of vLLM's --additional-config that serve/scheduler.py reads.
@@ -88,6 +89,9 @@ def plan(
         builder.flag("--scheduler-cls", SCHEDULER, why="adapters take turns in the slots")
         builder.variable("VLLM_COMPUTE_NANS_IN_LOGITS", "1", "a request whose scores overflow ends with an error")
     builder.variable("VLLM_PLUGINS", ",".join(PLUGINS), "vLLM loads only the plugins of this project")
+    if LOG_PRIVACY not in builder.environ.get("VLLM_PLUGINS", LOG_PRIVACY).split(","):
+        builder.env["VLLM_PLUGINS"] = f"{builder.environ['VLLM_PLUGINS']},{LOG_PRIVACY}"
+        builder.reasons.append(Reason(f"VLLM_PLUGINS gets {LOG_PRIVACY}", "no log holds a request's words"))
     builder.variable(
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120", "the server keeps idle connections longer than clients' pools do"
     )

@@ -205,6 +205,19 @@ def test_plugins_are_installed_under_the_names_the_plan_allows():
     assert {point.name for group in groups for point in entry_points(group=group)} >= set(PLUGINS)
 
 
+@pytest.mark.parametrize(
+    ("asked", "loaded"),
+    [
+        ("counsel_platform", "counsel_platform,counsel_log_privacy"),
+        ("counsel_log_privacy,counsel_adapters", None),
+    ],
+)
+def test_a_choice_of_plugins_keeps_requests_out_of_the_log(base, asked, loaded):
+    """Whoever sets VLLM_PLUGINS may leave out a plugin, but not the one that keeps the log free of callers' words."""
+    made = plan(ServeConfig(), base, SMALL, environ={"VLLM_PLUGINS": asked})
+    assert made.env.get("VLLM_PLUGINS") == loaded
+
+
 def test_this_machine_is_detected():
     """At least one core, some memory and a known device."""
     machine = detect()
