@@ -77,9 +77,17 @@ def write_reports(
     folder: Path, summary: dict[str, Any], questions: Sequence[Question], scores: Sequence[dict[str, Any]]
 ) -> None:
     """Write report.md and report.html, with the judge's findings if there is a judge.json."""
-    judged = read_json(folder / "judge.json") if (folder / "judge.json").is_file() else None
+    judged = _judged(folder)
     write_text(folder / "report.md", markdown(summary) + (judged_markdown(judged) if judged else ""))
     write_text(folder / "report.html", evaluation_page(summary, questions, scores, judged))
+
+
+def _judged(folder: Path) -> dict[str, Any] | None:
+    """judge.json, if there is one. Earlier versions called its warnings `alarms`; all else in it is the same."""
+    if not (folder / "judge.json").is_file():
+        return None
+    document = read_json(folder / "judge.json")
+    return document if "warnings" in document else document | {"warnings": document["alarms"]}
 
 
 def _refuse_unfinished(

@@ -408,3 +408,18 @@ def test_a_real_server_follows_the_schema(server: Served, tmp_path: Path, monkey
     assert all(row["finish_reason"] == "length" for item, row in zip(items, rows, strict=True)
                if item.ask.body["max_completion_tokens"] == 8)  # fmt: skip
     assert {row["server_version"] for row in rows} != {None}
+
+
+def test_a_judging_of_an_earlier_version_is_reported_again(
+    folder: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its judge.json has `alarms`. `report`, which is what an older evaluation needs, shows them."""
+    document = judged(folder, url, "fair")
+    document["alarms"] = document.pop("warnings")
+    write_json(folder / "judge.json", document)
+
+    _, _, err = called(capsys, "report", str(folder))
+
+    assert "Traceback" not in err
+    assert document["alarms"][0] in (folder / "report.md").read_text(encoding="utf-8")
+    assert "<h2>Judged by fair</h2>" in (folder / "report.html").read_text(encoding="utf-8")

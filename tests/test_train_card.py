@@ -100,6 +100,21 @@ def test_the_card_shows_the_latest_evaluation(finished, tmp_path):
     assert "No evaluation" not in card
 
 
+def test_the_card_shows_an_evaluation_of_an_earlier_version(finished, tmp_path):
+    """Its summary.json has `alarms`, which are the warnings of today."""
+    from counsel.run import Run
+    from train.card import card_text
+
+    recipe, _ = finished
+    run = Run(tmp_path / "tiny")
+    shutil.copytree(recipe.run_path, run.path)
+    summary = evaluation("20260101T000000Z", 1.5)
+    summary["alarms"] = summary.pop("warnings")
+    write_json(run.path / "eval" / summary["stamp"] / "summary.json", summary)
+
+    assert "- tiny: 9 of 10 answers were cut" in card_text(run)
+
+
 def test_the_card_describes_this_run(finished, tmp_path):
     """It tells the trained rows, the split and the precision, and has no folder names and no empty system turn."""
     from counsel.run import Run

@@ -183,6 +183,8 @@ def _answers(summary: dict[str, Any]) -> list[str]:
         f"| {metric.replace('_', ' ')} | {' | '.join(_cell(arm['metrics'].get(metric)) for arm in arms.values())} |"
         for metric in metrics
     ]
+    # Before format 4 the warnings were called alarms.
+    warnings = summary["warnings"] if "warnings" in summary else summary["alarms"]
     return [
         f"Answers to {summary['questions']} held-out questions (evaluation {summary['stamp']}): value and 95 % "
         "interval. The scores tell how similar to human answers they are, not whether they help.",
@@ -191,7 +193,7 @@ def _answers(summary: dict[str, Any]) -> list[str]:
         "|---" * (len(arms) + 1) + "|",
         *table,
         "",
-        *(f"- {warning}" for warning in summary["warnings"]),
+        *(f"- {warning}" for warning in warnings),
     ]
 
 
