@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import openai
+
 from counsel.catalog import resolve
 from counsel.cli import Result
 from counsel.client import ServerModels, list_models_async, make_async_client
+from counsel.errors import UserError
 from counsel.files import sha256_of
 from counsel.run import Run, open_run, provenance
 from eval.arms import Arm, choose, few_shot_examples
@@ -47,7 +50,10 @@ async def _ask(config: EvalConfig, run: Run, inputs: EvalInputs, renderer: Rende
     """Ask for every row that the evaluation's folder lacks; return the folder."""
     async with make_async_client(config.url, timeout_s=config.timeout_s) as client:
         server_models = await list_models_async(client)
-        version = await server_version(client)
+        try:
+            version = await server_version(client)
+        except openai.APIError as error:
+            raise UserError(f"no answer from {config.url}: {error}; start a server with python -m serve") from error
         arms = choose(server_models, run.name, config.models, config.baselines)
         spec = _spec(config, run, inputs, renderer, server_models, arms) | {"server_version": version}
         folder = folder_for(run, spec)

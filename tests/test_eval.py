@@ -4,8 +4,11 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from eval.likelihood import Renderer
 from eval.samples import LIKELIHOOD_KEY, SAMPLE_KEY, RowLog, read_rows
 from tests.conftest import SYSTEM, Served
 from tests.held import kill_when_stopped, stopping
+from tests.json_handler import JsonHandler
 
 TOPICS = ("work", "sleep", "friends", "moving", "talk", "help")
 QUESTIONS = 6
@@ -190,6 +194,31 @@ def test_no_server_is_one_line(tmp_path: Path, tiny_model, capsys: pytest.Captur
 
     assert status == 1
     assert err.strip().splitlines()[-1].startswith("error: no server answers at http://127.0.0.1:9/v1")
+    assert not (run / "eval").exists()
+
+
+class ListsAndLeaves(JsonHandler):
+    """Lists its models, and drops the connection of any other request."""
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self.reply(200, {"data": [{"id": "tiny", "root": "tiny", "max_model_len": 512}]})
+        else:
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_that_stops_after_its_list_is_one_line(
+    tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its version is asked for next; nothing is written before that is known."""
+    run = make_run(tmp_path / "tiny", tiny_model.path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), ListsAndLeaves) as server:
+        threading.Thread(target=server.serve_forever).start()
+        status, _, err = called(capsys, "--run", str(run), "--url", f"http://127.0.0.1:{server.server_port}/v1")
+        server.shutdown()
+
+    assert status == 1
+    assert "error: no answer from http://127.0.0.1" in err
     assert not (run / "eval").exists()
 
 
