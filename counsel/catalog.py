@@ -153,14 +153,20 @@ def _from_hub(name: str, entry: Entry) -> Path:
         return path
     # Other programs share the hub's snapshot: link to its files, and put our template beside the links.
     target = cache_dir() / "models" / f"{name}-{path.name[:12]}"
-    with locked(target.parent):
-        if not target.is_dir():
-            with new_directory(target) as folder:
-                for file in path.iterdir():
-                    if file.name != "chat_template.jinja":
-                        (folder / file.name).symlink_to(file.resolve())
+    # A base that is there must not wait for the lock: another command may hold it for as long as a download takes.
+    if not target.is_dir():
+        with locked(target.parent):
+            if not target.is_dir():
+                _link_files(path, target)
     _write_template(target, entry)
     return target
+
+
+def _link_files(snapshot: Path, target: Path) -> None:
+    with new_directory(target) as folder:
+        for file in snapshot.iterdir():
+            if file.name != "chat_template.jinja":
+                (folder / file.name).symlink_to(file.resolve())
 
 
 def _write_template(folder: Path, entry: Entry) -> None:

@@ -12,6 +12,7 @@ from counsel import catalog
 from counsel.catalog import CATALOG, public_name, resolve
 from counsel.chat import SYSTEM_PROMPT, prompt_messages
 from counsel.errors import UserError
+from counsel.files import locked
 from tests.tiny import tiny_base, tiny_tokenizer
 from tests.waiting import HANG_S
 
@@ -142,6 +143,16 @@ def test_two_commands_that_want_the_same_base_make_it_once(cache, monkeypatch):
         second_asks.set()
         assert first.result() == second.result()
     assert len(converted) == 1
+
+
+def test_a_base_of_the_hub_that_is_there_waits_for_no_download(cache, tmp_path, monkeypatch):
+    """Another command may hold the lock for minutes, while it makes another base."""
+    snapshot = tiny_base(tmp_path / "snapshot", "llama")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    there = resolve("gemma-2-2b-it").path
+
+    with concurrent.futures.ThreadPoolExecutor() as pool, locked(there.parent):
+        assert pool.submit(resolve, "gemma-2-2b-it").result(HANG_S).path == there
 
 
 @pytest.mark.slow
