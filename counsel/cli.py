@@ -212,12 +212,16 @@ def exit_status(run: Callable[[], int]) -> int:
 def load_config(schema: type[Schema], yaml_path: str | None, flags: Mapping[str, Any]) -> Schema:
     """Build `schema` from its defaults, then a YAML file, then `flags` (text values; None means not given).
 
+    `schema.RENAMED`, if there is one, maps keys of earlier versions to their names now; the error for them lists all.
     Raises UserError for a missing or malformed file, an unknown key, or a value that the field cannot hold.
     """
     of_field = kinds(schema)
     given = {**(_read_yaml(Path(yaml_path)) if yaml_path else {}), **{k: v for k, v in flags.items() if v is not None}}
     known = {field.name: field for field in dataclasses.fields(schema)}  # type: ignore[arg-type]
     values = {}
+    renamed: Mapping[str, str] = getattr(schema, "RENAMED", {})
+    if old := [f"{key} to {renamed[key]}" for key in given if key in renamed]:
+        raise UserError(f"{yaml_path} is for an earlier version of Counsel Stack; in it, rename {', '.join(old)}")
     for key, value in given.items():
         if key not in known:
             raise UserError(f"unknown key {key!r} in {yaml_path}; {nearest(str(key), known)}")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from counsel.cli import load_config
 from counsel.errors import UserError
 from counsel.files import write_json
 from counsel.run import RENAMED_KEYS, Run, open_run
@@ -28,6 +29,18 @@ def test_the_new_keys_are_those_of_a_recipe():
     keys = set(Recipe.__dataclass_fields__)
     assert set(RENAMED_KEYS.values()) <= keys
     assert not keys & set(RENAMED_KEYS)
+
+
+def test_a_recipe_of_an_earlier_version_says_which_keys_to_rename(tmp_path):
+    """All of them in one line, also the ones that look like no key of today; so does the config of a run to resume."""
+    file = tmp_path / "config.json"
+    write_json(file, dict.fromkeys(RENAMED_KEYS, 1))
+    with pytest.raises(UserError) as error:
+        load_config(Recipe, str(file), {})
+    assert str(error.value) == (
+        f"{file} is for an earlier version of Counsel Stack; in it, rename "
+        + ", ".join(f"{old} to {new}" for old, new in RENAMED_KEYS.items())
+    )
 
 
 def test_only_a_finished_run_is_opened(tmp_path, monkeypatch):

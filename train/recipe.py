@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import option
 from counsel.errors import UserError
+from counsel.run import RENAMED_KEYS
 from counsel.values import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -32,6 +33,8 @@ _OPTIMIZATION, _EVALUATION, _MEMORY = "optimization", "evaluation", "memory and 
 @dataclass(frozen=True)
 class Recipe:
     """One training run: the resolved copy is the run's config.json."""
+
+    RENAMED: ClassVar[dict[str, str]] = RENAMED_KEYS
 
     name: str = option(
         "gentle", "name of the run directory under --runs, and of the adapter in the store", group=_RUN, metavar="NAME"
