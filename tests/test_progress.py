@@ -1,7 +1,8 @@
-"""The time left that training shows."""
+"""What training shows of its progress: the time left, and the loss curve."""
 
 import pytest
 
+from train.plot import draw_losses
 from train.progress import seconds_left
 
 
@@ -19,3 +20,14 @@ from train.progress import seconds_left
 def test_time_left_counts_steps_and_validations_separately(steps_left, steps_done, validations_s, left_s):
     """40 steps of 4 s and a validation of 30 s every 20 steps, computed by hand."""
     assert seconds_left(steps_left, steps_done, steps_done * 4.0, 20, validations_s) == left_s
+
+
+@pytest.mark.parametrize(("after", "labels"), [(2.5, {"before 3.000", "best 2.500"}), (3.5, {"before 3.000"})])
+def test_the_loss_curve_names_the_first_and_the_best_validation(after, labels):
+    """A run that did not improve has no best."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    draw_losses(axes, [{"step": 0, "val_loss": 3.0}, {"step": 10, "val_loss": after}], "a run")
+
+    assert {text.get_text() for text in axes.texts} == labels

@@ -337,3 +337,12 @@ def test_too_much_memory_is_refused(llama, tmp_path):
     small = TrainHardware("cpu", "a small machine", bf16=True, memory_bytes=1 << 30)
 
     assert "lower batch_size" in findings(llama, tmp_path, hardware=small)["memory"].seen
+
+
+def test_a_check_started_by_code_ends_well(llama, tmp_path, monkeypatch, capsys):
+    """The hint at the next command is made from sys.argv, which then has other words."""
+    from train.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["a-notebook"])
+    words = ["check", "smoke", "--base", str(llama), "--runs", str(tmp_path), "--store", "", "--max-length", "1024"]
+    assert main(words) == 0, capsys.readouterr()

@@ -65,7 +65,8 @@ def run_check(recipe: Recipe) -> Result:
 
 def _after_check() -> str:
     """The command that starts the training which was just checked: the same arguments without `check`."""
-    given = sys.argv[sys.argv.index("check") + 1 :]
+    # Code that calls `main` has other arguments in sys.argv.
+    given = sys.argv[sys.argv.index("check") + 1 :] if "check" in sys.argv else ["RECIPE"]
     return f"python -m train {shlex.join(word for word in given if word != '--json')}"
 
 

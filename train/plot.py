@@ -30,7 +30,7 @@ def draw_losses(axes: "Axes", rows: list[dict[str, Any]], title: str) -> None:
         x, y = zip(*checks, strict=True)
         axes.plot(x, y, color=SERIES[0], linewidth=1.8, marker="o", markersize=5, label="validation")
         best = min(checks, key=lambda check: check[1])
-        for check, name in {checks[0]: "before", best: "best"}.items():
+        for check, name in {best: "best", checks[0]: "before"}.items():
             axes.annotate(f"{name} {check[1]:.3f}", check, xytext=(6, 8), textcoords="offset points")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
