@@ -16,7 +16,7 @@ def cache_dir() -> Path:
 
 
 def read_cached(kind: str, key: str) -> dict[str, Any] | None:
-    """The document stored under `kind` and `key`; None when there is none or it cannot be read."""
+    """The document stored under `kind` and `key`; None if it does not exist or cannot be read."""
     try:
         # RuntimeError, here and below: there is no home directory.
         return read_json(cache_dir() / kind / f"{key}.json")

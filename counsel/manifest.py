@@ -16,7 +16,7 @@ MANIFEST = "manifest.json"
 class Manifest:
     """One version of an adapter.
 
-    prompt: its "system" is the system text for requests that bring none.
+    prompt: its "system" is the system text for requests without one.
     trial: see counsel.trial.Trial; None for a version published before trials existed.
     """
 

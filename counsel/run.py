@@ -87,13 +87,13 @@ def open_run(run: str) -> Run:
         known = sorted(p.name for p in RUNS.glob("*") if (p / "train.json").is_file())
         raise UserError(f"no run {run!r}; finished runs: {', '.join(known) or 'none; make one with python -m train'}")
     if not Run(path).complete:
-        raise UserError(f"run {run!r} has no train.json: it did not finish; {how_to_go_on(Run(path))}")
+        raise UserError(f"run {run!r} has no train.json: it did not finish; {how_to_continue(Run(path))}")
     return Run(path)
 
 
-def how_to_go_on(run: Run) -> str:
+def how_to_continue(run: Run) -> str:
     """The command that resumes a run with the settings it was started with."""
-    return f"go on with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
+    return f"continue with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
 
 
 def provenance() -> dict[str, Any]:

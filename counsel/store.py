@@ -184,7 +184,7 @@ def read_versions(store: Path, name: str) -> AdapterVersions:
         if _read_words(folder / CURRENT) != written:
             # Meanwhile another version became current and this one was removed.
             return read_versions(store, name)
-        broken[CURRENT] = f"{str(folder / CURRENT)!r} names a version that is not there; publish again, or roll back"
+        broken[CURRENT] = f"{str(folder / CURRENT)!r} names a version that does not exist; publish again, or roll back"
     meant = _read_words(folder / HISTORY) or [manifest.version for manifest in manifests]
     if current and current in meant:
         meant = meant[: len(meant) - meant[::-1].index(current)]

@@ -90,9 +90,9 @@ def metavar(name: str, kind: Kind) -> str:
 
 
 def check_bounds(config: Any) -> None:
-    """Raise UserError for a field of a config dataclass that is out of its bounds or none of its choices.
+    """Raise UserError for a field of a config dataclass that is outside its bounds or not one of its choices.
 
-    For `__post_init__`: it holds configs that code makes to the same rules as flags and YAML.
+    For `__post_init__`: configs made in code obey the same rules as flags and YAML.
     """
     for name, kind in kinds(type(config)).items():
         value = getattr(config, name)

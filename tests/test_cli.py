@@ -228,9 +228,9 @@ def test_a_misspelt_word_is_one_line_with_the_nearest(words, message, capsys):
     [
         ([], "a recipe is needed; known: quiet, warm, or a .yaml file"),
         (["check"], "a recipe is needed; known: quiet, warm"),
-        (["chek", "warm"], "no command or recipe 'chek'; did you mean 'check'?"),
-        (["wram"], "no command or recipe 'wram'; did you mean 'warm'?"),
-        (["check", "wram"], "no recipe 'wram'; did you mean 'warm'?"),
+        (["chek", "warm"], "no command or recipe 'chek', and not a .yaml file; did you mean 'check'?"),
+        (["wram"], "no command or recipe 'wram', and not a .yaml file; did you mean 'warm'?"),
+        (["check", "wram"], "no recipe 'wram', and not a .yaml file; did you mean 'warm'?"),
         (["warm", "quiet"], "unexpected argument 'quiet'"),
         (["warm", "--time", "2"], "unknown option --time; did you mean --times?"),
     ],
@@ -276,7 +276,7 @@ class Baking:
     rest_s: NonNegativeFloat = option(0.0, "rest before baking")
     loaves: PositiveInt | None = option(None, "how many", shown="all that fit")
     salt: ShareBelowOne = option(0.02, "part of the flour")
-    seeds: tuple[Seed, ...] = option((), "what goes on top")
+    seeds: tuple[Seed, ...] = option((), "what to add on top")
     turns_s: tuple[PositiveFloat, ...] | None = option(None, "when to turn it")
     note: str = option("a long story " * 20, "what to write on it")
 
@@ -304,7 +304,7 @@ def test_help_shows_groups_types_choices_bounds_and_defaults(monkeypatch, capsys
         "--rest-s SECONDS rest before baking (default: 0; 0 or more)",
         "--loaves N how many (default: all that fit; at least 1)",
         "--salt X part of the flour (default: 0.02; at least 0 and below 1)",
-        "--seeds N,... what goes on top (from 0 to 4294967295)",
+        "--seeds N,... what to add on top (from 0 to 4294967295)",
     ):
         assert line in lines
     note = next(line for line in lines if line.startswith("--note TEXT"))

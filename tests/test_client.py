@@ -58,7 +58,7 @@ def listed(server, *cards):
 
 
 def test_our_own_server(server):
-    """Exact versions are known but are not names; a name stands for its current version."""
+    """Exact versions are known but are not names; a name means its current version."""
     models = listed(server, *OURS)
     assert (models.base, models.adapters, models.names) == ("tiny", ("calm",), ("tiny", "calm"))
     assert models.max_model_len == 512

@@ -139,7 +139,7 @@ def test_ctrl_c_saves_and_prints_the_command_to_resume(base, tmp_path, monkeypat
 
     line = capsys.readouterr().err.splitlines()[-1]
     # The step that was running when the key was pressed finishes first.
-    assert line.startswith("stopped at step 11 of 16, with a checkpoint; go on with python -m train ")
+    assert line.startswith("stopped at step 11 of 16, with a checkpoint; continue with python -m train ")
     assert main("train", COMMANDS, line.partition("python -m train ")[2].split()) == 0
     assert losses(stopped) == losses(whole)
 

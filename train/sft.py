@@ -20,7 +20,7 @@ from counsel import catalog, store
 from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl, replaced_directory, write_json
 from counsel.fingerprint import fingerprint
-from counsel.run import Run, how_to_go_on, provenance
+from counsel.run import Run, how_to_continue, provenance
 from train.card import card_text
 from train.data import evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
@@ -83,7 +83,7 @@ def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, with a "
-                                f"checkpoint; {how_to_go_on(run)}")  # fmt: skip
+                                f"checkpoint; {how_to_continue(run)}")  # fmt: skip
 
 
 def build(

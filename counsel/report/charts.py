@@ -1,4 +1,4 @@
-"""Charts as inline SVG that a page in light or dark shows alike, and that a screen reader can tell.
+"""Charts as inline SVG that work on a light and on a dark page, and that a screen reader can describe.
 
 Text, axes and grid take the page's own color (`currentColor`). The colors of series are the same in both modes: each
 has a contrast of at least 3:1 with either background.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SERIES = ("#2c7fb8", "#cb6318", "#2f8f6b", "#b5519c", "#8a6fd1", "#8c7a2b", "#6f7f87")
 MARKERS = "os^Dv*P"
 RED, GREEN, BLUE = "#d1495b", "#2f8f6b", "#2c7fb8"
-# Stands for the page's text color while matplotlib draws.
+# Placeholder for the page's text color while matplotlib draws.
 INK = "#010203"
 # Inches. An SVG unit is 1/72 inch: with these widths and letters of 12 units, style.css keeps letters at 12 px or more.
 WIDE, NARROW = 9.5, 4.88
@@ -58,7 +58,7 @@ def chart(
     wide: bool = False,
     panels: int = 1,
 ) -> "Markup":
-    """An inline SVG of what `draw` puts on `panels` axes, one below the other; `height` in inches.
+    """An inline SVG of what `draw` puts on `panels` axes, stacked vertically; `height` in inches.
 
     Two charts on one page need different titles or descriptions: ids are derived from them.
     """
@@ -121,7 +121,7 @@ def head(axes: "Axes", title: str, lines: Sequence[Any] | None = None, *, wide: 
 
 
 def picture(draw: "Callable[[Axes], None]", path: Path, *, height: float) -> None:
-    """Write what `draw` puts on one axis as a PNG with a white ground, in the style of the pages."""
+    """Write what `draw` puts on one axis as a PNG on white, in the style of the pages."""
     import matplotlib
 
     matplotlib.use("agg")
