@@ -1,1 +1,1 @@
-"""Fine-tune supportive-conversation LoRA adapters, and own what the other parts share: run, catalog, chat, store."""
+"""Fine-tune supportive-conversation LoRA adapters: read data, check, train, publish, merge, push."""

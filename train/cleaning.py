@@ -1,6 +1,6 @@
 """Cleans text that people pasted into forums, so that a model can train on it.
 
-`clean` keeps the words and the paragraph breaks, and removes markup and invisible characters. `drop_reason` tells why a
+`clean` keeps the words and the paragraph breaks, and removes markup and invisible characters. `drop_reason` is why a
 row must not be used. `normalized` is equal for copies of one text, and `question_id` is a hash of it.
 """
 

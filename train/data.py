@@ -373,7 +373,7 @@ def _text(value: Any, column: str, number: int) -> str:
 
 
 def _label(value: Any) -> str:
-    """A topic as text: strings, numbers and lists of them; anything else is no topic."""
+    """A topic as text: strings, numbers and lists of them; anything else gives an empty topic."""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_label, value)))
     is_label = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

@@ -94,7 +94,7 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     n_train, n_val = equal_counts(common.data_config(), seeds)
     n_train, n_val = min(n_train, recipe.max_rows or n_train), min(n_val, recipe.max_val_rows)
     if resuming and (folder / COUNTS).is_file():
-        # Fewer seeds may allow more rows, but that is no reason to repeat finished runs.
+        # Fewer seeds may allow more rows, but finished runs are not repeated for that.
         counts = read_json(folder / COUNTS)
         n_train, n_val = min(n_train, counts["train_rows"]), min(n_val, counts["held_out_rows"])
     write_json(folder / COUNTS, {"train_rows": n_train, "held_out_rows": n_val})

@@ -1,4 +1,4 @@
-"""`python -m train merge RUN`: merge base and adapter into one folder that AutoModelForCausalLM loads by itself."""
+"""`python -m train merge RUN`: merge base and adapter into one folder that AutoModelForCausalLM loads without PEFT."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pictures that training leaves: the loss curve of a run, and the gain that a leaking split pretends."""
+"""The pictures that training leaves: the loss curve of a run, and the apparent gain of a leaking split."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

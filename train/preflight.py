@@ -214,7 +214,7 @@ def check_attention(recipe: Recipe, config: Any) -> str:
 
 
 def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
-    """The chat template renders, the prompt is a prefix of the whole, the end of turn is trained, one BOS leads."""
+    """The chat template renders, the prompt is a prefix of the whole, the end of turn is trained, one leading BOS."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

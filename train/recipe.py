@@ -63,7 +63,7 @@ class Recipe:
     test_share: ShareBelowOne = option(0.1, "share of the questions held out for eval and loadtest", group=_DATA)
     split: Annotated[str, Literal["question", "row"]] = option(
         "question",
-        "unit of splitting; `row` leaks test questions into training, and is there to measure how much",
+        "unit of splitting; `row` leaks test questions into training, and exists only to measure how much",
         group=_DATA,
     )
     split_seed: Seed = option(0, "seed of the split: another seed holds out other questions", group=_DATA)
@@ -84,7 +84,7 @@ class Recipe:
 
     epochs: PositiveFloat = option(1.0, "passes over the training rows", group=_OPTIMIZATION)
     max_steps: NonNegativeInt = option(
-        0, "stop after this many optimizer steps, whatever --epochs says; 0: no such limit", group=_OPTIMIZATION
+        0, "stop after this many optimizer steps, whatever --epochs is; 0: no such limit", group=_OPTIMIZATION
     )
     batch_size: PositiveInt = option(4, "rows in a forward pass, per process", group=_OPTIMIZATION)
     gradient_accumulation_steps: PositiveInt = option(1, "forward passes per optimizer step", group=_OPTIMIZATION)

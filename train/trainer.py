@@ -13,7 +13,7 @@ from counsel.errors import UserError
 from train.cpu.proof import fast_loss, speed_up
 from train.resume import seal
 
-# What torch's checkpoint writer says in a RuntimeError, for which it has no class of its own.
+# Message of the plain RuntimeError that torch's checkpoint writer raises; it has no exception class.
 TORCH_WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
@@ -42,7 +42,7 @@ class AnswerTrainer(SFTTrainer):
 
     The Trainer's own averages over batches, so it depends on which rows share a batch, and with several processes it
     counts some rows twice.
-    fast: compute the same numbers with train/cpu; train/cpu/proof.py tells where that applies.
+    fast: compute the same numbers with train/cpu; train/cpu/proof.py checks where that applies.
     rows_left_out, val_rows_left_out: rows that TRL silently dropped because cutting them left no answer token.
     """
 

@@ -1,6 +1,6 @@
 """Checks, on a copy of the model before training, that the fast path computes what the model itself computes.
 
-A config does not tell how a model mixes tokens. A layer with convolution, recurrence or its own kind of attention would
+A config does not show how a model mixes tokens. A layer with convolution, recurrence or its own kind of attention would
 read the packed rows (train/cpu/packing.py) as one sequence. So two short rows go through the model's own forward and
 through the fast path, in fp32, with the adapter that will be trained. The loss and every gradient must agree, and the
 first row must not influence the second.
@@ -54,7 +54,7 @@ def mismatch(model: Any, lora: Any) -> str | None:
     with torch.random.fork_rng(devices=[]):
         try:
             return _first_difference(model, lora)
-        except Exception as error:  # whatever fails in an unknown model, TRL trains it, and the run says why
+        except Exception as error:  # whatever fails in an unknown model, TRL trains it, and the run reports why
             return f"the fast path fails on this model ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         finally:
             gc.collect()  # a patched copy refers to itself
