@@ -1,4 +1,4 @@
-"""Which adapters are in the engine: loaded once however many requests ask together, and unloaded when idle.
+"""Which adapters are in the engine: each loaded once, however many requests ask for it, and unloaded when idle.
 
 Only the pool loads and unloads, and it never holds more adapters than the engine's host cache. So the engine never
 evicts by itself, and never reads an adapter's files in the middle of a step.
@@ -158,11 +158,11 @@ class AdapterPool:
             except Exception as error:
                 self.on_event("fail", manifest, time.monotonic() - started_s)
                 if isinstance(error, ApiError):
-                    # A load that does not wait for room is retried again and again: not worth a line each time.
+                    # A load that does not wait for room is retried often, so it is not logged each time.
                     if error.status != 503 or room_wait_s > 0:
                         log.warning("could not load %s: %s", manifest.id, error.message)
                     raise
-                # A bug or a fault of the machine: the log gets all of it, the callers an ordinary error.
+                # A bug or a machine fault: the traceback is logged, and callers get an ordinary error.
                 log.exception("could not load %s", manifest.id)
                 raise ApiError(500, f"{manifest.id} could not be loaded: {type(error).__name__}") from error
             undo.pop_all()

@@ -104,7 +104,7 @@ class ServeConfig:
     )
     start_s: NonNegativeFloat = option(900.0, "longest time the server may take to become ready", group=_LIFETIME)
     leave_s: NonNegativeFloat = option(
-        5.0, "time after SIGTERM in which /ready says 503 while new requests are still served", group=_LIFETIME
+        5.0, "time after SIGTERM in which /ready returns 503 while new requests are still served", group=_LIFETIME
     )
     drain_s: NonNegativeFloat = option(
         30.0, "time that running requests get to finish when the server stops", group=_LIFETIME

@@ -225,7 +225,7 @@ def _as_api_error(error: Exception, request_id: str) -> ApiError:
     response = create_error_response(error).error
     if response.code < 500:
         return ApiError(400, response.message, param=response.param)
-    # Not the message: it may quote the request, which belongs in no log.
+    # Not the message: it may quote the request, which must not be logged.
     log.error("request %s failed: %s", request_id, type(error).__name__)
     return ApiError(500, f"the server failed to answer: {type(error).__name__}")
 

@@ -43,7 +43,7 @@ class GrammarChecker:
         digest = hashlib.sha256(f"{kind} {spec}".encode(errors="surrogatepass")).hexdigest()
         if digest not in self._problems:
             await self._lock.acquire()
-            # It continues if the caller hangs up: to cancel it would kill the child that others wait for.
+            # It continues if the caller hangs up: canceling it would kill the child that others wait for.
             self._check = asyncio.create_task(self._check_once(digest, kind, spec))
             self._check.add_done_callback(lambda _: self._lock.release())
             return await asyncio.shield(self._check)

@@ -177,10 +177,10 @@ def _add_dtype(
     builder: _PlanBuilder, config: ServeConfig, base: Base, model_config: Mapping[str, Any], machine: Hardware
 ) -> str:
     dtype, why = config.dtype, "set with dtype" if config.dtype != "auto" else "the model's own config decides"
-    # The kernels of a quantized base decide what they take.
+    # The kernels of a quantized base determine its dtype.
     if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in model_config:
         dtype, why = machine.processor.dtype, machine.processor.why
-        # Published weights take 2 bytes per number, except where their config says float32.
+        # Published weights take 2 bytes per number, except where their config has float32.
         stored = model_config.get("dtype", model_config.get("torch_dtype"))
         weights = sum(file.stat().st_size for file in weight_files(base.path)) * (1 if stored == "float32" else 2)
         if dtype == "float32" and weights > machine.memory_bytes * FLOAT32_MEMORY_SHARE:

@@ -1,8 +1,8 @@
 """Keeps requests out of the server's log: it shows that a request failed and where, but never its words.
 
 vLLM's modules that see requests put them into warnings and exception messages: a chat template's error quotes a role, a
-grammar's error quotes the grammar and the answer so far. Which modules do this changes with each version, so the log
-drops everything that such a module fills into a warning.
+grammar's error quotes the grammar and the answer so far. Which modules do this changes with each version, so every
+value that such a module formats into a warning is dropped.
 """
 
 import logging

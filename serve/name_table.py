@@ -1,6 +1,6 @@
 """Which version each name means, and why a version cannot be served.
 
-A version is immutable and its served name (`name@version`) never stands for anything else. A plain name means the
+A version is immutable and its served name (`name@version`) never means anything else. A plain name means the
 version that is loaded for it, and changes its meaning only once the next version is in the engine.
 """
 
@@ -82,7 +82,7 @@ class NameTable:
         ]
 
     def find(self, model: str) -> Manifest | None:
-        """The version that `model` (`name` or `name@version`) stands for; None if the store holds none."""
+        """The version that `model` (`name` or `name@version`) means; None if the store holds none."""
         name, at, version = model.partition("@")
         if not at:
             return self.current_version(name)

@@ -1,4 +1,4 @@
-"""How a reply goes out to one client: errors with their status, and streams with keep-alive comments.
+"""How a reply is sent to one client: errors with their status, and streams with keep-alive comments.
 
 A stream's status is sent with its first event and not before, so that a failure until then is an HTTP error, as it is
 without a stream. While no event comes, comment lines are sent, which clients skip and which keep load balancers from

@@ -18,7 +18,7 @@ from serve.content_parts import items_of, messages_of
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 _BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _SWITCHES = ("stream", "store", "background")
-# Log-probabilities that a server may hold for one answer's weight: about 5 MB.
+# This many log-probabilities that the server must hold (about 5 MB) count as one answer in the limits.
 _LOGPROBS = 20_000
 # vLLM tokenizes bad words on its event loop, twice per prompt: a megabyte of them would stop every stream.
 _MAX_BAD_WORDS, _MAX_BAD_WORD_CHARS = 128, 4096

@@ -1,6 +1,6 @@
 """What changed in a store since the last look: one stat per name, and a read where its folder's time has changed.
 
-What cannot be read, or is away, is logged once and keeps its last known content: a read error must not stop serving.
+What cannot be read, or is missing, is logged once and keeps its last known content: a read error must not stop serving.
 """
 
 import dataclasses

@@ -54,7 +54,7 @@ class StoreWatcher:
             try:
                 await self.refresh()
             except Exception:
-                # The next look may succeed, and nothing else would look.
+                # Keep polling: the next look may succeed.
                 log.exception("could not follow the store")
 
     async def refresh(self, swap: bool = True) -> None:

@@ -1,1 +1,1 @@
-"""The server's CPU path. The folder can be deleted as a whole: UPSTREAM.md says how, and when."""
+"""The server's CPU path. The whole folder can be deleted: UPSTREAM.md explains how, and when."""

@@ -251,7 +251,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     def _logits_groups(self, x: torch.Tensor) -> Groups:
         # For sampled rows vLLM passes a copy. For prompt log-probabilities it passes a slice of the step's hidden
-        # states, one request at a time; the start of the slice tells which rows they are.
+        # states, one request at a time; the start of the slice shows which rows they are.
         if x.untyped_storage().nbytes() > x.nbytes or len(x) != len(self.sampler_indices):
             first = x.storage_offset() // x.shape[-1]
             return Groups(self.token_lora_indices[first : first + len(x)])

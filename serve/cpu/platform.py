@@ -1,4 +1,4 @@
-"""The platform class that serve/cpu/plugin.py names. In a module of its own, because it imports vLLM."""
+"""The platform class that serve/cpu/plugin.py names. In a separate module, because it imports vLLM."""
 
 import os
 from typing import Any
