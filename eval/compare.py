@@ -36,7 +36,7 @@ class Side(NamedTuple):
 def compare(config: CompareConfig) -> Result:
     """Print each side's metrics and its paired difference from the first side, Holm-corrected over all sides.
 
-    All figures are over the questions that every side has: different questions would give different values.
+    All values are over the questions that every side has: other questions would give other values.
     """
     sides = unique_labels([side(text) for text in config.sides])
     if len(sides) < 2 or len({one.label for one in sides}) < len(sides):
@@ -141,7 +141,7 @@ def spread(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def _rows(labels: list[str], arms: dict[str, Any], differences: list[dict[str, Any]]) -> list[list[str]]:
-    """The table: a row per metric; the first side's value, then value, difference and p of each other side."""
+    """The table: one row per metric; the first side's value, then value, difference and p of each other side."""
     changes = {(row["arm"], row["metric"]): row for row in differences}
     rows = [["", labels[0], *(cell for label in labels[1:] for cell in (label, "difference", "p"))]]
     for name, metric in METRICS.items():

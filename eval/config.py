@@ -122,9 +122,7 @@ class BatchConfig:
     url: str = option("", "the OpenAI-compatible server that answers", metavar="URL", shown=_URL)
     concurrency: PositiveInt | None = option(None, "requests in flight", shown="32, or 2048 with --base")
     timeout_s: PositiveFloat = option(600.0, "longest wait for one answer of a server")
-    shard: str = option(
-        "", "answer only part K of N of the requests, into a file of its own, such as 1/4", metavar="K/N"
-    )
+    shard: str = option("", "answer only part K of N of the requests, into a separate file, such as 1/4", metavar="K/N")
     base: str = option(
         "",
         "base model to answer with on an engine of this command's own, without a server",

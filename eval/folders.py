@@ -53,7 +53,7 @@ def finished(where: str) -> Path:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a finished evaluation; UserError says what to do with one from an earlier version."""
+    """summary.json of a finished evaluation; raises UserError, with what to do, for one from an earlier version."""
     summary = read_json(folder / "summary.json")
     if summary.get("format") == FORMAT:
         return summary

@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 def parse_rule(text: str) -> Rule:
-    """Read a rule; UserError says what a rule looks like."""
+    """Read a rule; raises UserError with an example of one."""
     match = _RULE.fullmatch(text)
     if not match:
         raise UserError(

@@ -107,7 +107,7 @@ def _colored(text: str) -> str:
 
 
 def _topics(summary: Mapping[str, Any], models: Sequence[str]) -> "list[Markup]":
-    """A line per topic; none when no topic has enough questions."""
+    """One line per topic; no section when no topic has enough questions."""
     if not summary["topics"]:
         return []
     heading = ["topic", "questions", *(f"{arm}: {METRICS[name].title}" for arm in models for name in _TOPIC_METRICS)]

@@ -171,7 +171,7 @@ def judged_lead(judged: Mapping[str, Any]) -> str:
         f"{judged['judge']} ({_validated(judged, 'preference')} on preference): {second} against {first} wins "
         f"{pairs['wins']}, ties {pairs['ties']}, loses {pairs['losses']} of {pairs['judged']} pairs{p}. Each pair is "
         f"judged in both orders; verdicts that differ are a tie. {asked['asked']} judgements, {asked['failed']} "
-        f"failed, {asked['unreadable']} unreadable. † is also met by text without meaning: read it beside coherent."
+        f"failed, {asked['unreadable']} unreadable. † is also met by text without meaning: read it with coherent."
     )
 
 
@@ -197,7 +197,7 @@ def compared(summary: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def beside(summary: Mapping[str, Any], adapter: str) -> list[list[str]]:
-    """One adapter next to the base: a line per metric."""
+    """One adapter next to the base: one line per metric."""
     base = str(base_of(summary))
     rows = [["metric", base, adapter, "difference", "p", "human"]]
     for change in compared(summary)[adapter]:

@@ -10,7 +10,7 @@ Human labels are a JSONL file, one label per line
 | `label` | true or false; for `preference` the arm with the better answer, or `"tie"` |
 | `rater` | a name for the person who labeled |
 
-If several people rated an answer, the majority counts; if they split evenly there is no human label.
+If several people rated an answer, the majority counts; an even split leaves the answer without a human label.
 """
 
 from collections import Counter, defaultdict
@@ -85,7 +85,7 @@ def calibrate(
         for target, each in labels.items():
             if target.criterion != criterion or target not in judged:
                 continue
-            # An even split is no label to compare the judge with, but it counts in the agreement between people.
+            # An even split gives no label to compare the judge with, but it counts in the agreement between people.
             people[target.question_id].append(each)
             consensus = majority(each)
             if consensus is not None:

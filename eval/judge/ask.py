@@ -85,7 +85,7 @@ def judge(config: JudgeConfig) -> Result:
 
 
 def choose_arms(given: Sequence[str], summary: Mapping[str, Any]) -> tuple[str, str]:
-    """The two arms to judge. Yardsticks such as `human` and `shuffled` are allowed: they show if a judge can judge."""
+    """The two arms to judge. Yardsticks are allowed: `human` against `shuffled` shows whether a judge is of use."""
     arms, base = summary["arms"], summary["spec"]["base"]
     adapters = [name for name, arm in arms.items() if arm["kind"] == "adapter"]
     if not given and (len(adapters) != 1 or base not in arms):
