@@ -1,1 +1,1 @@
-"""Load-test a LoRA server with Locust: open-loop arrivals, skewed adapter mixes, a record per request, a verdict."""
+"""Load-test a LoRA server with Locust: open-loop arrivals, skewed adapter mixes, one record per request, a verdict."""

@@ -85,7 +85,7 @@ COMMANDS = {
     "find-capacity": Command(
         "loadtest.capacity:Capacity",
         "loadtest.capacity:find_capacity",
-        "find the highest rate that holds every --slo",
+        "find the highest rate that meets every --slo",
     ),
     "compare": Command(
         "loadtest.compare:Compare",

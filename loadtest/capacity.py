@@ -1,7 +1,7 @@
 """`python -m loadtest find-capacity`: the highest rate at which a server still meets its objectives.
 
 The rate is doubled from the lowest until it fails, then the gap is bisected (by ratio) until it is small. Each rate is
-tested several times with different seeds, and holds if every run passes: one lucky run must not raise the answer. A run
+tested several times with different seeds, and passes if every run does: one lucky run must not raise the answer. A run
 is long enough for its objectives: a p99 needs 200 requests, which take seven minutes at 0.5 requests/s. An invalid run
 is repeated with another seed. If that one is invalid too, the rate bounds the search like one that missed.
 """
@@ -37,7 +37,7 @@ class Capacity(Scenario):
 
     rate: str = option("0.5", "rate to start with, requests/s", group=_SEARCH, metavar="RATE")
     lowest: PositiveFloat | None = option(
-        None, "rate to start with", group=_SEARCH, metavar="RATE", shown="the value of --rate"
+        None, "lowest rate to try, which comes first", group=_SEARCH, metavar="RATE", shown="the value of --rate"
     )
     highest: PositiveFloat = option(256.0, "highest rate to try", group=_SEARCH, metavar="RATE")
     repeats: PositiveInt = option(2, "runs per rate; all must pass", group=_SEARCH)
@@ -54,7 +54,7 @@ class Capacity(Scenario):
                 f"arrivals is {self.arrivals!r}; find-capacity sets the rate itself: use poisson, constant or gamma"
             )
         if self.web or self.bind:
-            raise UserError("find-capacity makes many runs by itself; leave out --web and --bind")
+            raise UserError("find-capacity makes many runs; leave out --web and --bind")
         if self.lowest is None and "(" in self.rate:
             raise UserError(f"rate is {self.rate!r}; find-capacity sets it itself: give --lowest to start with")
         if not 0 < self.start_rate <= self.highest:
@@ -69,7 +69,7 @@ class Capacity(Scenario):
 
 
 class SearchResult(NamedTuple):
-    """The highest rate that held (None: not even the lowest) and the lowest that failed (None: all held)."""
+    """The highest rate that passed (None: not even the lowest) and the lowest that failed (None: all passed)."""
 
     held: float | None
     failed: float | None
@@ -126,7 +126,7 @@ def requests_needed(options: Capacity) -> int:
 def find_capacity(options: Capacity) -> Result:
     """Search, print every run, and write capacity.json and report.html.
 
-    Exit 3 if no rate held, 4 if the client was the limit or the search ended early.
+    Exit 3 if no rate passed, 4 if the client was the limit or the search ended early.
     """
     out = results_directory(options)
     if out.exists():

@@ -1,4 +1,4 @@
-"""The load test's charts, each as the inline SVG of its figures."""
+"""The load test's charts, each as inline SVG."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

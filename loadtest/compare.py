@@ -2,10 +2,10 @@
 
 B is better or worse in a metric if it differs from A by more than the margin, beyond the confidence interval: two runs
 of one server always differ a little, and enough requests would show it. The intervals come from a block bootstrap over
-time (loadtest/blocks.py), are widened as in Student's t when blocks are few, and hold for all metrics together, so that
-eight metrics are not eight chances to be wrong. They are for differences, not ratios, so that errors count even if A
-had none. Two runs of the same plan are compared block by block, so that the plan's own variation cancels out. A metric
-whose requests depend on each other for too long shows "?".
+time (loadtest/blocks.py), are widened as in Student's t when blocks are few, and hold for all metrics together, because
+eight metrics are eight chances to be wrong. They are for differences, not ratios, because A may have had no errors. Two
+runs of the same plan are compared block by block, so that the plan's own variation cancels out. A metric whose requests
+depend on each other for too long shows "?".
 
 Latencies are over the requests that were due after the warm-up and whose client stays to the end. Throughput is over
 the replies that ended in the window that the rates of the run use.
@@ -90,7 +90,7 @@ class Compare:
 
 
 def compare_runs(options: Compare) -> Result:
-    """Print each metric of both runs. Exit 0 if B is not worse in any, 3 if it is, 4 if that cannot be told."""
+    """Print each metric of both runs. Exit 0 if B is not worse in any, 3 if it is, 4 if neither can be shown."""
     folders = (Path(options.a), Path(options.b))
     verdicts = {str(folder): read_json(folder / "summary.json")["verdict"] for folder in folders}
     a, b = (read_results(folder) for folder in folders)

@@ -19,7 +19,7 @@ ABORTED = 3
 
 _LOCUST = (
     sys.executable, "-m", "locust", "--locustfile", str(Path(__file__).parent / "locustfile.py"),
-    # Failed requests are records; Locust's status says only whether Locust itself worked.
+    # Failed requests are records; Locust's status shows only whether Locust itself worked.
     "--exit-code-on-error", "0",
 )  # fmt: skip
 

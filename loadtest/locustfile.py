@@ -1,13 +1,13 @@
-"""What Locust runs: users that are sources of arrivals, and what brings their records to one file.
+"""What Locust runs: users that are sources of arrivals, and how their records reach one file.
 
 `python -m loadtest` starts it (see loadtest/launch.py) with the results directory in COUNSEL_LOADTEST. Locust's own
 statistics only feed the live page: they are rounded to two digits, and their rates wait for replies.
 
 A process is the leader (it has a Collector), a sender (it has a Sender), or, if it is the only one, both:
 
-  leader: share -> worker                     when the test starts: which share of the plan is yours
-  worker: ask -> leader, leader: time -> worker    a few times: what time is it (see loadtest/clock.py)
-  worker: aligned -> leader                   enough
+  leader: share -> worker                     when the test starts: the worker's share of the plan
+  worker: ask -> leader, leader: time -> worker    a few times: the leader's time (see loadtest/clock.py)
+  worker: aligned -> leader                   once that is enough
   leader: begin -> worker                     when all are aligned: the run begins at this time
   worker: report -> leader                    twice a second: records and self-observations
 """
@@ -219,7 +219,7 @@ def begin_worker(leader_s: float) -> None:
 
 
 def deliver(report: dict[str, Any]) -> None:
-    """Bring a report to the collector, in this process or in the master."""
+    """Pass a report to the collector, in this process or in the master."""
     if STATE.collector:
         STATE.collector.take(report)
     else:

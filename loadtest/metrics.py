@@ -3,7 +3,7 @@
 Latencies and shares are over the requests that were due after the warm-up and whose client stays to the end. A client
 that is planned to hang up gets only the quick replies complete, so its latencies would make any server look fast.
 Latencies are over complete replies (outcome ok); failures are counted, never timed. Rates are over the replies that
-ended within a time window (see loadtest/window.py). A percentile of few requests is still shown, with its n beside it.
+ended within a time window (see loadtest/window.py). A percentile of few requests is still shown, next to its n.
 """
 
 import itertools
@@ -55,7 +55,7 @@ def compute_metrics(
 ) -> dict[str, Any]:
     """All metrics of some measured `records`. Rates are over the replies that `ended` within `window_s` seconds.
 
-    `good` says which requests count as goodput. In the result, `stayed` counts the requests whose client stays to the
+    `good` tests which requests count as goodput. In the result, `stayed` counts the requests whose client stays to the
     end; shares and latencies are over these.
     """
     ok = [record for record in records if record.ok]

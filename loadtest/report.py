@@ -58,7 +58,7 @@ def load_test_finding(summary: Mapping[str, Any]) -> str:
         p50, p90 = (milliseconds(total["ttft_s"][key]) for key in ("p50", "p90"))
         answered += f"; the first token took {p50} ms (median) and {p90} ms (90th percentile)"
     if summary["verdict"] == "invalid":
-        return f"This run measured its client as well as the server, so do not use its figures: {answered}."
+        return f"This run measured its client as well as the server, so do not use its numbers: {answered}."
     if not total["ok"]:
         return f"The server completed no request: {answered}."
     if not slo:

@@ -42,7 +42,7 @@ class _Connections(httpx2.BaseTransport):
     """One connection per running request; the most recently used free connection is reused first.
 
     httpx's own pool scans all connections when a request begins or ends, which fills a core with a thousand in flight.
-    Here each connection is a pool of its own, and the free ones are on a stack.
+    Here each connection is a separate pool, and the free ones are on a stack.
     """
 
     def __init__(self, reuse: bool) -> None:
@@ -295,7 +295,7 @@ def _read_reply(events: Iterator[bytes], record: RequestRecord, text: list[str],
     if record.completion_tokens is not None and lengths:
         record.first_tokens = record.first_tokens or _first_tokens(record.completion_tokens, lengths)
         # The end of sequence is a token that `usage` counts and that has no text. If the reply ended at its limit, or
-        # had a chunk for each token, the finish reason stands for no token, and its time does not matter.
+        # had a chunk for each token, the finish reason does not mark a token, and its time does not matter.
         if record.finish != "length" and len(lengths) < record.completion_tokens:
             record.last_s = ended_s
     if record.finish not in COMPLETE:

@@ -8,7 +8,7 @@ objectives look: p95, or p99 if an objective is about a p99.
   requests          requests that count: at least 20, and enough for each percentile that has an objective. Failed
                     requests count: a server that answers nothing misses its objectives, and the run is valid
   sent_share        planned arrivals that were sent within a second of the end of the schedule, or dropped at the
-                    in-flight limit, which is where a server that does not answer leads: at least 0.98
+                    in-flight limit, which happens when a server does not answer: at least 0.98
   completed_share   closed loop: share of the requested number of requests that was sent, or else of the time that the
                     loop ran: at least 0.98
   schedule_lag_s    tail of the delay from due to sent (open loop): at most 10 ms, or 10 % of the median TTFT

@@ -14,7 +14,7 @@ from counsel.files import read_json, read_jsonl, write_json, write_jsonl
 from loadtest.__main__ import COMMANDS
 from loadtest.records import RequestRecord, append_records
 from loadtest.scenario import Scenario
-from tests.sse_server import Behaviour, standin
+from tests.sse_server import Behavior, standin
 
 COMMON = ("--arrivals", "constant", "--output-tokens", "4")
 
@@ -26,7 +26,7 @@ def scripted_locust(scenario: Scenario, directory: Path) -> None:
     plan = read_jsonl(directory / "plan.jsonl")
     for arrival in plan:
         model, due_s = arrival["model"], arrival["due_s"]
-        how = Behaviour.of(model)
+        how = Behavior.of(model)
         slots = free.setdefault(model, [0.0] * (how.slots or len(plan)))
         first_s = max(due_s, heapq.heappop(slots)) + how.first_s
         gaps_s = [how.gap_s] * (arrival["max_tokens"] - 1)
@@ -105,7 +105,7 @@ def test_the_capacity_found_is_that_of_the_server(tmp_path, loadtest):
     ("b", "verdict", "status"), [("same", "no difference", 0), ("slow", "worse", 3)], ids=["same", "slow"]
 )
 def test_compare_shows_only_what_differs(loadtest, b, verdict, status):
-    """Equal servers: no difference, exit 0. Half as slow again: worse in TTFT and e2e, not in throughput, exit 3."""
+    """Equal servers: no difference, exit 0. First tokens 1.5 times as late: worse, except in throughput, exit 3."""
     models = {"a": "base.gap-40.first-200", "same": "base.gap-40.first-200", "slow": "base.gap-40.first-300"}
     with standin(*sorted(set(models.values()))) as url:
         for out in ("a", b):

@@ -102,7 +102,7 @@ def usage(n: int) -> dict:
         ([(0.5, words(16)), (0.0, END), (0.0, usage(16))], None),
         # One chunk per token, and the finish reason a second late.
         ([(0.2, words(1)), *[(0.02, words(1))] * 9, (1.0, END), (0.0, usage(10))], 0.02),
-        # The reply ends at its limit, so the finish reason stands for no token.
+        # The reply ends at its limit, so the finish reason does not mark a token.
         ([(0.2, words(2)), (0.04, words(2)), (1.0, delta("base", {}, "length")), (0.0, usage(4))], 0.02),
         # One of ten tokens has no text; no chunk holds two.
         ([(0.2, words(1)), *[(0.02, words(1))] * 7, (0.04, words(1)), (0.0, END), (0.0, usage(10))], 0.02),

@@ -1,4 +1,4 @@
-"""The pages: what others wrote is text, a page needs no other file, and everybody can read its charts."""
+"""The pages: what others wrote is text, a page needs no other file, and its charts are accessible."""
 
 import json
 import re
@@ -156,7 +156,7 @@ def test_the_finding_is_one_sentence_of_the_primary_metrics() -> None:
         (
             "invalid",
             [True],
-            "This run measured its client as well as the server, so do not use its figures: 2 requests",
+            "This run measured its client as well as the server, so do not use its numbers: 2 requests",
         ),
     ],
 )
@@ -169,7 +169,7 @@ def test_the_finding_of_a_load_test_is_its_verdict(verdict: str, slo: list[bool]
 
 
 def test_a_load_test_without_a_reply_says_so() -> None:
-    """No latency is made up."""
+    """No latency is invented."""
     summary = {**summarize([failure(0, 0)], 0, anything), "slo": [], "verdict": "missed"}
 
     assert load_finding(summary) == "The server completed no request: 1 request, 1 failed."
