@@ -47,7 +47,7 @@ class BenchTurns:
     adapter_wait_s: float = option(2.0, "longest wait for a slot on the server with turns")
     seconds: float = option(40.0, "seconds of one measurement")
     rounds: int = option(3, "measurements of each server")
-    out: str = option("runs/bench-turns", "folder for adapters, logs and figures")
+    out: str = option("runs/bench-turns", "folder for adapters, logs and results")
 
 
 class Measured(NamedTuple):

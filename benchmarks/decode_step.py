@@ -18,7 +18,7 @@ torch            other torch operators
 python           the worker's Python between operators
 elsewhere        the worker waits: scheduling, hand-over, HTTP
 
-The last line of stdout is one JSON object: `steps`, by server and load, every figure in milliseconds per step.
+The last line of stdout is one JSON object: `steps`, by server and load, every value in milliseconds per step.
 """
 
 import asyncio

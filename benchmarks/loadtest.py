@@ -3,20 +3,20 @@
     python -m benchmarks.loadtest                            everything, on a server started here; under 10 minutes
     python -m benchmarks.loadtest --url URL --model NAME --tokenizer DIR      parity alone, on a running server
 
-chunks_per_s: chunks that the client reads per second of its own processor time, which is per core, through the openai
+chunks_per_s: chunks that the client reads per second of its processor time, which is per core, through the openai
 client over loopback, from a stand-in that is faster than the client. offered_rate_error: how far the rate sent differs
 from the rate offered, in a run of 500 requests/s with 2 s of service time and two Locust processes.
 
-parity: for each metric, our figure over theirs. Both tools use the same server, the same prompts (each once per run),
+parity: for each metric, our value over theirs. Both tools use the same server, the same prompts (each once per run),
 exact output lengths and temperature 0, in a closed loop of 4 clients (`--max-concurrency 4`) and in an open loop of
 Poisson arrivals (`--request-rate`, burstiness 1). Both count tokens by the server's usage; if a pair of runs differs in
 tokens in or out, the benchmark stops. ttft and tpot are the medians over requests that each tool reports; both define
 TPOT as (e2e - ttft) / (tokens - 1). throughput is output tokens over the time from the first request to the last token,
-from the times that both tools save: their printed figure includes the wait for the first arrival, and ours excludes the
+from the times that both tools save: the value they print includes the wait for the first arrival, and ours excludes the
 beginning and end of a run. One open run of theirs comes first and is not measured: it warms the server, and its send
 times are the arrivals of all open runs (theirs by the same seed, ours as a trace). The two tools run alternately. A
 ratio is the median over repeats; parity_range has the lowest and highest, parity_median the medians of our and of their
-figures (s, s, tokens/s).
+values (s, s, tokens/s).
 
 The server started here gets half of the cores and the clients the other half. Otherwise a client that costs more would
 slow the server that it measures. With --shared-cores both get all cores, as in normal use.

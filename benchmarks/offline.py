@@ -1,4 +1,4 @@
-"""What answering a Batch file without a server costs, beside vLLM's bare `LLM.generate`.
+"""What answering a Batch file without a server costs, compared with vLLM's plain `LLM.generate`.
 
     python -m benchmarks.offline --run counselchat         (`make bench-eval` includes it)
 
@@ -49,7 +49,7 @@ GENERATE = "--generate"
 
 
 def offline_vs_generate(run_name: str, prompts: int = 64, tokens: int = 64, rounds: int = 5) -> dict[str, Any]:
-    """Measure `rounds` rounds of `prompts` answers with `tokens` tokens each; return the figures."""
+    """Measure `rounds` rounds of `prompts` answers with `tokens` tokens each; return the results."""
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(_compare(run_name, prompts, tokens, rounds, Path(folder)))
 

@@ -1,4 +1,4 @@
-"""Our server beside stock vLLM, and beside our launch with stock LoRA, on this machine: `make bench-serve`.
+"""Our server against stock vLLM, and against our launch with stock LoRA, on this machine: `make bench-serve`.
 
     python -m benchmarks.serving --quick
 
@@ -271,7 +271,7 @@ async def _tokens_per_s(server: BenchServer, cell: Cell, base: str, seed: int, a
 
 
 def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[str, float | None]:
-    """The figures that the targets name, at rank 16 (or at the first rank measured), each a median over rounds."""
+    """The ratios that have targets, at rank 16 (or at the first rank measured), each a median over rounds."""
     rank = 16 if any(row["rank"] == 16 for row in rows) else rows[0]["rank"]
 
     def by_round(server: str, cell: str) -> dict[int, float]:
@@ -371,6 +371,6 @@ if __name__ == "__main__":
     sys.exit(
         main(
             "benchmarks.serving",
-            {"": Command(BenchServing, bench_serving, "measure LoRA serving beside stock vLLM, on this machine")},
+            {"": Command(BenchServing, bench_serving, "measure LoRA serving against stock vLLM, on this machine")},
         )
     )

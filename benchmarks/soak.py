@@ -16,7 +16,7 @@ errors                        requests that ended in an HTTP error or a broken c
 lost                          requests that ended without an answer and without an error
 restarts                      restarts of the engine, after the kill
 processor                     the CPU, with the extension that decides its speed
-rss_growth_mb                 memory of all server processes at the end of the load, minus that half-way between the
+rss_growth_mb                 memory of all server processes at the end of the load, minus that halfway between the
                               restart and the end
 publish_to_first_token_p50_s  from just before publish to the first token of an answer; publish_to_first_token_n: how
                               many such loads
@@ -172,7 +172,7 @@ def run(options: Soak) -> Result:
 
 
 async def soak(server: ProbedServer, store: SoakStore, options: Soak) -> dict[str, Any]:
-    """Run streams, churn and one kill; return the figures."""
+    """Run streams, churn and one kill; return the results."""
     tally, over = Tally(), asyncio.Event()
     streams = [asyncio.create_task(stream(server, store, tally, over, seed)) for seed in range(options.streams)]
     churning = asyncio.create_task(churn(server, store, tally, over))

@@ -42,7 +42,7 @@ class BenchTraining:
     batch_size: int = option(8, "rows per step")
     repeats: int = option(3, "runs of each trainer")
     learning_rate: float = option(5e-4, "peak learning rate")
-    trainer: str = option("", "run one trainer, trl or ours, and print its figures (the benchmark itself uses this)")
+    trainer: str = option("", "run one trainer, trl or ours, and print its results (the benchmark itself uses this)")
     seed: int = option(42, "seed of the first pair of runs")
 
 
