@@ -3,7 +3,7 @@
     python tests/sse_server.py --models base,gentle,base.first-200.half       prints its port, serves until killed
 
 There is no model: a reply is the word "w " `max_tokens` times, so a test knows what must come back. The first model is
-the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behaviour`).
+the base, the others are its adapters. A *model name* says how it behaves, in words joined by dots (see `Behavior`).
 It is plain asyncio with prepared bytes, because it must be faster than the client that it measures.
 GET /counts counts requests: {"requests": {model: n}, "hung_up": n, "connections": n}; only connections with a request.
 GET /arrivals says when they arrived, on the monotonic clock that all processes of a machine share: [[seconds, last
@@ -29,8 +29,8 @@ MIDWAY = ("half", "reset", "eof", "comment", "garbage", "shape", "midway", "die"
 
 
 @dataclass
-class Behaviour:
-    """How a model's replies go.
+class Behavior:
+    """How a model replies.
 
     `first-200`: the first chunk after 200 ms. `gap-10`: 10 ms between chunks. `burst`: all chunks in one write.
     `slots-4`: at most four replies at once, from the wait for the first chunk to the last chunk; the others queue, so
@@ -53,7 +53,7 @@ class Behaviour:
     fault: str = ""
 
     @classmethod
-    def of(cls, model: str) -> "Behaviour":
+    def of(cls, model: str) -> "Behavior":
         behavior = cls()
         for word in model.split(".")[1:]:
             name, _, value = word.partition("-")
@@ -161,7 +161,7 @@ class Standin(asyncio.Protocol):
     async def stream(self, body: dict, number: int) -> None:
         """Answer the request with that number, counted from 1 for each model."""
         model, n = body["model"], body["max_tokens"]
-        how = Behaviour.of(model)
+        how = Behavior.of(model)
         if how.dies and number >= how.dies:
             # Many requests may be read at once: the earlier ones are answered first, the later ones never are.
             while number > how.dies or self.complete[model] < how.dies - 1:
@@ -193,7 +193,7 @@ class Standin(asyncio.Protocol):
             waiting.clear()
         await turn
 
-    async def reply_to(self, model: str, n: int, how: Behaviour) -> None:
+    async def reply_to(self, model: str, n: int, how: Behavior) -> None:
         write = self.transport.write
         if how.first_s:
             await asyncio.sleep(how.first_s)

@@ -1,4 +1,4 @@
-"""Every benchmark starts, and benchmarks/README.md knows it."""
+"""Every benchmark starts, and benchmarks/README.md lists it."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The figures of `make bench-step`: a trace of three steps computed by hand, and a page of metrics."""
+"""The results of `make bench-step`: a trace of three steps computed by hand, and a page of metrics."""
 
 from benchmarks.decode_step import by_kind, steps_in
 

@@ -232,7 +232,7 @@ def test_the_reports_show_the_judging(folder: Path, url: str) -> None:
 
 
 def test_a_yardstick_can_be_judged(folder: Path, url: str) -> None:
-    """`--arms shuffled,human` compares two yardsticks: a judge that prefers neither cannot judge."""
+    """`--arms shuffled,human` compares two yardsticks: a judge that prefers neither is of no use."""
     found = judged(folder, url, "longer", arms=("shuffled", "human"))
 
     assert found["arms"] == ["shuffled", "human"]

@@ -190,7 +190,7 @@ def test_greedy_match_is_one_for_equal_texts(encoder: Encoder) -> None:
 
 LONELY = Question("q1", "I feel lonely since we moved house.", "moving", (
     "Moving can be lonely. Call an old friend and join one club near you this month.",
-    "It takes time to feel at home. Say hello to neighbours, and keep in touch with old friends.",
+    "It takes time to feel at home. Say hello to neighbors, and keep in touch with old friends.",
 ))  # fmt: skip
 SLEEP = Question(
     "q2", "I cannot sleep before my exams.", "sleep", ("Keep a fixed bedtime and put the phone away early.",)

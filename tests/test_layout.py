@@ -1,4 +1,4 @@
-"""The rules of the house that a test can hold: import direction, circles, seams, light modules, names, size, words."""
+"""The rules of the code base that a test can check: imports, cycles, boundaries, names, module size, words."""
 
 import ast
 import graphlib

@@ -13,7 +13,7 @@ import pytest
 from loadtest.records import OUTCOMES, RequestRecord
 from loadtest.scenario import Scenario
 from loadtest.stream import RequestLimits, ask, make_stream_client, request_body, sse_data
-from tests.sse_server import Behaviour, counts, delta, standin
+from tests.sse_server import Behavior, counts, delta, standin
 from tests.waiting import until
 
 NO_LIMITS = RequestLimits(None, 600, 600)
@@ -65,11 +65,11 @@ def test_the_standin_sends_what_it_should(url):
 
 def test_the_standin_reads_its_behavior_from_the_model_name():
     """The words after the first dot, in any order."""
-    assert Behaviour.of("a.gap-10.half.first-200") == Behaviour(first_s=0.2, gap_s=0.01, fault="half")
-    assert Behaviour.of("a.status-404") == Behaviour(status=404)
-    assert Behaviour.of("a.slots-4.dies-30") == Behaviour(slots=4, dies=30)
-    assert Behaviour.of("a.together-3.holds-0") == Behaviour(together=3, holds=0)
-    assert Behaviour.of("a") == Behaviour()
+    assert Behavior.of("a.gap-10.half.first-200") == Behavior(first_s=0.2, gap_s=0.01, fault="half")
+    assert Behavior.of("a.status-404") == Behavior(status=404)
+    assert Behavior.of("a.slots-4.dies-30") == Behavior(slots=4, dies=30)
+    assert Behavior.of("a.together-3.holds-0") == Behavior(together=3, holds=0)
+    assert Behavior.of("a") == Behavior()
 
 
 def test_the_fast_path_equals_the_typed_path(url):

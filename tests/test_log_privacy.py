@@ -1,4 +1,4 @@
-"""Log records of modules that see requests contain no words of a request. All others are unchanged."""
+"""Log records of modules that see requests contain no words of a request. Other records are unchanged."""
 
 import subprocess
 import sys

@@ -46,7 +46,7 @@ def command(script: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("model", ["base", "calm"])
 @pytest.mark.parametrize("script", [*PYTHON, *NODE])
 def test_a_client_of_another_stack_gets_the_same_answer(server: Served, tmp_path: Path, script: str, model: str):
-    """Whole or streamed, the text is what a plain request gets; a JSON schema is kept to; names are listed."""
+    """Whole or streamed, the text is what a plain request gets; a JSON schema is followed; names are listed."""
     name = server.base.name if model == "base" else model
     ran = command(script, tmp_path)
     expected = server.client().chat.completions.create(

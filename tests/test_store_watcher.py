@@ -120,7 +120,7 @@ def test_a_name_means_its_last_servable_version_before_and_after_a_restart(tmp_p
 
 
 def test_no_older_version_replaces_one_that_an_admin_unloaded(tmp_path):
-    """An admin who unloads a name wants no answers under it, not those of last month's version."""
+    """After an admin unloads a name nothing answers under it, not even last month's version."""
 
     async def scene() -> None:
         watcher, _ = new_watcher(4, tmp_path)

@@ -116,7 +116,7 @@ def test_the_card_shows_an_evaluation_of_an_earlier_version(finished, tmp_path):
 
 
 def test_the_card_describes_this_run(finished, tmp_path):
-    """It tells the trained rows, the split and the precision, and has no folder names and no empty system turn."""
+    """It has the trained rows, the split and the precision, and has no folder names and no empty system turn."""
     from counsel.run import Run
     from train.card import card_text
 
