@@ -49,7 +49,7 @@ _LEAD_S = 0.2
 
 DIRECTORY = Path(os.environ["COUNSEL_LOADTEST"])
 SCENARIO = read_scenario(DIRECTORY)
-# Read here and not in a listener: a worker is told to start as soon as it has joined, and forked workers share this.
+# Read here and not in a listener: a worker may start as soon as it has joined, and forked workers share this.
 PLAN = [Arrival.from_json(line) for line in read_jsonl(DIRECTORY / "plan.jsonl")]
 PROMPTS = [line["question"] for line in read_jsonl(DIRECTORY / "prompts.jsonl")]
 rehearse(SCENARIO)
@@ -171,7 +171,7 @@ def start(environment: Environment, **_: Any) -> None:
 
 
 def assign_shares(runner: MasterRunner) -> None:
-    """Tell each worker its share of the plan, before it is told to start.
+    """Send each worker its share of the plan, before the start message.
 
     Locust's own numbers of the workers do not work here: a worker that left before the start leaves a gap in them.
     """

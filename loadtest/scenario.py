@@ -53,7 +53,7 @@ class Scenario:
     )
     goodput_slo: tuple[str, ...] = option(
         (),
-        "limits that a request must keep to count as goodput, such as 'ttft_s <= 1'",
+        "limits that a request must meet to count as goodput, such as 'ttft_s <= 1'",
         group=_OBJECTIVES,
         metavar="RULE,...",
     )

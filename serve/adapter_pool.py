@@ -84,7 +84,7 @@ class AdapterPool:
         return "loaded" if loaded.loading.done() else "loading"
 
     def in_flight(self, manifest: Manifest) -> int:
-        """How many requests a version is answering."""
+        """The number of requests that a version is answering."""
         return loaded.in_flight if (loaded := self.loaded_adapters.get(manifest.id)) else 0
 
     async def acquire(self, manifest: Manifest, room_wait_s: float | None = None) -> LoadedAdapter:

@@ -36,7 +36,7 @@ def required_role(method: str, path: str, *, preflight: bool, open_server: bool)
     preflight: it is a browser's CORS preflight, and this server allows some origin. open_server: no keys are set.
     """
     if preflight:
-        # A browser sends no key with it; vLLM's CORS middleware answers by itself.
+        # A browser sends no key with it; vLLM's CORS middleware answers it.
         return ANYONE
     role = ROUTES.get((method, path))
     if role is None and method == "GET" and _ONE_MODEL.fullmatch(path):

@@ -106,7 +106,7 @@ def test_a_refused_request_ends_a_turn_not_the_conversation(talk, api, capsys):
 
 
 def test_a_conversation_longer_than_the_model_loses_its_oldest_turns(talk, api, capsys):
-    """The system text is kept. A line that is too long by itself is refused, and the earlier turns are kept."""
+    """The system text is kept. A line that is too long on its own is refused, and the earlier turns are kept."""
     api.n_fitting = 4
     assert talk("one", "two", "three", "long", "four", system="be kind")["turns"] == 4
     assert api.seen[2] == ["be kind", "one", "you said one", "two", "you said two", "three"]

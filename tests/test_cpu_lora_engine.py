@@ -8,7 +8,7 @@ import pytest
 from tests.greedy import greedy_ids
 from tests.tiny import tiny_adapter, tiny_base
 
-pytestmark = pytest.mark.slow  # an engine of its own: a minute
+pytestmark = pytest.mark.slow  # a separate engine: a minute
 
 QUESTIONS = ("i feel lonely", "work is hard since we moved", "what can help me sleep", "talk to me")
 TARGETS = ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj", "lm_head")

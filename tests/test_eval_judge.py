@@ -217,7 +217,7 @@ def test_another_judge_or_another_limit_is_asked_anew(folder: Path, url: str) ->
 
 
 def test_the_reports_show_the_judging(folder: Path, url: str) -> None:
-    """Markdown and HTML gain a section beside what was there."""
+    """Markdown and HTML gain a section and keep the others."""
     before = (folder / "report.md").read_text(encoding="utf-8")
     judged(folder, url, "fair")
     after = (folder / "report.md").read_text(encoding="utf-8")

@@ -89,7 +89,7 @@ def test_leak_experiment_uses_equal_row_counts_and_resumes(tmp_path, capsys):
 
 
 def test_seeds_added_later_do_not_mix_row_counts(tmp_path, capsys):
-    """Every run trains on the same number of rows: a run with more is repeated, and fewer seeds reuse what is there."""
+    """Every run trains on the same number of rows: a run with more is repeated, and fewer seeds reuse finished runs."""
     base = tiny_base(tmp_path / "base", "llama")
     recipe = recipe_for(base, tmp_path, max_rows=None, max_val_rows=99, max_steps=2, store="")
     config = replace(recipe, val_share=0.2, test_share=0.0).data_config()

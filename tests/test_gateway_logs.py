@@ -175,7 +175,7 @@ def test_admin_actions_and_attempts_are_audited(server):
 
 
 def test_metrics_are_per_adapter(server):
-    """Requests, tokens, times and loads have the exact adapter as a label, beside vLLM's own series."""
+    """Requests, tokens, times and loads have the exact adapter as a label, next to vLLM's own series."""
     client = server.client()
     ask = {"model": "calm", "messages": ASK, "max_completion_tokens": 3, "extra_body": {"ignore_eos": True}}
     model = client.chat.completions.create(**ask).model

@@ -161,7 +161,7 @@ def test_a_client_hangs_up_in_the_middle_of_a_reply(monkeypatch):
 
 
 def test_a_reply_that_goes_silent_is_a_timeout():
-    """The HTTP client is told how long a silence may last. If it gives up within a reply, the times are kept."""
+    """The HTTP client gets the limit on silence. If it gives up within a reply, the times are kept."""
 
     def chunks() -> Iterator[bytes]:
         yield b"data: " + json.dumps(delta("base", {"content": "w "})).encode() + b"\n\n"

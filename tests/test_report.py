@@ -185,7 +185,7 @@ def test_an_evaluation_without_intervals_has_no_forest() -> None:
 
 
 def test_a_page_fetches_nothing(hostile: Page) -> None:
-    """No script, style sheet, font or picture comes from elsewhere, and no chart brings a style of its own."""
+    """No script, style sheet, font or picture comes from elsewhere, and no chart has its own style."""
     addresses = [
         value
         for tag, attributes in hostile.tags

@@ -246,7 +246,7 @@ def not_reading(address: tuple[str, int]) -> Iterator[socket.socket]:
     ids=["large", "stream", "too small to pause uvicorn"],
 )
 def test_a_client_that_reads_nothing_is_disconnected(size, whole):
-    """Its connection no longer counts, and the application is told that the client disconnected."""
+    """Its connection no longer counts, and the application receives `http.disconnect`."""
     disconnected = threading.Event()
 
     async def send_much(scope, receive, send):
@@ -278,7 +278,7 @@ def test_a_stopping_server_does_not_wait_for_a_client_that_reads_nothing():
 
 
 def test_comments_to_a_client_that_reads_nothing_end_the_request():
-    """The application is told that the client disconnected, and the task that sends comments does not fail."""
+    """The application receives `http.disconnect`, and the task that sends comments does not fail."""
     disconnected, failures = threading.Event(), []
 
     async def wait_for_the_engine(scope, receive, send):

@@ -130,7 +130,7 @@ def at_first_call(tmp_path, monkeypatch) -> Callable[..., Path]:
 
 
 def with_checker(ask: Callable[[GrammarChecker], Coroutine[Any, Any, None]]) -> None:
-    """Run `ask` with a child of its own, without a tokenizer, so that the child starts quickly."""
+    """Run `ask` with a separate child, without a tokenizer, so that the child starts quickly."""
 
     async def run() -> None:
         checker = GrammarChecker(None, 0, None)

@@ -187,7 +187,7 @@ def _answers(summary: dict[str, Any]) -> list[str]:
     warnings = summary["warnings"] if "warnings" in summary else summary["alarms"]
     return [
         f"Answers to {summary['questions']} held-out questions (evaluation {summary['stamp']}): value and 95 % "
-        "interval. The scores measure how similar they are to human answers, not whether they help.",
+        "interval. The scores measure similarity to human answers, not whether the answers help.",
         "",
         f"| metric | {' | '.join(arms)} |",
         "|---" * (len(arms) + 1) + "|",

@@ -122,7 +122,7 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
         "gain_mean": {unit: round(value, 5) for unit, value in mean.items()},
         "gain_sd": {unit: round(statistics.stdev(gained), 5) if len(gained) > 1 else None
                     for unit, gained in values.items()},
-        # Without a gain there is no share.
+        # A share is undefined without a gain.
         "leak_share_of_gain": round(1 - mean["question"] / mean["row"], 4) if mean["row"] > 0 else None,
         "n": len(seeds),
         "train_rows": n_train,
