@@ -48,7 +48,7 @@ def test_a_run_killed_with_9_resumes_to_the_same_losses(base, tmp_path):
     killed = recipe_for(base, tmp_path, name="killed", **settings)
     train(whole)
     # Two steps after the checkpoint of step 12; their log rows must be dropped and written again.
-    in_step_14 = stopping("train", "train.progress", "Progress.on_log", "given[1].global_step == 14")
+    in_step_14 = stopping("train", "train.progress", "TrainingProgress.on_log", "given[1].global_step == 14")
     kill_when_stopped(run_command("-c", in_step_14, *flags_of(killed)))
     assert (killed.run_path / "checkpoints" / "checkpoint-12" / "trainer_state.json").exists()
     assert read_jsonl(killed.run_path / "metrics.jsonl")[-1]["step"] == 14
