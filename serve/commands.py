@@ -9,6 +9,7 @@ from counsel import store as adapter_store
 from counsel.catalog import resolve
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import Command, Result, argument, as_typed, option
+from counsel.errors import UserError
 from counsel.run import open_run
 from counsel.store import Manifest
 from counsel.values import NonNegativeInt
@@ -90,6 +91,8 @@ def publish(options: Publish) -> Result:
 def list_all(options: List) -> Result:
     """Show every version of every adapter."""
     store = Path(options.store)
+    if not store.is_dir():
+        raise UserError(f"no store folder {options.store!r}; python -m serve publish makes one, --store names another")
     adapters = [adapter_store.read_versions(store, name) for name in adapter_store.names(store)]
     rows = [
         (
