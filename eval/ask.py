@@ -59,6 +59,7 @@ class Asker:
         await run_bounded(jobs, config.concurrency)
 
     async def _answer(self, arm: Arm, question: Question, sample: int) -> None:
+        penalty = self.config.repetition_penalty
         outcome = await attempt(
             lambda: self.client.chat.completions.create(
                 model=self.server_models.exact(arm.model),
@@ -67,6 +68,7 @@ class Asker:
                 temperature=self.config.temperature,
                 top_p=self.config.top_p,
                 seed=self.config.seed + sample,
+                extra_body={"repetition_penalty": penalty} if penalty > 1 else None,
             )
         )
         row: Row = {"arm": arm.name, "question_id": question.question_id, "sample": sample}

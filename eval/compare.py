@@ -21,7 +21,9 @@ from eval.samples import Row, read_rows
 from eval.summary import OLD_ROWS, has_old_rows, paired, shared_likelihoods, summarize_arms
 
 # Sides that differ in one of these differ by more than the model.
-SETTINGS = ("max_tokens", "temperature", "top_p", "samples", "references", "questions", "system_prompt")
+SETTINGS = (
+    "max_tokens", "temperature", "top_p", "repetition_penalty", "samples", "references", "questions", "system_prompt",
+)  # fmt: skip
 
 
 class Side(NamedTuple):
@@ -103,7 +105,8 @@ def old_rows(sides: Sequence[Side]) -> list[str]:
 
 def different_settings(sides: Sequence[Side]) -> list[str]:
     """A warning for each setting that differs between the sides."""
-    settings = [{**one.summary["spec"]["config"], **one.summary["spec"]} for one in sides]
+    # Evaluations of earlier versions had no penalty.
+    settings = [{"repetition_penalty": 1.0, **one.summary["spec"]["config"], **one.summary["spec"]} for one in sides]
     warnings = []
     for name in SETTINGS:
         values = [json.dumps(each.get(name)) for each in settings]

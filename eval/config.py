@@ -48,6 +48,12 @@ class EvalConfig:
     max_tokens: PositiveInt = option(128, "longest answer, in tokens", group=_SAMPLING)
     temperature: Annotated[float, Ge(0), Le(2)] = option(0.7, "sampling temperature", group=_SAMPLING)
     top_p: Annotated[float, Gt(0), Le(1)] = option(0.95, "nucleus sampling", group=_SAMPLING)
+    repetition_penalty: Annotated[float, Ge(1), Le(2)] = option(
+        1.0,
+        "makes tokens that the prompt or answer already holds less likely; 1: off, and not sent, since not every "
+        "server has it",
+        group=_SAMPLING,
+    )
     seed: NonNegativeInt = option(0, "seed of the sampling and of the bootstrap", group=_SAMPLING)
     concurrency: PositiveInt = option(16, "requests in flight", group=_REQUESTS)
     timeout_s: PositiveFloat = option(120.0, "longest wait for one request", group=_REQUESTS)

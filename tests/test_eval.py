@@ -187,6 +187,30 @@ def test_two_arms_are_compared_and_gated(killed_and_continued, capsys: pytest.Ca
     assert "did you mean 'bits_per_byte'" in err
 
 
+def test_a_repetition_penalty_reaches_the_server(
+    tmp_path: Path, server: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The greedy answer to a question is the one that the server gives with that penalty, not the one without."""
+    run = make_run(tmp_path / "run", server.base.path)
+    monkeypatch.setenv("COUNSEL_API_KEY", server.user_key)
+    settings = ("--max-tokens", "16", "--temperature", "0", "--repetition-penalty", "2", "--concurrency", "1")
+    called(capsys, "--run", str(run), "--url", server.base_url, "--models", "base", "--no-baselines", *settings)
+    (log,) = (run / "eval").glob("*/samples.jsonl")
+    answer = read_rows(log)[0]["text"]
+    with_penalty, without = (
+        server.client().chat.completions.create(
+            model=server.base.name,
+            messages=prompt_messages(f"{TOPICS[0]} is hard, what can help me?", SYSTEM),  # type: ignore[arg-type]
+            max_tokens=16,
+            temperature=0,
+            extra_body={"repetition_penalty": penalty},
+        ).choices[0].message.content.strip()
+        for penalty in (2, 1)
+    )  # fmt: skip
+
+    assert answer == with_penalty != without
+
+
 def test_no_server_is_one_line(tmp_path: Path, tiny_model, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a server: exit 1, what to do, and no folder that looks like an evaluation."""
     run = make_run(tmp_path / "run", tiny_model.path)
