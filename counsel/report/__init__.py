@@ -43,10 +43,10 @@ def section(title: str, *contents: "Markup | Cells", note: str = "", folded: boo
     return result
 
 
-def answer_columns(title: str, examples: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> "Markup":
+def answer_columns(title: str, examples: Sequence[tuple[str, Sequence[tuple[str, str]]]], note: str = "") -> "Markup":
     """A section of questions, each with (name, answer) pairs side by side."""
     parts: Any = _environment().get_template("parts.html").module
-    result: Markup = parts.section(title, [parts.answers(examples)])
+    result: Markup = parts.section(title, [parts.answers(examples)], note)
     return result
 
 
