@@ -11,9 +11,10 @@ from serve import log_privacy
 logging.basicConfig(format="%(name)s: %(message)s")
 log_privacy.register(); log_privacy.register()
 sees, other = logging.getLogger("vllm.entrypoints.chat"), logging.getLogger("vllm.v1.worker")
-sees.warning("refused: %s", "canary")
+word = "-".join(("can", "ary"))  # a traceback shows this source from Python 3.13 on
+sees.warning("refused: %s", word)
 try:
-    raise ValueError("canary")
+    raise ValueError(word)
 except ValueError:
     sees.exception("failed")
 other.error("out of %s", "memory")
@@ -29,6 +30,6 @@ def test_what_a_module_that_sees_requests_fills_in_is_dropped():
         "vllm.entrypoints.chat: refused: %s",
         "vllm.entrypoints.chat: failed (ValueError)",
     ]
-    assert "line 9, in <module>" in done.stderr
+    assert "line 10, in <module>" in done.stderr
     assert "vllm.v1.worker: out of memory" in done.stderr
-    assert "canary" not in done.stderr
+    assert "can-ary" not in done.stderr
