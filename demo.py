@@ -20,9 +20,10 @@ from counsel.errors import UserError
 from counsel.files import read_jsonl, write_text
 from counsel.report import answer_columns, page, section
 from counsel.report.charts import chart
+from counsel.report.tables import text_table
 from counsel.run import RUNS, Run
 from eval.report import evaluation_finding, label, with_interval
-from loadtest.table import aligned, milliseconds
+from loadtest.table import milliseconds
 from serve.config import ServeConfig
 from serve.server import Server
 from train.plot import draw_losses
@@ -58,7 +59,7 @@ def main() -> int:
             accept=(0, 4),
         )  # fmt: skip
     print(f"\n{evaluation_finding(evaluation)}\n")
-    print(aligned([*quality(evaluation), *speed(load)[1:]]))
+    print(text_table([*quality(evaluation), *speed(load)[1:]], 1))
     for reason in load["invalid"]:
         print(f"the load test is invalid: {reason}")
     report = RUN.path / "report.html"

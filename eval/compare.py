@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 from counsel.cli import Result
 from counsel.errors import UserError
+from counsel.report.tables import text_table
 from eval.config import CompareConfig
 from eval.folders import finished, read_summary
 from eval.metrics import METRICS
-from eval.report import p_text, table, with_interval
+from eval.report import p_text, with_interval
 from eval.samples import Row, read_rows
 from eval.summary import OLD_ROWS, has_old_rows, paired, shared_likelihoods, summarize_arms
 
@@ -57,7 +58,7 @@ def compare(config: CompareConfig) -> Result:
     differences = paired(scores, likelihoods, [(label, first.label) for label in labels[1:]], config.seed)
     if not all(arms[label]["metrics"] for label in labels):
         raise UserError(f"{', '.join(labels)} have no question in common; evaluate them on the same ones")
-    print(table(_rows(labels, arms, differences)))
+    print(text_table(_rows(labels, arms, differences)))
     print(f"\ndifferences are from {first.label}; p: paired permutation test, Holm-corrected over the primary metrics")
     warnings = [*old_rows(sides), *different_settings(sides)]
     print("".join(f"\n! {warning}" for warning in warnings), end="\n" if warnings else "")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from counsel.report.tables import markdown_table, text_table
 from eval.judge.rubric import HOLD_FOR_NOISE, RUBRIC
 from eval.metrics import METRICS, PRIMARY
 from eval.summary import DIVERSITY_WORDS
@@ -56,8 +57,8 @@ def terminal(summary: Mapping[str, Any]) -> str:
     blocks = [
         f"{summary['questions']} held-out questions of {summary['run']}. Brackets: 95 % intervals over questions."
     ]
-    blocks += [table(beside(summary, name)) for name in compared(summary)]
-    blocks.append(table(all_arms(summary)))
+    blocks += [text_table(beside(summary, name)) for name in compared(summary)]
+    blocks.append(text_table(all_arms(summary)))
     if any(row["p_holm"] is not None for row in summary["differences"]):
         blocks.append(
             f"p: paired permutation test, Holm-corrected over the primary metrics ({', '.join(PRIMARY)}); others are "
@@ -75,9 +76,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     if summary["warnings"]:
         parts.append("## Limits of this evaluation\n\n" + "\n".join(f"- {warning}" for warning in summary["warnings"]))
     for name in compared(summary):
-        parts.append(f"## {name} compared with {base_of(summary)}\n\n" + _pipes(beside(summary, name)))
-    parts.append(f"## Every arm\n\n{ARMS_NOTE}\n\n" + _pipes(all_arms(summary)))
-    parts.append(f"## Counts\n\n{COUNTS_NOTE}\n\n" + _pipes(counts(summary)))
+        parts.append(f"## {name} compared with {base_of(summary)}\n\n" + markdown_table(beside(summary, name)))
+    parts.append(f"## Every arm\n\n{ARMS_NOTE}\n\n" + markdown_table(all_arms(summary)))
+    parts.append(f"## Counts\n\n{COUNTS_NOTE}\n\n" + markdown_table(counts(summary)))
     parts.append(
         "## What each metric does not show\n\n"
         + "\n".join(f"- **{label(name)}**: {metric.note}." for name, metric in METRICS.items())
@@ -100,7 +101,7 @@ def lead(summary: Mapping[str, Any]) -> str:
 def judged_terminal(judged: Mapping[str, Any]) -> str:
     """The text that ends a judging."""
     return "\n\n".join([judged_lead(judged), *(f"! {warning}" for warning in judged["warnings"]),
-                        *(table(rows) for rows in judged_tables(judged))])  # fmt: skip
+                        *(text_table(rows) for rows in judged_tables(judged))])  # fmt: skip
 
 
 def judged_markdown(judged: Mapping[str, Any]) -> str:
@@ -109,7 +110,7 @@ def judged_markdown(judged: Mapping[str, Any]) -> str:
         f"## Judged by {judged['judge']}",
         judged_lead(judged),
         "\n".join(f"- {warning}" for warning in judged["warnings"]),
-        *(_pipes(rows) for rows in judged_tables(judged)),
+        *(markdown_table(rows) for rows in judged_tables(judged)),
         "Criteria:\n\n" + "\n".join(f"- **{name}**: {statement}" for name, statement in RUBRIC.items()),
     ]
     return "\n" + "\n\n".join(part for part in parts if part) + "\n"
@@ -267,15 +268,3 @@ def p_text(change: Mapping[str, Any]) -> str:
         return ""
     shown = "<0.001" if p < 0.001 else f"{p:.3f}"
     return f"({shown})" if change["p_holm"] is None else f"{shown}{'*' if p < 0.05 else ''}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as aligned columns, the first row as heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _pipes(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

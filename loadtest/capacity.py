@@ -17,6 +17,7 @@ from counsel.cli import Result, option
 from counsel.errors import UserError
 from counsel.files import write_json, write_text
 from counsel.report import page, section
+from counsel.report.tables import text_table
 from counsel.values import PositiveFloat, PositiveInt
 from loadtest.charts import curves
 from loadtest.metrics import curve_point, rounded
@@ -25,7 +26,6 @@ from loadtest.prepare import results_directory, target_models
 from loadtest.run import run_load_test
 from loadtest.scenario import Scenario
 from loadtest.slo import min_requests, parse_objective
-from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
 
 _SEARCH = "search"
@@ -183,7 +183,7 @@ def find_capacity(options: Capacity) -> Result:
     )  # fmt: skip
     write_text(out / "report.html", _page(document, points))
     write_json(out / "capacity.json", document)
-    print(aligned(_cells(points)))
+    print(text_table(_cells(points), 1))
     print(_sentence(result, invalid))
     return Result(document, EXIT_STATUS["invalid" if invalid else "passed" if result.held else "missed"])
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from counsel.cli import Result, argument, option
 from counsel.files import read_json
+from counsel.report.tables import text_table
 from counsel.values import PositiveFloat, Seed, ShareBelowOne, check_bounds
 from loadtest.blocks import MIN_BLOCKS, Statistic, Values, number_of_blocks, point, resampled
 from loadtest.metrics import LATENCIES, measured, rounded
 from loadtest.records import FAILED, RequestRecord
 from loadtest.results import Results, read_results
 from loadtest.scenario import Scenario
-from loadtest.table import aligned
 from loadtest.verdict import EXIT_STATUS
 from loadtest.window import Window
 from loadtest.workload import Arrival
@@ -99,7 +99,7 @@ def compare_runs(options: Compare) -> Result:
     reasons = [f"{folder} is an invalid run" for folder, verdict in verdicts.items() if verdict == "invalid"]
     unlike = different_load(a.scenario, b.scenario)
     verdict = "invalid" if reasons else "different loads" if unlike else _verdict(compared)
-    print(aligned(_cells(compared)))
+    print(text_table(_cells(compared), 1))
     print(f"block bootstrap, 95 % for all metrics together; differences below {options.margin:.0%} do not count")
     print("both runs have the same plan and are compared block by block" if paired else
           "the runs have different plans, which adds uncertainty; use the same --seed to avoid it")  # fmt: skip

@@ -1,7 +1,9 @@
 """The tables that end a run, as cells that the terminal and the report share; times in milliseconds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from counsel.report.tables import text_table
 
 _HEAD = ("model", "n", "errors", "TTFT p50", "p90", "TPOT p50", "p90", "e2e p50", "p90", "tokens/s", "requests/s")
 
@@ -10,7 +12,7 @@ def result_table(summary: Mapping[str, Any]) -> str:
     """The per-model table of a summary, for a terminal."""
     begin_s, end_s = summary["window"]["begin_s"], summary["window"]["end_s"]
     return (
-        f"{aligned(model_cells(summary))}\n"
+        f"{text_table(model_cells(summary), 1)}\n"
         "Times in ms, from sending. n: every request due after the warm-up.\n"
         f"Rates count the replies that ended between {begin_s:.1f} s and {end_s:.1f} s. A model's tokens/s and "
         "requests/s\nfollow its share of the requests: compare models by TTFT and TPOT."
@@ -40,19 +42,11 @@ def objective_cells(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def verdict_text(summary: Mapping[str, Any]) -> str:
     """The objectives one by one, then the verdict and, when the run is invalid, why."""
-    lines = [aligned(objective_cells(summary))] if summary["slo"] else []
+    lines = [text_table(objective_cells(summary), 1)] if summary["slo"] else []
     if not summary["all"]["ok"]:
         lines.append("no request got a complete reply")
     lines += [f"invalid: {reason}" for reason in summary["invalid"]]
     return "\n".join([*lines, f"verdict: {summary['verdict']}"])
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns: the first left-aligned, the others right-aligned."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
 
 
 def milliseconds(seconds: float | None) -> str:

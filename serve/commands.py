@@ -10,6 +10,7 @@ from counsel.catalog import resolve
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import Command, Result, argument, as_typed, option
 from counsel.errors import UserError
+from counsel.report.tables import text_table
 from counsel.run import open_run
 from counsel.store import Manifest
 from counsel.values import NonNegativeInt
@@ -208,6 +209,4 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     if not rows:
         print(as_typed("the store is empty; publish something with: python -m serve publish RUN"))
         return
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(text_table([head, *rows]))

@@ -225,7 +225,8 @@ def test_the_reports_show_the_judging(folder: Path, url: str) -> None:
 
     assert after.startswith(before)
     assert "## Judged by fair" in after
-    assert "| practical | 0.000 [0.000, 0.393] | 0.600 " in after  # 1 - 0.05 ** (1 / 6) = 0.393
+    row = " ".join(next(line for line in after.splitlines() if line.startswith("| practical")).split())
+    assert row.startswith("| practical | 0.000 [0.000, 0.393] | 0.600 ")  # 1 - 0.05 ** (1 / 6) = 0.393
     assert "not validated" in after
     assert "<h2>Judged by fair</h2>" in page
     assert "gentle against tiny wins 2, ties 2, loses 1 of 5 pairs" in page
