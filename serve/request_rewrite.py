@@ -22,6 +22,7 @@ _SWITCHES = ("stream", "store", "background")
 _LOGPROBS = 20_000
 # vLLM tokenizes bad words on its event loop, twice per prompt: a megabyte of them would stop every stream.
 _MAX_BAD_WORDS, _MAX_BAD_WORD_CHARS = 128, 4096
+_MAX_LENGTH_PENALTY = 10
 Body = dict[str, Any]
 
 
@@ -62,6 +63,13 @@ def rewrite(
             400, "background is true; only requests that wait for their answer are served here", param="background"
         )
     _refuse_bad_words(body.get("bad_words"))
+    _refuse_length_penalty(body.get("length_penalty"))
+    grammar = body.get("structured_outputs")
+    if isinstance(grammar, dict) and grammar.get("json_object") is False:
+        # vLLM counts it as a grammar that was asked for, and then finds none.
+        rewritten["structured_outputs"] = {name: value for name, value in grammar.items() if name != "json_object"}
+        if all(value is None for value in rewritten["structured_outputs"].values()):
+            del rewritten["structured_outputs"]
     if path == RESPONSES:
         # Nothing is kept for later requests.
         rewritten["store"] = False
@@ -157,6 +165,17 @@ def _refuse_bad_words(given: Any) -> None:
             f"bad_words may hold at most {_MAX_BAD_WORDS} strings of {_MAX_BAD_WORD_CHARS} characters in all",
             param="bad_words",
         )
+
+
+def _refuse_length_penalty(given: Any) -> None:
+    """Beam search divides by (length ** length_penalty), which is 0 or infinite for large penalties."""
+    try:
+        value = float(given)
+    except (TypeError, ValueError, OverflowError):
+        return  # not a number: vLLM's schema refuses it
+    if not -_MAX_LENGTH_PENALTY <= value <= _MAX_LENGTH_PENALTY:
+        bounds = f"from -{_MAX_LENGTH_PENALTY} to {_MAX_LENGTH_PENALTY}"
+        raise ApiError(400, f"length_penalty is {given!r:.40}; it must be a number {bounds}", param="length_penalty")
 
 
 def _is_system(turn: Body) -> bool:

@@ -164,6 +164,32 @@ def test_a_request_weighs_what_it_makes_the_server_hold(path, body, n):
     assert weight(path, body, 1000, 4096) == n
 
 
+@pytest.mark.parametrize("value", [-1e9, 1e9, 10.5, float("nan"), float("inf"), "1e9"])
+def test_a_length_penalty_that_overflows_is_refused(value):
+    """4096 ** 1e9 is infinite and 4096 ** -1e9 is 0: beam search would divide by them."""
+    with pytest.raises(ApiError, match="length_penalty is .* from -10 to 10"):
+        rewritten(CHAT, {"messages": [USER_TURN], "length_penalty": value}, None)
+    for kept in (-10, 0, 1.0, "1.0", "much", None):
+        rewritten(CHAT, {"messages": [USER_TURN], "length_penalty": kept}, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"json_object": False}, None),
+        ({"json_object": False, "regex": None}, None),
+        ({"json_object": False, "regex": "a"}, {"regex": "a"}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"regex": "a"}, {"regex": "a"}),
+    ],
+)
+def test_a_grammar_that_is_switched_off_is_not_asked_for(given, sent):
+    """vLLM counts `json_object: false` as the one grammar of the request, and fails on it."""
+    assert (
+        rewritten(CHAT, {"messages": [USER_TURN], "structured_outputs": given}, None).get("structured_outputs") == sent
+    )
+
+
 def test_null_and_empty_lists_count_as_not_given():
     """Many clients send them. -1 means no limit, and a whole number may be a float."""
     sent = {"model": "x", "tools": [], "tool_choice": "auto", "stop": None, "bad_words": None, "stream": None}
