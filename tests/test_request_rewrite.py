@@ -167,7 +167,7 @@ def test_a_request_weighs_what_it_makes_the_server_hold(path, body, n):
 @pytest.mark.parametrize("value", [-1e9, 1e9, 10.5, float("nan"), float("inf"), "1e9"])
 def test_a_length_penalty_that_overflows_is_refused(value):
     """4096 ** 1e9 is infinite and 4096 ** -1e9 is 0: beam search would divide by them."""
-    with pytest.raises(ApiError, match="length_penalty is .* from -10 to 10"):
+    with pytest.raises(ApiError, match=r"length_penalty is .* from -10 to 10"):
         rewritten(CHAT, {"messages": [USER_TURN], "length_penalty": value}, None)
     for kept in (-10, 0, 1.0, "1.0", "much", None):
         rewritten(CHAT, {"messages": [USER_TURN], "length_penalty": kept}, None)
