@@ -11,8 +11,6 @@ from loadtest.results import Results
 from loadtest.scenario import Scenario
 from loadtest.table import milliseconds, model_cells, objective_cells
 
-__all__ = ["page", "section", "write_report"]
-
 
 def write_report(results: Results, summary: Mapping[str, Any]) -> Path:
     """Write the page of one run; return its path."""

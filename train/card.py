@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from counsel.catalog import is_hub_id
 from counsel.chat import NOTICE, prompt_messages
 from counsel.files import read_json
 from counsel.run import Run
@@ -60,7 +61,7 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
     recipe, report, provenance = run.config(), read_json(run.path / "data" / "report.json"), _provenance(run)
     done = summary if summary is not None else run.summary()
     base = done["base"]
-    hub_id = base["hub_id"] if is_public(base) else None
+    hub_id = base["hub_id"] if is_hub_id(base["hub_id"]) else None
     head = _HEAD.format(
         # The hub rejects a card whose base is a path, and a path may contain a person's name.
         base_model=f"base_model: {hub_id}\n" if hub_id else "",
@@ -78,18 +79,13 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
     return "\n".join([head, *(line for part in parts for line in part)])
 
 
-def is_public(base: dict[str, str]) -> bool:
-    """Whether the base has a hub id (org/name). Otherwise its `hub_id` is a path on the machine that trained."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", base["hub_id"]) is not None
-
-
 def _hub_license(name: str) -> str:
     """The license as the hub names it; `other` if it is unknown, which the hub accepts."""
     return name if re.fullmatch(r"[a-z0-9.-]+", name) and name != "unknown" else "other"
 
 
 def _start(base: dict[str, str], recipe: dict[str, Any], merged: bool) -> list[str]:
-    named = base["hub_id"] if is_public(base) else "<folder of the base>"
+    named = base["hub_id"] if is_hub_id(base["hub_id"]) else "<folder of the base>"
     load = (
         ['model = AutoModelForCausalLM.from_pretrained("<this folder>")']
         if merged

@@ -306,7 +306,7 @@ def save_adapter(model: Any, tokenizer: Any, base: catalog.Base, folder: Path) -
     """Save weights, config and tokenizer, with the base's public name instead of a path on this machine."""
     for config in model.peft_config.values():
         # Only the name of a local folder: push would publish its path.
-        config.base_model_name_or_path = base.name if Path(base.hub_id).is_absolute() else base.hub_id
+        config.base_model_name_or_path = catalog.public_name(base.name, base.hub_id)
     # Explicit, because PEFT would otherwise ask the hub whether the vocabulary has grown.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     # transformers saves in tokenizer.json how the last batch was padded: on the left, for the samples.
