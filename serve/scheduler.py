@@ -58,13 +58,21 @@ class TurnsScheduler(Scheduler):
         """As vLLM's, but answers of adapters without a turn pause, and at most one adapter enters a slot."""
         self.now, self.slot_taken = self.clock(), False
         self._give_turns()
-        for request in self.running:
-            adapter_id = adapter_id_of(request)
-            if adapter_id is None or adapter_id in self.turns:
-                continue
+        paused = [
+            (request, request.lora_request)
+            for request in self.running
+            if (adapter_id := adapter_id_of(request)) is not None and adapter_id not in self.turns
+        ]
+        for request, _ in paused:
             # vLLM's own way to keep a request out of a step, for tokens that are still in its pipeline.
             request.next_decode_eligible_step = max(request.next_decode_eligible_step, self.current_step + 2)
-        return super().schedule(throttle_prefills)
+            # From 0.33 on, vLLM counts the adapters of all that run, so the slot of a paused adapter would not be free.
+            request.lora_request = None
+        try:
+            return super().schedule(throttle_prefills)
+        finally:
+            for request, lora_request in paused:
+                request.lora_request = lora_request
 
     def _give_turns(self) -> None:
         running = dict.fromkeys(
