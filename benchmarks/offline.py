@@ -167,8 +167,9 @@ def generate(flags: list[str]) -> None:
 
     from vllm import LLM, SamplingParams
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from serve.vllm_api import make_arg_parser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))

@@ -54,6 +54,7 @@ class ServeConfig:
         group=_MODEL,
         metavar="FLAGS",
     )
+    untested_vllm: bool = option(False, "start on a vLLM release that this project was not tested with", group=_MODEL)
     store: str = option(
         "store", "adapter store; the server loads what is published there within 2 s", group=_ADAPTERS, metavar="FOLDER"
     )

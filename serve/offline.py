@@ -26,6 +26,7 @@ from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
 from serve.server import reason_in
+from serve.vllm_api import require_tested
 
 STOP_S = 15.0
 # A line holds one request or one answer. Likelihoods of long prompts take megabytes.
@@ -43,7 +44,8 @@ class OfflineEngine:
     """A running `serve.offline_process` child. Entering starts it and waits until it is ready; leaving stops it."""
 
     def __init__(self, config: ServeConfig, log: Path) -> None:
-        """`log` gets vLLM's output and is overwritten. Raises UserError for an unknown base."""
+        """`log` gets vLLM's output and is overwritten. Raises UserError for an untested vLLM or an unknown base."""
+        require_tested(config.untested_vllm)
         self.base: Base = resolve(config.model)
         self.config, self.log = config, log
         self.process: asyncio.subprocess.Process | None = None

@@ -34,10 +34,10 @@ def main() -> None:
     answers = own_stdout()
 
     import uvloop
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from serve.vllm_api import cli_env_setup, make_arg_parser, validate_parsed_serve_args
 
     cli_env_setup()
     args = make_arg_parser(FlexibleArgumentParser()).parse_args()

@@ -31,6 +31,7 @@ from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
 from serve.keys import KeyRing
+from serve.vllm_api import require_tested
 
 POLL_S = 0.2
 PROGRESS_EVERY_S = 5.0
@@ -58,7 +59,8 @@ class Server:
     """A running `serve.api_process` child. Entering starts it and waits until it answers; leaving stops it."""
 
     def __init__(self, config: ServeConfig, *, quiet: bool = False) -> None:
-        """Raises UserError for an unknown base, a port in use, or an address open to others without keys."""
+        """Raises UserError: untested vLLM, unknown base, a port in use, or an address open to others without keys."""
+        require_tested(config.untested_vllm)
         self.base: Base = resolve(config.model)
         _require_keys(config)
         self._port = _reserve_port(config)

@@ -9,6 +9,7 @@ import pytest
 from counsel.catalog import Base
 from counsel.errors import UserError
 from counsel.processor import Processor, described
+from serve import vllm_api
 from serve.config import ServeConfig
 from serve.cpu import plugin
 from serve.hardware import Hardware, detect
@@ -186,8 +187,9 @@ def test_an_adapter_above_the_largest_rank_is_reported(base):
 def test_the_plan_is_what_vllm_understands(base):
     """vLLM's own parser accepts the whole command line."""
     pytest.importorskip("vllm")
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from serve.vllm_api import make_arg_parser
 
     targets = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
     config = ServeConfig(vllm_args="--seed 3")
@@ -229,13 +231,13 @@ def test_this_machine_is_detected():
 def test_a_vllm_that_was_not_tested_keeps_its_own_path_with_a_warning(monkeypatch, caplog):
     """With an untested version, vLLM keeps its own platform, and a warning says what that means."""
     pytest.importorskip("vllm")
-    if not plugin.vllm_is_cpu_build():
+    if not vllm_api.vllm_is_cpu_build():
         pytest.skip("a CUDA build keeps its own platform anyway")
     assert plugin.register() == "serve.cpu.platform.CounselCpuPlatform"
-    monkeypatch.setattr(plugin, "TESTED", ("9.9.",))
+    monkeypatch.setattr(vllm_api, "TESTED", {"cpu": ("9.9",)})
     with caplog.at_level("WARNING", logger="vllm.counsel"):
         assert plugin.register() is None
-    assert "was not tested with vLLM" in caplog.text
+    assert "this project was tested with 9.9.x only" in caplog.text
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from serve import launch
+from serve import launch, vllm_api
 from tests.test_layout import PACKAGES, ROOT
 
 TABLES = ROOT / "serve" / "cpu" / "UPSTREAM.md"
@@ -21,29 +21,41 @@ OURS = ("vllm.counsel", "vllm.platform_plugins", "vllm.general_plugins", "vllm.e
 IMPORT = re.compile(r"from (vllm[\w.]*) import (\w+(?:, \w+)*)")
 DOTTED = re.compile(r"vllm(\.\w+)+")
 VARIABLE = re.compile(r"VLLM_[A-Z_]+")
+NAME = re.compile(r"`([^`]+)`(?: from (0\.\d+))?(?: until (0\.\d+))?")
 
 
 class Name(NamedTuple):
-    """One name in the tables, and its whole row."""
+    """One name in the tables, the releases that have it, and its whole row."""
 
     text: str
+    since: str
+    until: str
     row: str
+
+    def is_in(self, release: str) -> bool:
+        return number(self.since or release) <= number(release) <= number(self.until or release)
+
+
+def number(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
 
 
 def names() -> Iterator[Name]:
     for line in TABLES.read_text(encoding="utf-8").splitlines():
         owner = ""
-        for text in re.findall(r"`([^`]+)`", line.split(" | ")[0]) if line.startswith("| `") else ():
+        for text, since, until in NAME.findall(line.split(" | ")[0]) if line.startswith("| `") else ():
             if text.startswith("."):
-                yield Name(owner + text, line)
+                yield Name(owner + text, since, until, line)
             else:
                 module, _, qualified = text.partition(":")
                 owner = f"{module}:{re.split('[.(]', qualified)[0]}"
-                yield Name(text, line)
+                yield Name(text, since, until, line)
 
 
 NAMES = list(names())
 LISTED = {name.text.partition("(")[0] for name in NAMES}
+# Without vLLM nothing is looked up.
+RELEASE = vllm_api.release(vllm_api.vllm_version() or "0.0")
 
 
 def problem(text: str) -> str | None:
@@ -88,11 +100,21 @@ def has_field(cls: type, attribute: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: name.text)
+@pytest.mark.parametrize("name", [name for name in NAMES if name.is_in(RELEASE)], ids=lambda name: name.text)
 def test_what_we_rely_on_exists(name: Name) -> None:
     """Each name in the tables exists, and takes the parameters that we pass."""
     pytest.importorskip("vllm")
     assert problem(name.text) is None, f"{name.text}: {problem(name.text)}. Its row:\n{name.row}"
+
+
+def test_names_that_moved_are_listed_for_their_releases() -> None:
+    """serve/vllm_api.py and the tables say the same; in each release a name has one place."""
+    listed = {(name.text.partition("(")[0], name.since, name.until) for name in NAMES}
+    for thing, places in vllm_api.MOVED.items():
+        releases = sorted(places, key=number)
+        for index, since in enumerate(releases):
+            until = "" if since == releases[-1] else f"0.{number(releases[index + 1])[1] - 1}"
+            assert (f"{places[since]}:{thing}", since if index else "", until) in listed
 
 
 def used_in(source: str) -> set[str]:

@@ -5,9 +5,7 @@ On CUDA, and with a vLLM version that it was not tested with, vLLM keeps its own
 
 import logging
 
-from serve.hardware import vllm_is_cpu_build, vllm_version
-
-TESTED = ("0.32.",)
+from serve.vllm_api import untested, vllm_is_cpu_build
 
 logger = logging.getLogger("vllm.counsel")
 
@@ -16,13 +14,12 @@ def register() -> str | None:
     """The platform class to use, or None to keep vLLM's own."""
     if not vllm_is_cpu_build():
         return None
-    version = vllm_version()
-    if not (version or "").startswith(TESTED):
+    reason = untested()
+    if reason:
         logger.warning(
-            "Counsel Stack's CPU LoRA was not tested with vLLM %s (only with %s), so vLLM's own is used: it is slower, "
-            "and may answer a base request as the adapter that it is batched with (docs/cpu-lora.md)",
-            version,
-            ", ".join(f"{prefix}x" for prefix in TESTED),
+            "%s; vLLM's own CPU LoRA is used: it is slower, and may answer a base request as the adapter that it is "
+            "batched with (docs/cpu-lora.md)",
+            reason,
         )
         return None
     return "serve.cpu.platform.CounselCpuPlatform"
