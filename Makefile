@@ -3,7 +3,10 @@ BIN := .venv/bin
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check test test-all demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval
+# The tests that use vLLM.
+NEXT_TESTS := $(wildcard $(addprefix tests/test_,upstream.py vllm_api.py launch.py scheduler.py log_privacy.py lora_layers.py \
+	cpu_*.py engine.py offline.py chat_turns.py gateway*.py serve*.py))
+.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +27,12 @@ check: setup  ## lint and types
 test: setup  ## everything that runs in minutes, with real vLLM on tiny random models
 	$(BIN)/python -m pytest -m "not slow"
 
+test-next: .venv-next/.ready  ## the CUDA lock's vLLM on a CPU: its Python over the CPU build's compiled parts, in .venv-next
+	.venv-next/bin/python -m pytest -m "not slow" $(NEXT_TESTS)
+
+.venv-next/.ready: .venv/.ready-$(EXTRA) locks/cuda.txt locks/next_vllm.py
+	$(BIN)/python locks/next_vllm.py
+
 test-all: setup  ## make test, and what is slow
 	$(BIN)/python -m pytest
 
@@ -31,7 +40,7 @@ demo: setup  ## fine-tune, hot-load, evaluate and load-test a small real model; 
 	@$(BIN)/python demo.py
 
 clean:  ## remove the environment and caches inside the clone (runs/ and store/ stay)
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-next .mypy_cache .ruff_cache .pytest_cache
 
 soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer compared with PEFT's
 	@$(BIN)/python -m benchmarks.soak
