@@ -58,6 +58,11 @@ def _as_interrupt(number: int, frame: FrameType | None) -> None:
 
 COMMANDS = {
     "": Command(ServeConfig, serve, "serve a base model and the adapters of a store"),
+    "plan": Command(
+        "serve.plan_command:Plan",
+        "serve.plan_command:plan_server",
+        "show what would be started, here or on GPUs you describe, and why",
+    ),
     **commands.COMMANDS,
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }

@@ -20,8 +20,13 @@ from counsel.errors import UserError
 from counsel.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 
 ENVIRONMENT = "COUNSEL_SERVE"
+# vLLM's ways to quantize an unquantized base on a GPU (serve/quantization.py).
+QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
 # The parent names each child it starts in INSTANCE; the child answers with that name in INSTANCE_HEADER.
 INSTANCE, INSTANCE_HEADER = "COUNSEL_INSTANCE", "x-counsel-instance"
+
+# What a CPU server takes, and the most that a GPU server takes by itself.
+DEFAULT_MAX_LORAS, DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORA_RANK = 8, 64, 64
 
 _MODEL, _ADAPTERS, _ACCESS, _LIMITS, _LIFETIME = "model", "adapters", "address and access", "limits", "start and stop"
 
@@ -45,6 +50,18 @@ class ServeConfig:
     kv_cache_memory_gb: PositiveFloat | None = option(
         None, "memory for the key-value cache", group=_MODEL, shown="set from the machine"
     )
+    tensor_parallel_size: PositiveInt | None = option(
+        None,
+        "GPUs that share one copy of the model",
+        group=_MODEL,
+        shown="set from the machine",
+    )
+    data_parallel_size: PositiveInt | None = option(
+        None, "copies of the model, each with every adapter", group=_MODEL, shown="set from the machine"
+    )
+    quantization: Annotated[str, Literal[QUANTIZATIONS]] | None = option(
+        None, "quantize the weights while they are loaded, on a GPU", group=_MODEL, shown="as the base's files are"
+    )
     compile: bool = option(
         True, "compile the model: faster answers, half a minute at a model's first start", group=_MODEL
     )
@@ -58,14 +75,23 @@ class ServeConfig:
     store: str = option(
         "store", "adapter store; the server loads what is published there within 2 s", group=_ADAPTERS, metavar="FOLDER"
     )
-    max_loras: PositiveInt = option(
-        8, "adapters that one batch may mix; they stay loaded until the least recently used is evicted", group=_ADAPTERS
+    max_loras: PositiveInt | None = option(
+        None,
+        "adapters that one batch may mix; they stay loaded until the least recently used is evicted",
+        group=_ADAPTERS,
+        shown=f"{DEFAULT_MAX_LORAS}, or fewer where a GPU has less room",
     )
-    max_cpu_loras: PositiveInt = option(
-        64, "adapters kept in host memory, ready to load; at least --max-loras", group=_ADAPTERS
+    max_cpu_loras: PositiveInt | None = option(
+        None,
+        "adapters kept in host memory, ready to load; at least --max-loras",
+        group=_ADAPTERS,
+        shown=f"{DEFAULT_MAX_CPU_LORAS}, or fewer where a GPU server's host has less room",
     )
-    max_lora_rank: Annotated[int, Literal[SERVED_RANKS]] = option(
-        64, "largest adapter rank served; a higher one takes more memory", group=_ADAPTERS
+    max_lora_rank: Annotated[int, Literal[SERVED_RANKS]] | None = option(
+        None,
+        "largest adapter rank served; a higher one takes more memory, and on a GPU more time",
+        group=_ADAPTERS,
+        shown=f"{DEFAULT_MAX_LORA_RANK}; on a GPU the store's largest",
     )
     adapter_wait_s: PositiveFloat = option(
         2.0, "longest time an adapter waits while others occupy every slot; then they take turns", group=_ADAPTERS
@@ -116,7 +142,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if self.max_cpu_loras < self.max_loras:
+        if self.max_cpu_loras and self.max_loras and self.max_cpu_loras < self.max_loras:
             raise UserError(f"max_cpu_loras is {self.max_cpu_loras}; it must be at least max_loras, {self.max_loras}")
 
     @property

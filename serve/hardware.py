@@ -1,4 +1,4 @@
-"""The hardware that serving depends on: cores, memory, GPU, compiler, and libraries worth preloading."""
+"""The hardware that serving depends on: cores, memory, GPUs, compiler, and libraries worth preloading."""
 
 import os
 import shutil
@@ -7,19 +7,38 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from counsel.errors import UserError
 from counsel.processor import Processor, processor
-from serve.vllm_api import vllm_is_cpu_build
+from serve.vllm_api import vllm_is_cpu_build, vllm_version
 
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 TCMALLOC_FOLDERS = ("/usr/lib", "/usr/lib64", "/usr/local/lib")
+
+
+# What nvidia-smi is asked about each GPU.
+_GPU_FIELDS = "index,uuid,name,memory.total,compute_cap"
+# The mark in vLLM's version of a build for other devices -> the device.
+_BUILDS = ("rocm", "xpu", "tpu", "metal")
+# Distributions that make vLLM run on a device that is not in its own sources.
+_PLUGINS = {"vllm-tpu": "tpu", "tpu-inference": "tpu", "vllm-metal": "metal"}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU: its name, memory, and compute capability such as (9, 0)."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Hardware:
     """What the launch plan depends on.
 
-    cpus: the logical CPUs this process may use. memory_bytes: the RAM, or a container's limit. openmp, tcmalloc:
-    library files, None if missing.
+    device: "cpu", "cuda", or one that this project was never run on: "rocm", "xpu", "tpu", "metal". cpus: the logical
+    CPUs this process may use. memory_bytes: the RAM, or a container's limit. openmp, tcmalloc: library files, None if
+    missing. gpus: the visible GPUs, of "cuda" only.
     """
 
     device: str
@@ -29,26 +48,69 @@ class Hardware:
     compiler: str | None = None
     openmp: Path | None = None
     tcmalloc: Path | None = None
+    gpus: tuple[Gpu, ...] = ()
 
 
 def detect() -> Hardware:
-    """This machine's hardware. Takes milliseconds, and runs only `nvidia-smi -L` if there is one."""
+    """This machine's hardware. Takes milliseconds, and runs only `nvidia-smi` if there is one."""
+    gpus = () if vllm_is_cpu_build() else visible_gpus()
     return Hardware(
-        device="cuda" if _cuda() else "cpu",
+        device=_other_device() or ("cuda" if gpus else "cpu"),
         cpus=_cpus(),
         memory_bytes=_memory_bytes(),
         processor=processor(),
         compiler=shutil.which("g++") or shutil.which("clang++"),
         openmp=_first(Path(sys.prefix) / "lib", "libiomp5.so"),
         tcmalloc=_tcmalloc(),
+        gpus=gpus,
     )
 
 
-def _cuda() -> bool:
-    if vllm_is_cpu_build() or shutil.which("nvidia-smi") is None:
-        return False
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return listing.returncode == 0 and "GPU" in listing.stdout
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; () without any.
+
+    Raises UserError if nvidia-smi lists a GPU, but not its memory and compute capability.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"]
+    listing = subprocess.run(query, capture_output=True, text=True)
+    if listing.returncode != 0:
+        return ()
+    found: dict[str, Gpu] = {}
+    for line in filter(str.strip, listing.stdout.splitlines()):
+        try:
+            index, uuid, name, mib, capability = (field.strip() for field in line.split(","))
+            major, minor = capability.split(".")
+            gpu = Gpu(name, int(mib) << 20, (int(major), int(minor)))
+        except ValueError as error:
+            raise UserError(
+                f"nvidia-smi says {line!r}, which lacks a GPU's memory or compute capability; update the NVIDIA driver"
+            ) from error
+        found[index] = found[uuid] = gpu
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name for name in found if name.isdigit()] if wanted is None else [w.strip() for w in wanted.split(",")]
+    # Like CUDA: what comes after an unknown name is not seen. A UUID may be given by its beginning.
+    gpus = []
+    for name in names:
+        match = next(
+            (gpu for key, gpu in found.items() if key == name or (name[:4] == "GPU-" and key.startswith(name))), None
+        )
+        if match is None:
+            break
+        gpus.append(match)
+    return tuple(gpus)
+
+
+def _other_device() -> str | None:
+    """The device of a vLLM that was built for neither CPUs nor NVIDIA GPUs."""
+    for distribution, device in _PLUGINS.items():
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return device
+    return next((device for device in _BUILDS if device in (vllm_version() or "")), None)
 
 
 def _cpus() -> tuple[int, ...]:

@@ -11,13 +11,17 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from counsel.adapter_check import SERVED_RANKS
 from counsel.catalog import Base, weight_files
+from counsel.errors import UserError
 from counsel.files import read_json
-from serve.config import ServeConfig
+from serve.accelerators import add_untested
+from serve.config import DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORA_RANK, DEFAULT_MAX_LORAS, ServeConfig
+from serve.gpu_flags import add_gpu
+from serve.gpu_plan import TOKENS_PER_REQUEST
 from serve.hardware import Hardware
+from serve.plan_builder import LaunchPlan, PlanBuilder, Reason, unserved_rank
 
 # The entry points of this project that vLLM loads. Those of a folder that is not installed are ignored.
 LOG_PRIVACY = "counsel_log_privacy"
@@ -26,35 +30,14 @@ THREADS_BIND, START_METHOD = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_WORKER_MULTIPROC
 EXECUTOR = "COUNSEL_CPU_EXECUTOR"
 # The key of vLLM's --additional-config that serve/scheduler.py reads.
 ADAPTER_WAIT_KEY = "adapter_wait_s"
-SCHEDULER = "serve.scheduler.make_scheduler"
 DEFAULT_CONTEXT_LIMIT = 4096
 # Largest HTTP request head.
 HEAD_BYTES = 64 << 10
-TOKENS_PER_REQUEST = 1024
 BLOCK_TOKENS = 32
 FEW_CORES = 4
 # A base whose float32 weights take a larger share of the memory stays in bfloat16.
 FLOAT32_MEMORY_SHARE = 0.6
 GIB = 1 << 30
-
-
-class Reason(NamedTuple):
-    """One choice, and why it was made, as the user reads it."""
-
-    choice: str
-    why: str
-
-
-class LaunchPlan(NamedTuple):
-    """What to start: the whole argv, the environment variables to add, and a reason for each choice."""
-
-    argv: tuple[str, ...]
-    env: Mapping[str, str]
-    reasons: tuple[Reason, ...]
-
-    def explain(self) -> str:
-        """One line per choice."""
-        return "\n".join(f"  {reason.choice}: {reason.why}" for reason in self.reasons)
 
 
 def plan(
@@ -70,24 +53,29 @@ def plan(
     ranks: the ranks of the adapters in the store. targets: the layers of this base that an adapter may change, as vLLM
     names them (counsel.lora_layers); empty means every layer that vLLM can change.
     """
-    builder = _PlanBuilder(environ)
+    _refuse_our_options(config)
+    builder = PlanBuilder(environ)
     builder.flag("--model", str(base.path))
     builder.flag("--served-model-name", base.name)
     builder.flag("--host", config.host)
     builder.flag("--port", str(config.port))
     # Several API processes would each keep their own list of adapters.
     builder.flag("--api-server-count", "1")
-    _add_lora(builder, config, ranks, targets)
-    model_config = read_json(Path(base.path) / "config.json")
-    shape = model_config.get("text_config", model_config)
-    max_num_seqs = config.max_num_seqs or min(256, 32 * len(machine.cpus))
-    dtype = _add_dtype(builder, config, base, model_config, machine)
-    _add_capacity(builder, config, shape, max_num_seqs, machine, itemsize=4 if dtype == "float32" else 2)
-    _add_compilation(builder, config, machine)
+    builder.flag("--enable-lora")
     if machine.device == "cuda":
-        # On a CPU the platform names the scheduler, so that every engine gets it, not only the server's.
-        builder.flag("--scheduler-cls", SCHEDULER, why="adapters take turns in the slots")
-        builder.variable("VLLM_COMPUTE_NANS_IN_LOGITS", "1", "a request whose scores overflow ends with an error")
+        add_gpu(builder, config, base, machine, ranks)
+    elif machine.device == "cpu":
+        _add_cpu(builder, config, base, machine, ranks)
+    else:
+        add_untested(builder, config, machine)
+    if targets:
+        why = "adapters can change all linear layers; leaving out the vocabulary saves a pass over it per token"
+        builder.flag("--lora-target-modules", *targets, why=why)
+    additional = json.dumps({ADAPTER_WAIT_KEY: config.adapter_wait_s})
+    why = f"an adapter waits at most {config.adapter_wait_s:g} s for a slot that others hold (adapter_wait_s)"
+    builder.flag("--additional-config", additional, why=why if machine.device == "cpu" else "")
+    if not config.compile:
+        builder.flag("--enforce-eager", why="compilation is off (no-compile): ready sooner, slower answers")
     builder.variable("VLLM_PLUGINS", ",".join(PLUGINS), "vLLM loads only the plugins of this project")
     if LOG_PRIVACY not in builder.environ.get("VLLM_PLUGINS", LOG_PRIVACY).split(","):
         builder.env["VLLM_PLUGINS"] = f"{builder.environ['VLLM_PLUGINS']},{LOG_PRIVACY}"
@@ -101,10 +89,6 @@ def plan(
         builder.variable(name, value, "the engine's processes talk to each other only inside this machine")
     builder.variable("LLGUIDANCE_LOG_LEVEL", "0", "grammar errors quote requests, so they stay out of the log")
     builder.variable("VLLM_NO_USAGE_STATS", "1", "vLLM sends no usage statistics")
-    if machine.device == "cpu":
-        _add_threads(builder, machine)
-        # Sampling sorts every running request's scores of the whole vocabulary; the order takes 8 bytes per score.
-        _add_preloads(builder, machine, scratch_bytes=max_num_seqs * shape["vocab_size"] * 8)
     if config.vllm_args:
         builder.argv += shlex.split(config.vllm_args)
         builder.reasons.append(Reason(config.vllm_args, "set with vllm_args"))
@@ -127,58 +111,62 @@ def gateway_flags(config: ServeConfig) -> tuple[str, ...]:
     )
 
 
-class _PlanBuilder:
-    """Collects flags, variables and reasons in the order of the choices."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self.environ = environ
-        self.argv: list[str] = []
-        self.env: dict[str, str] = {}
-        self.reasons: list[Reason] = []
-
-    def flag(self, name: str, *values: str, why: str = "") -> None:
-        self.argv += [name, *values]
-        if why:
-            self.reasons.append(Reason(" ".join((name, *values)), why))
-
-    def variable(self, name: str, value: str, why: str) -> None:
-        """Set `name`, unless the user has set it."""
-        if name in self.environ:
-            self.reasons.append(Reason(f"{name}={self.environ[name]}", "set in your environment"))
-        else:
-            self.env[name] = value
-            self.reasons.append(Reason(f"{name}={value}", why))
+def _refuse_our_options(config: ServeConfig) -> None:
+    """Thread binding, memory and the check of GPUs depend on these, so they are not taken from vllm_args."""
+    for word in shlex.split(config.vllm_args):
+        name = {"-tp": "--tensor-parallel-size", "-dp": "--data-parallel-size"}.get(word, word.partition("=")[0])
+        if name in ("--tensor-parallel-size", "--data-parallel-size"):
+            raise UserError(f"vllm_args holds {word}; give {name} as an option of its own, without --vllm-args")
 
 
-def _add_lora(builder: _PlanBuilder, config: ServeConfig, ranks: Sequence[int], targets: Sequence[str]) -> None:
-    builder.flag("--enable-lora")
-    builder.flag("--max-loras", str(config.max_loras), why=f"one batch can mix {config.max_loras} adapters (max_loras)")
-    why = f"{config.max_cpu_loras} adapters stay in host memory (max_cpu_loras)"
-    builder.flag("--max-cpu-loras", str(config.max_cpu_loras), why=why)
-    largest = max(ranks, default=0)
-    if largest > config.max_lora_rank:
-        needed = min((rank for rank in SERVED_RANKS if rank >= largest), default=largest)
-        why = (
-            f"the store holds an adapter of rank {largest}, which this server refuses (max_lora_rank); "
-            f"start with --max-lora-rank {needed} to serve it"
+def _add_cpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hardware, ranks: Sequence[int]) -> None:
+    if config.quantization:
+        raise UserError(
+            f"quantization is {config.quantization}, which needs a GPU; leave it out, or choose a quantized base"
         )
-    else:
-        why = "a higher limit costs memory but no time: each adapter is computed at its own rank (max_lora_rank)"
-    builder.flag("--max-lora-rank", str(config.max_lora_rank), why=why)
-    additional = json.dumps({ADAPTER_WAIT_KEY: config.adapter_wait_s})
-    why = f"an adapter waits at most {config.adapter_wait_s:g} s for a slot that others hold (adapter_wait_s)"
-    builder.flag("--additional-config", additional, why=why)
-    if targets:
-        why = "adapters can change all linear layers; leaving out the vocabulary saves a pass over it per token"
-        builder.flag("--lora-target-modules", *targets, why=why)
+    copies, split = config.data_parallel_size or 1, config.tensor_parallel_size or 1
+    if copies * split > len(machine.cpus):
+        raise UserError(
+            f"data_parallel_size {copies} times tensor_parallel_size {split} needs {copies * split} cores; "
+            f"there are {len(machine.cpus)}"
+        )
+    if split > 1:
+        builder.flag("--tensor-parallel-size", str(split), why="set with tensor_parallel_size")
+    if copies > 1:
+        why = "set with data_parallel_size; every adapter is loaded into each copy"
+        builder.flag("--data-parallel-size", str(copies), why=why)
+    _add_lora(builder, config, ranks)
+    model_config = read_json(Path(base.path) / "config.json")
+    shape = model_config.get("text_config", model_config)
+    max_num_seqs = config.max_num_seqs or min(256, 32 * max(1, len(machine.cpus) // copies))
+    dtype = _add_dtype(builder, config, base, model_config, machine)
+    _add_capacity(builder, config, shape, max_num_seqs, machine, itemsize=4 if dtype == "float32" else 2)
+    if config.compile and machine.compiler is None:
+        why = "compilation is off because g++ is missing (Debian: apt install g++): ready sooner, slower answers"
+        builder.flag("--enforce-eager", why=why)
+    _add_threads(builder, machine, copies * split)
+    # Sampling sorts every running request's scores of the whole vocabulary; the order takes 8 bytes per score.
+    _add_preloads(builder, machine, scratch_bytes=max_num_seqs * shape["vocab_size"] * 8)
+
+
+def _add_lora(builder: PlanBuilder, config: ServeConfig, ranks: Sequence[int]) -> None:
+    max_loras = config.max_loras or min(DEFAULT_MAX_LORAS, config.max_cpu_loras or DEFAULT_MAX_LORAS)
+    max_cpu_loras = config.max_cpu_loras or max(max_loras, DEFAULT_MAX_CPU_LORAS)
+    max_lora_rank = config.max_lora_rank or DEFAULT_MAX_LORA_RANK
+    builder.flag("--max-loras", str(max_loras), why=f"one batch can mix {max_loras} adapters (max_loras)")
+    why = f"{max_cpu_loras} adapters stay in host memory (max_cpu_loras)"
+    builder.flag("--max-cpu-loras", str(max_cpu_loras), why=why)
+    why = unserved_rank(ranks, max_lora_rank)
+    why = why or "a higher limit costs memory but no time: each adapter is computed at its own rank (max_lora_rank)"
+    builder.flag("--max-lora-rank", str(max_lora_rank), why=why)
 
 
 def _add_dtype(
-    builder: _PlanBuilder, config: ServeConfig, base: Base, model_config: Mapping[str, Any], machine: Hardware
+    builder: PlanBuilder, config: ServeConfig, base: Base, model_config: Mapping[str, Any], machine: Hardware
 ) -> str:
     dtype, why = config.dtype, "set with dtype" if config.dtype != "auto" else "the model's own config decides"
     # The kernels of a quantized base determine its dtype.
-    if dtype == "auto" and machine.device == "cpu" and "quantization_config" not in model_config:
+    if dtype == "auto" and "quantization_config" not in model_config:
         dtype, why = machine.processor.dtype, machine.processor.why
         # Published weights take 2 bytes per number, except where their config has float32.
         stored = model_config.get("dtype", model_config.get("torch_dtype"))
@@ -194,7 +182,7 @@ def _add_dtype(
 
 
 def _add_capacity(
-    builder: _PlanBuilder,
+    builder: PlanBuilder,
     config: ServeConfig,
     shape: Mapping[str, int],
     max_num_seqs: int,
@@ -206,15 +194,8 @@ def _add_capacity(
     max_model_len = config.max_model_len or min(DEFAULT_CONTEXT_LIMIT, model_limit)
     why = "set with max_model_len" if config.max_model_len else f"the model's limit, up to {DEFAULT_CONTEXT_LIMIT}"
     builder.flag("--max-model-len", str(max_model_len), why=why)
-    if machine.device != "cpu":
-        if config.max_num_seqs:
-            builder.flag("--max-num-seqs", str(config.max_num_seqs), why="set with max_num_seqs")
-        if config.kv_cache_memory_gb:
-            kv_bytes = int(config.kv_cache_memory_gb * 1e9)
-            builder.flag("--kv-cache-memory-bytes", str(kv_bytes), why="set with kv_cache_memory_gb")
-        return
-
-    cores = len(machine.cpus)
+    copies, split = config.data_parallel_size or 1, config.tensor_parallel_size or 1
+    cores = max(1, len(machine.cpus) // copies)
     why = "set with max_num_seqs"
     if not config.max_num_seqs:
         why = f"32 per core, on {cores} cores; more would slow each answer down without more tokens in total"
@@ -226,7 +207,8 @@ def _add_capacity(
     if config.kv_cache_memory_gb:
         kv_bytes, why = int(config.kv_cache_memory_gb * 1e9), "set with kv_cache_memory_gb"
     else:
-        kv_bytes = _kv_bytes(shape, max_model_len, max_num_seqs, machine, itemsize)
+        kv_bytes = _kv_bytes(shape, max_model_len, max_num_seqs, machine, itemsize) // split
+        kv_bytes = min(kv_bytes, machine.memory_bytes // 4 // (copies * split))
         why = (
             f"{kv_bytes / GIB:.1f} GiB, for {max_num_seqs} requests of {TOKENS_PER_REQUEST} tokens, "
             "but at most a quarter of the memory"
@@ -243,15 +225,12 @@ def _kv_bytes(shape: Mapping[str, int], max_model_len: int, max_num_seqs: int, m
     return min(max(wanted, GIB // 4), machine.memory_bytes // 4)
 
 
-def _add_compilation(builder: _PlanBuilder, config: ServeConfig, machine: Hardware) -> None:
-    if not config.compile:
-        builder.flag("--enforce-eager", why="compilation is off (no-compile): ready sooner, slower answers")
-    elif machine.device == "cpu" and machine.compiler is None:
-        why = "compilation is off because g++ is missing (Debian: apt install g++): ready sooner, slower answers"
-        builder.flag("--enforce-eager", why=why)
-
-
-def _add_threads(builder: _PlanBuilder, machine: Hardware) -> None:
+def _add_threads(builder: PlanBuilder, machine: Hardware, n_ranks: int) -> None:
+    if n_ranks > 1:
+        groups = [machine.cpus[rank::n_ranks] for rank in range(n_ranks)]
+        value = "|".join(",".join(map(str, group)) for group in groups)
+        builder.variable(THREADS_BIND, value, f"{n_ranks} processes compute, each on its own cores")
+        return
     if len(machine.cpus) > FEW_CORES:
         builder.variable(THREADS_BIND, "auto", "vLLM binds one thread to each core and leaves one core free")
         return
@@ -265,12 +244,12 @@ def _add_threads(builder: _PlanBuilder, machine: Hardware) -> None:
         builder.variable(EXECUTOR, "uni", why)
 
 
-def _can_preload_openmp(builder: _PlanBuilder, machine: Hardware) -> bool:
+def _can_preload_openmp(builder: PlanBuilder, machine: Hardware) -> bool:
     # vLLM refuses to start with two OpenMP libraries.
     return machine.openmp is not None and "libgomp" not in builder.environ.get("LD_PRELOAD", "")
 
 
-def _add_preloads(builder: _PlanBuilder, machine: Hardware, scratch_bytes: int) -> None:
+def _add_preloads(builder: PlanBuilder, machine: Hardware, scratch_bytes: int) -> None:
     libraries, whys = [], []
     preloaded = builder.environ.get("LD_PRELOAD", "")
     if _can_preload_openmp(builder, machine):

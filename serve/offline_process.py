@@ -105,12 +105,12 @@ class OfflineHandler:
         config, state = from_environment(), State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
         base_name = state.openai_serving_models.base_model_paths[0].name
-        names = NameTable(base_name, ServerRecord("", fingerprint(Path(args.model)), config.max_lora_rank))
+        names = NameTable(base_name, ServerRecord("", fingerprint(Path(args.model)), args.max_lora_rank))
         pool = AdapterPool(
             engine=VllmEngine(engine, state.openai_serving_models),
             store=Path(config.store),
             names=names,
-            capacity=config.max_cpu_loras,
+            capacity=args.max_cpu_loras,
             on_event=lambda event, manifest, seconds: None,
         )
         watcher = StoreWatcher(pool)

@@ -94,7 +94,7 @@ class Server:
 
     def plan(self) -> launch.LaunchPlan:
         """What will be started, and why."""
-        ranks = _ranks(Path(self.config.store))
+        ranks = store_ranks(Path(self.config.store))
         return launch.plan(self.config, self.base, hardware.detect(), ranks, targets(self.base.path))
 
     def command(self) -> tuple[str, ...]:
@@ -226,7 +226,8 @@ def reason_in(log: Path) -> str | None:
     return None
 
 
-def _ranks(store: Path) -> list[int]:
+def store_ranks(store: Path) -> list[int]:
+    """The ranks of all adapters in a store."""
     ranks = []
     for name in adapter_store.names(store):
         # One broken version must not stop the others from being served: the child skips it and logs why.

@@ -88,12 +88,12 @@ class AdaptersPlugin:
         metrics = ServerMetrics()
         # Read once, off the event loop: the model's weight files do not change while it is served.
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
-        server = ServerRecord(f"http://{config.host}:{config.port}", base_fingerprint, config.max_lora_rank)
+        server = ServerRecord(f"http://{config.host}:{config.port}", base_fingerprint, args.max_lora_rank)
         pool = AdapterPool(
             engine=VllmEngine(engine_client, state.openai_serving_models),
             store=Path(config.store),
             names=NameTable(state.openai_serving_models.base_model_paths[0].name, server),
-            capacity=config.max_cpu_loras,
+            capacity=args.max_cpu_loras,
             on_event=metrics.adapter_event,
         )
         watcher = StoreWatcher(pool)
