@@ -28,10 +28,15 @@ class Engine(Protocol):
 
 
 class VllmEngine:
-    """The pool's engine, on vLLM's engine client and its table of served adapters."""
+    """The pool's engine, on vLLM's engine client and its table of served adapters.
 
-    def __init__(self, client: Any, serving_models: Any) -> None:
+    With `copies` of the model (data parallelism), vLLM's client adds and removes an adapter in every copy and fails if
+    one of them does; a request then goes to any copy. So each copy has to prove the adapter.
+    """
+
+    def __init__(self, client: Any, serving_models: Any, copies: int = 1) -> None:
         self.client = client
+        self.copies = copies
         self.requests = serving_models.lora_requests
         self.base_name = serving_models.base_model_paths[0].name
         self.max_model_len = serving_models.model_config.max_model_len
@@ -76,20 +81,21 @@ class VllmEngine:
                         "answer in --max-model-len %d", manifest.id, len(tokens), self.max_model_len)  # fmt: skip
             return
         if tokens not in self._base_logprobs:
-            self._base_logprobs[tokens] = await self._log_probabilities(trial.tokens, None)
+            self._base_logprobs[tokens] = await self._log_probabilities(trial.tokens, None, 0)
             distance = math.dist(self._base_logprobs[tokens], trial.base) / math.sqrt(len(trial.base))
             if distance > MAX_DISTANCE_NATS:
                 log.warning("this server's base differs from transformers' by %.2f nats per token of the trial text: "
                             "the trial proves nothing about adapters on it", distance)  # fmt: skip
-        adapted = await self._log_probabilities(trial.tokens, request)
-        if not trial.applied(self._base_logprobs[tokens], adapted):
-            raise ApiError(
-                500, f"{manifest.id} does not answer as it was trained to: this server does not apply its layers"
-            )
+        for copy in range(self.copies):
+            adapted = await self._log_probabilities(trial.tokens, request, copy)
+            if not trial.applied(self._base_logprobs[tokens], adapted):
+                raise ApiError(
+                    500, f"{manifest.id} does not answer as it was trained to: this server does not apply its layers"
+                )
         self._proven.add(manifest.id)
 
-    async def _log_probabilities(self, tokens: list[int], request: Any) -> list[float]:
-        """The log-probability of each token but the first, from the engine, with an adapter or without."""
+    async def _log_probabilities(self, tokens: list[int], request: Any, copy: int) -> list[float]:
+        """The log-probability of each token but the first, from one copy of the model, with an adapter or without."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
@@ -99,7 +105,9 @@ class VllmEngine:
         )
         prompt = TokensPrompt(prompt_token_ids=tokens)
         request_id = f"trial-{uuid.uuid4().hex}"
-        async for output in self.client.generate(prompt, params, request_id, lora_request=request):
+        # Without data parallelism vLLM knows no rank, not even 0.
+        where = {"data_parallel_rank": copy} if self.copies > 1 else {}
+        async for output in self.client.generate(prompt, params, request_id, lora_request=request, **where):
             logprobs = output.prompt_logprobs
         return [entry[token].logprob for entry, token in zip(logprobs[1:], tokens[1:], strict=True)]
 

@@ -131,8 +131,8 @@ def _add_parallel(
         why = f"{weights}: the GPUs share one copy; copies of a mixture of experts wait for each other at every step"
     elif tensor > 1:
         why = (
-            f"{weights}, the adapter slots and room for {WANTED_REQUESTS} requests of {TOKENS_PER_REQUEST} tokens do "
-            f"not fit on {_gpus(tensor // 2)} of {memory}: {tensor} share each copy, and exchange results in every layer"
+            f"{weights}, adapter slots and room for {WANTED_REQUESTS} requests of {TOKENS_PER_REQUEST} tokens do not "
+            f"fit on {_gpus(tensor // 2)} of {memory}: {tensor} share each copy, and exchange results in every layer"
         )
     else:
         why = f"{weights} and the adapter slots fit on one GPU of {memory}"

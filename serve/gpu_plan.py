@@ -87,7 +87,7 @@ def choose_layout(
     least = _layout(config, shape, machine, (tensor, data), slots[-1], rank, SHORTEST_CONTEXT)
     needed = (least.weight_bytes + least.slot_bytes) / GIB
     raise UserError(
-        f"the base does not fit: its weights and {slots[-1]} adapter slots of rank {rank} take {needed:.1f} GiB on each "
+        f"the base does not fit: weights and {slots[-1]} adapter slots of rank {rank} take {needed:.1f} GiB on each "
         f"of {tensor} GPUs of {gpu.memory_bytes / GIB:.0f} GiB, and no context of "
         f"{config.max_model_len or SHORTEST_CONTEXT} tokens fits beside them; take more or larger GPUs, "
         "--quantization fp8, a shorter --max-model-len or a lower --max-lora-rank"

@@ -107,7 +107,7 @@ class OfflineHandler:
         base_name = state.openai_serving_models.base_model_paths[0].name
         names = NameTable(base_name, ServerRecord("", fingerprint(Path(args.model)), args.max_lora_rank))
         pool = AdapterPool(
-            engine=VllmEngine(engine, state.openai_serving_models),
+            engine=VllmEngine(engine, state.openai_serving_models, args.data_parallel_size),
             store=Path(config.store),
             names=names,
             capacity=args.max_cpu_loras,

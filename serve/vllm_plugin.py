@@ -90,7 +90,7 @@ class AdaptersPlugin:
         base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
         server = ServerRecord(f"http://{config.host}:{config.port}", base_fingerprint, args.max_lora_rank)
         pool = AdapterPool(
-            engine=VllmEngine(engine_client, state.openai_serving_models),
+            engine=VllmEngine(engine_client, state.openai_serving_models, args.data_parallel_size),
             store=Path(config.store),
             names=NameTable(state.openai_serving_models.base_model_paths[0].name, server),
             capacity=args.max_cpu_loras,
