@@ -105,9 +105,8 @@ class VllmEngine:
         )
         prompt = TokensPrompt(prompt_token_ids=tokens)
         request_id = f"trial-{uuid.uuid4().hex}"
-        # Without data parallelism vLLM knows no rank, not even 0.
-        where = {"data_parallel_rank": copy} if self.copies > 1 else {}
-        async for output in self.client.generate(prompt, params, request_id, lora_request=request, **where):
+        named = {"lora_request": request, "data_parallel_rank": copy}
+        async for output in self.client.generate(prompt, params, request_id, **named):
             logprobs = output.prompt_logprobs
         return [entry[token].logprob for entry, token in zip(logprobs[1:], tokens[1:], strict=True)]
 

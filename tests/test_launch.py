@@ -12,7 +12,7 @@ from counsel.processor import Processor, described
 from serve import vllm_api
 from serve.config import ServeConfig
 from serve.cpu import plugin
-from serve.hardware import Hardware, detect
+from serve.hardware import Gpu, Hardware, detect
 from serve.launch import PLUGINS, gateway_flags, plan
 from train import hardware
 from train.recipe import Recipe
@@ -21,7 +21,7 @@ GIB = 1 << 30
 NEW = Processor("AMD EPYC", "AVX512-BF16", bf16=True)
 SMALL = Hardware("cpu", (0, 1), 24 * GIB, NEW, compiler="g++", openmp=Path("/venv/lib/libiomp5.so"))
 LARGE = Hardware("cpu", tuple(range(32)), 256 * GIB, NEW, tcmalloc=Path("/usr/lib/libtcmalloc_minimal.so.4"))
-GPU = Hardware("cuda", tuple(range(16)), 128 * GIB, NEW)
+GPU = Hardware("cuda", tuple(range(16)), 128 * GIB, NEW, gpus=(Gpu("NVIDIA L4", 24 * GIB, (8, 9)),))
 
 
 @pytest.fixture
@@ -85,16 +85,43 @@ def test_without_a_compiler_the_model_stays_eager(base):
     assert "apt install g++" in without.explain()
 
 
-def test_a_gpu_gets_vllms_defaults(base):
-    """On CUDA the plan adds only LoRA and our scheduler: no CPU flag, no preload."""
+def test_a_gpu_gets_no_cpu_setting(base):
+    """On CUDA: no CPU flag, no preload, vLLM's own scheduler. tests/test_plan.py has the rest."""
     made = plan(ServeConfig(), base, GPU, environ={})
-    assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--max-num-seqs") is None
+    assert flag(made, "--block-size") is flag(made, "--kv-cache-memory-bytes") is flag(made, "--scheduler-cls") is None
     assert "--enable-lora" in made.argv
-    assert flag(made, "--scheduler-cls") == "serve.scheduler.make_scheduler"
-    assert flag(made, "--dtype") == "auto"
     of_all = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "VLLM_ENFORCE_STRICT_TOOL_CALLING", "VLLM_HOST_IP", "GLOO_SOCKET_IFNAME"}
-    of_all |= {"LLGUIDANCE_LOG_LEVEL"}
-    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "VLLM_COMPUTE_NANS_IN_LOGITS", *of_all}
+    assert set(made.env) == {"VLLM_PLUGINS", "VLLM_NO_USAGE_STATS", "LLGUIDANCE_LOG_LEVEL", *of_all}
+
+
+def test_several_ranks_on_a_cpu_share_its_cores(base):
+    """Copies and splits each get their own cores and their part of the memory; more ranks than cores are refused."""
+    made = plan(ServeConfig(data_parallel_size=2), base, SMALL, environ={})
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
+    assert "COUNSEL_CPU_EXECUTOR" not in made.env
+    assert (flag(made, "--data-parallel-size"), flag(made, "--tensor-parallel-size")) == ("2", None)
+    # 32 requests in each copy x 1024 tokens x 30 layers x 3 heads x 64 values x key and value x 2 bytes
+    assert (flag(made, "--max-num-seqs"), flag(made, "--kv-cache-memory-bytes")) == (
+        "32",
+        str(32 * 1024 * 30 * 3 * 64 * 4),
+    )
+    made = plan(ServeConfig(tensor_parallel_size=3), base, replace(SMALL, cpus=tuple(range(4, 10))), environ={})
+    assert made.env["VLLM_CPU_OMP_THREADS_BIND"] == "4,7|5,8|6,9"
+    with pytest.raises(UserError, match="needs 4 cores; there are 2"):
+        plan(ServeConfig(tensor_parallel_size=2, data_parallel_size=2), base, SMALL)
+    with pytest.raises(UserError, match="needs a GPU"):
+        plan(ServeConfig(quantization="fp8"), base, SMALL)
+
+
+def test_fewer_adapters_in_memory_than_the_default_slots(base):
+    """--max-cpu-loras alone bounds the slots too, and --max-loras alone raises the other."""
+    few, many = plan(ServeConfig(max_cpu_loras=4), base, SMALL), plan(ServeConfig(max_loras=100), base, SMALL)
+    assert [flag(made, name) for made in (few, many) for name in ("--max-loras", "--max-cpu-loras")] == [
+        "4",
+        "4",
+        "100",
+        "100",
+    ]
 
 
 # The first core of each, cut to what differs.
