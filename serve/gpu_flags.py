@@ -37,7 +37,7 @@ NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 def add_gpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hardware, ranks: Sequence[int]) -> None:
     """Add every choice for these GPUs. Raises UserError for what vLLM would refuse, or what does not fit."""
     gpu, model_config = weakest(machine), read_json(Path(base.path) / "config.json")
-    served = quantization.check(_asked_quantization(config), model_config, gpu.capability)
+    served = quantization.served_format(_asked_quantization(config), model_config, gpu.capability)
     shape = read_shape(Path(base.path), served.bits if served else 16)
     _add_dtype(builder, config, model_config.get("model_type", ""), _stored_dtype(model_config), gpu)
     if served is not None:
@@ -57,10 +57,11 @@ def add_gpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hard
     if config.compile:
         why = "a batch without adapters runs a graph without their kernels; costs seconds at the start, and memory"
         builder.flag("--compilation-config", json.dumps({"cudagraph_specialize_lora": True}), why=why)
-    builder.note(
-        "vLLM's own scheduler",
-        "ours was never run on a GPU; adapters beyond the slots may wait without end, and adapter_wait_s does nothing",
-    )
+    if "--scheduler-cls" not in config.vllm_args:
+        why = (
+            "ours was never run on a GPU; adapters beyond the slots may wait without end (adapter_wait_s does nothing)"
+        )
+        builder.note("vLLM's own scheduler", why)
 
 
 def _asked_quantization(config: ServeConfig) -> str | None:

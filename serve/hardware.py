@@ -1,5 +1,6 @@
 """The hardware that serving depends on: cores, memory, GPUs, compiler, and libraries worth preloading."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess

@@ -90,7 +90,7 @@ def stored_format(config: Mapping[str, Any]) -> Format | None:
     return found._replace(bits=bits + 0.25) if found.bits < 8 and isinstance(bits, int) else found
 
 
-def check(wanted: str | None, config: Mapping[str, Any], capability: Capability) -> Format | None:
+def served_format(wanted: str | None, config: Mapping[str, Any], capability: Capability) -> Format | None:
     """The format that a base is served in; None if not quantized. Raises UserError for what this card cannot serve.
 
     wanted: `--quantization`.

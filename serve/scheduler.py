@@ -1,4 +1,6 @@
-"""The scheduler that serve/launch.py names: adapters take turns in the slots. The CPU platform extends it.
+"""A scheduler in which adapters take turns in the slots. The CPU platform extends it.
+
+It was never run on a GPU. To try it there: `--vllm-args '--scheduler-cls serve.scheduler.make_scheduler'`.
 
 While other adapters' answers run in every slot, vLLM skips a waiting request and admits newer requests for those
 adapters, so next to a few busy adapters another can wait forever. Here an adapter that has waited long enough gets the

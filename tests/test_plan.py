@@ -191,7 +191,7 @@ def test_reasons_are_those_of_a_gpu(folders):
     )
     assert "the store is empty" in why(split, "--max-lora-rank")
     assert "no time" not in copies.explain()
-    assert "adapter_wait_s does nothing" in copies.explain()
+    assert "(adapter_wait_s does nothing)" in copies.explain()
     assert "no bfloat16" in why(plan(ServeConfig(), base, gpus(4, 16, (7, 5))), "--dtype")
 
 
