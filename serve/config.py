@@ -52,12 +52,12 @@ class ServeConfig:
     )
     tensor_parallel_size: PositiveInt | None = option(
         None,
-        "GPUs that share one copy of the model",
+        "GPUs (on a CPU: processes) that share one copy of the model",
         group=_MODEL,
-        shown="set from the machine",
+        shown="set from the GPUs; 1 on a CPU",
     )
     data_parallel_size: PositiveInt | None = option(
-        None, "copies of the model, each with every adapter", group=_MODEL, shown="set from the machine"
+        None, "copies of the model, each with every adapter", group=_MODEL, shown="set from the GPUs; 1 on a CPU"
     )
     quantization: Annotated[str, Literal[QUANTIZATIONS]] | None = option(
         None, "quantize the weights while they are loaded, on a GPU", group=_MODEL, shown="as the base's files are"

@@ -30,6 +30,8 @@ from serve.model_shape import ModelShape, read_shape
 from serve.plan_builder import PlanBuilder, unserved_rank
 
 CONTEXT_LIMIT = 4096
+# What vLLM's builds for CUDA need.
+LOWEST = (7, 5)
 # vLLM refuses float16 for these, whose activations overflow in it.
 NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 
@@ -37,6 +39,11 @@ NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 def add_gpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hardware, ranks: Sequence[int]) -> None:
     """Add every choice for these GPUs. Raises UserError for what vLLM would refuse, or what does not fit."""
     gpu, model_config = weakest(machine), read_json(Path(base.path) / "config.json")
+    if gpu.capability < LOWEST:
+        raise UserError(
+            f"{gpu.name}: compute capability {'.'.join(map(str, gpu.capability))}; vLLM needs {'.'.join(map(str, LOWEST))} "
+            "or higher; serve with a vLLM for CPUs (the cpu extra), or on a newer GPU"
+        )
     served = quantization.served_format(_asked_quantization(config), model_config, gpu.capability)
     shape = read_shape(Path(base.path), served.bits if served else 16)
     _add_dtype(builder, config, model_config.get("model_type", ""), _stored_dtype(model_config), gpu)

@@ -136,15 +136,14 @@ def _layout(
     gpu = weakest(machine)
     step_tokens = LONG_STEP_TOKENS if gpu.memory_bytes >= LARGE_GPU_BYTES else STEP_TOKENS
     weights, slots = shape.weight_bytes(tensor), max_loras * shape.slot_bytes(rank, tensor)
-    most_seqs = config.max_num_seqs or config.queued
-    # Activations of the longest step; scores of every running request in float32, sorted once.
+    # Of the longest step. Each running request's scores take 12 bytes: float32, sorted, and their order.
     activations = step_tokens * 2 * (8 * shape.hidden + 4 * shape.intermediate // tensor)
     fixed = FIXED_BYTES + weights + slots + activations
     left = int(gpu.memory_bytes * MEMORY_SHARE) - fixed
     token = shape.kv_bytes(tensor_parallel=tensor)
-    # Half of it is for scores at most: fewer requests need fewer.
-    seqs = min(most_seqs, max(1, left // (TOKENS_PER_REQUEST * token + shape.vocabulary * 12))) if left > 0 else 1
-    kv_tokens = max(0, left - seqs * shape.vocabulary * 12) // token
+    scores = 12 * shape.vocabulary
+    seqs = config.max_num_seqs or min(config.queued, max(1, left // (TOKENS_PER_REQUEST * token + scores)))
+    kv_tokens = max(0, left - seqs * scores) // token
     return Layout(
         tensor,
         data,
@@ -152,7 +151,7 @@ def _layout(
         _host_adapters(config, shape, machine, rank, tensor * data, max_loras),
         rank,
         length,
-        config.max_num_seqs or seqs,
+        seqs,
         kv_tokens,
         weights,
         slots,

@@ -171,6 +171,7 @@ def _add_dtype(
         # Published weights take 2 bytes per number, except where their config has float32.
         stored = model_config.get("dtype", model_config.get("torch_dtype"))
         weights = sum(file.stat().st_size for file in weight_files(base.path)) * (1 if stored == "float32" else 2)
+        weights *= config.data_parallel_size or 1
         if dtype == "float32" and weights > machine.memory_bytes * FLOAT32_MEMORY_SHARE:
             dtype = "bfloat16"
             why = (

@@ -25,7 +25,7 @@ from counsel.lora_layers import targets
 from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
-from serve.server import reason_in
+from serve.server import reason_in, store_ranks
 from serve.vllm_api import require_tested
 
 STOP_S = 15.0
@@ -54,7 +54,8 @@ class OfflineEngine:
 
     def plan(self) -> launch.LaunchPlan:
         """What will be started, and why."""
-        return launch.plan(self.config, self.base, hardware.detect(), targets=targets(self.base.path))
+        ranks = store_ranks(Path(self.config.store))
+        return launch.plan(self.config, self.base, hardware.detect(), ranks, targets(self.base.path))
 
     def flags(self) -> tuple[str, ...]:
         """The vLLM flags for the child."""

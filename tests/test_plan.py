@@ -232,6 +232,8 @@ def test_what_is_set_is_kept_or_refused(folders):
             plan(ServeConfig(**refused), base, eight)
     with pytest.raises(UserError, match=r"bfloat16, which a GPU of compute capability 7\.5 does not have"):
         plan(ServeConfig(dtype="bfloat16"), base, gpus(8, 24, (7, 5)))
+    with pytest.raises(UserError, match=r"compute capability 7\.0; vLLM needs 7\.5"):
+        plan(ServeConfig(), base, gpus(1, 32, (7, 0)))
     with pytest.raises(UserError, match="float16, in which gemma2 overflows"):
         plan(ServeConfig(dtype="float16"), folders(BASES["gemma-2-2b"][0]), eight)
 
