@@ -40,9 +40,10 @@ def add_gpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hard
     """Add every choice for these GPUs. Raises UserError for what vLLM would refuse, or what does not fit."""
     gpu, model_config = weakest(machine), read_json(Path(base.path) / "config.json")
     if gpu.capability < LOWEST:
+        has, needs = (".".join(map(str, capability)) for capability in (gpu.capability, LOWEST))
         raise UserError(
-            f"{gpu.name}: compute capability {'.'.join(map(str, gpu.capability))}; vLLM needs {'.'.join(map(str, LOWEST))} "
-            "or higher; serve with a vLLM for CPUs (the cpu extra), or on a newer GPU"
+            f"{gpu.name}: compute capability {has}; vLLM needs {needs} or higher: "
+            "serve with a vLLM for CPUs (the cpu extra), or on a newer GPU"
         )
     served = quantization.served_format(_asked_quantization(config), model_config, gpu.capability)
     shape = read_shape(Path(base.path), served.bits if served else 16)
