@@ -31,7 +31,7 @@ from counsel.files import read_jsonl, write_jsonl
 from eval.config import BatchConfig
 from eval.requests import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog, read_rows
-from serve.config import DEFAULT_MAX_CPU_LORAS, ServeConfig
+from serve.config import ServeConfig
 from serve.offline import OfflineEngine
 
 URLS = ("/v1/chat/completions", "/v1/completions")
@@ -180,8 +180,8 @@ def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> O
     settings = load_config(ServeConfig, config.engine or None, {"model": config.base, "store": config.store or None})
     # Requests of all models may wait at the same time.
     models = len({str(request["body"]["model"]) for request in requests})
-    room = settings.max_cpu_loras or (models if models > DEFAULT_MAX_CPU_LORAS else None)
-    settings = dataclasses.replace(settings, max_cpu_loras=room and max(room, models))
+    room = max(settings.max_cpu_loras or 0, settings.max_loras or 0, models) or None
+    settings = dataclasses.replace(settings, max_cpu_loras=room)
     return OfflineEngine(settings, engine_log(answers))
 
 

@@ -207,8 +207,8 @@ def _add_capacity(builder: PlanBuilder, config: ServeConfig, shape: ModelShape, 
     why = "set with max_num_seqs"
     if not config.max_num_seqs:
         limit = f"the gateway lets in {config.queued} answers at once (queued)"
-        why = limit if layout.max_num_seqs == config.queued else f"requests of {TOKENS_PER_REQUEST} tokens that fit"
-    builder.flag("--max-num-seqs", str(layout.max_num_seqs), why=f"{why}, in each copy")
+        why = limit if layout.max_num_seqs == config.queued else f"so many of {TOKENS_PER_REQUEST} tokens fit in a copy"
+    builder.flag("--max-num-seqs", str(layout.max_num_seqs), why=why)
     if config.kv_cache_memory_gb:
         kv_bytes = int(config.kv_cache_memory_gb * 1e9)
         builder.flag("--kv-cache-memory-bytes", str(kv_bytes), why="set with kv_cache_memory_gb")
