@@ -17,6 +17,7 @@ from serve.config import DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORAS, ServeConfig
 from serve.gpu_plan import (
     FIXED_BYTES,
     GIB,
+    HOST_SHARE,
     MEMORY_SHARE,
     TOKENS_PER_REQUEST,
     WANTED_REQUESTS,
@@ -180,7 +181,7 @@ def _add_slots(
     why = f"adapters that stay in host memory, {each:.2f} GiB each"
     why += f" in each of {layout.gpus} processes" if layout.gpus > 1 else ""
     if not config.max_cpu_loras and layout.max_cpu_loras < DEFAULT_MAX_CPU_LORAS:
-        why += "; more would not fit"
+        why += f"; more would take over {HOST_SHARE:.0%} of it"
     builder.flag("--max-cpu-loras", str(layout.max_cpu_loras), why=f"{why} (max_cpu_loras)")
     builder.flag("--max-lora-rank", str(layout.max_lora_rank), why=_why_rank(config, layout.max_lora_rank, ranks))
 
