@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from counsel.errors import UserError
@@ -68,39 +70,55 @@ def detect() -> Hardware:
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
-    """The NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; () without any.
+    """The NVIDIA GPUs, or slices of one (MIG), that CUDA_VISIBLE_DEVICES leaves, in its order; () without any.
 
-    Raises UserError if nvidia-smi lists a GPU, but not its memory and compute capability.
+    Raises UserError if nvidia-smi lists a GPU without its compute capability.
     """
     if shutil.which("nvidia-smi") is None:
         return ()
-    query = ["nvidia-smi", f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits"]
-    listing = subprocess.run(query, capture_output=True, text=True)
-    if listing.returncode != 0:
-        return ()
+    listing = _nvidia_smi(f"--query-gpu={_GPU_FIELDS}", "--format=csv,noheader,nounits")
     found: dict[str, Gpu] = {}
-    for line in filter(str.strip, listing.stdout.splitlines()):
+    for line in filter(str.strip, listing.splitlines()):
         try:
             index, uuid, name, mib, capability = (field.strip() for field in line.split(","))
-            major, minor = capability.split(".")
-            gpu = Gpu(name, int(mib) << 20, (int(major), int(minor)))
+            major, minor = map(int, capability.split("."))
         except ValueError as error:
             raise UserError(
-                f"nvidia-smi says {line!r}, which lacks a GPU's memory or compute capability; update the NVIDIA driver"
+                f"nvidia-smi says {line!r}, which lacks a GPU's compute capability; update the NVIDIA driver"
             ) from error
-        found[index] = found[uuid] = gpu
+        # A GPU without memory of its own shares the host's.
+        found[index] = found[uuid] = Gpu(name, int(mib) << 20 if mib.isdigit() else _memory_bytes(), (major, minor))
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name for name in found if name.isdigit()] if wanted is None else [w.strip() for w in wanted.split(",")]
-    # Like CUDA: what comes after an unknown name is not seen. A UUID may be given by its beginning.
+    if any(name.startswith("MIG-") for name in names):
+        found |= _slices(found)
     gpus = []
     for name in names:
-        match = next(
-            (gpu for key, gpu in found.items() if key == name or (name[:4] == "GPU-" and key.startswith(name))), None
-        )
+        # A UUID may be given by its beginning.
+        is_uuid = name.startswith(("GPU-", "MIG-"))
+        match = next((gpu for key, gpu in found.items() if key == name or (is_uuid and key.startswith(name))), None)
         if match is None:
+            # Like CUDA: what comes after an unknown name is not seen.
             break
         gpus.append(match)
     return tuple(gpus)
+
+
+def _slices(found: Mapping[str, Gpu]) -> dict[str, Gpu]:
+    """The MIG slices by UUID. nvidia-smi lists each below its GPU, with its memory in its profile: `MIG 3g.20gb`."""
+    slices, whole = {}, None
+    for line in _nvidia_smi("-L").splitlines():
+        if match := re.search(r"UUID: (GPU-[\w-]+)", line):
+            whole = found.get(match[1])
+        elif (match := re.search(r"MIG \S*\.(\d+)gb.*UUID: (MIG-[^)]+)", line)) and whole is not None:
+            slices[match[2]] = replace(whole, memory_bytes=int(match[1]) * 10**9)
+    return slices
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; empty where it fails, as it does without a GPU."""
+    done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
 
 
 def _other_device() -> str | None:

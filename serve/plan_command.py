@@ -61,7 +61,8 @@ def _machine(options: Plan) -> Hardware:
         if gb or capability:
             raise UserError("gpus is 0; leave out --gpu-gb and --gpu-capability, or give the number of GPUs")
         host_bytes = int(options.host_gb * 1e9) if options.host_gb else here.memory_bytes
-        return replace(here, memory_bytes=host_bytes, **({"device": "cpu", "gpus": ()} if gpus == 0 else {}))
+        here = replace(here, memory_bytes=host_bytes)
+        return here if gpus is None else replace(here, device="cpu", gpus=())
     if not gb or not capability:
         raise UserError("a GPU is described by --gpu-gb and --gpu-capability together, such as 24 and 8.9")
     if not (match := re.fullmatch(r"(\d+)\.(\d)", capability)):

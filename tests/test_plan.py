@@ -407,6 +407,21 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch, visible, names):
     assert all(gpu in (Gpu("NVIDIA A10", 23028 << 20, (8, 6)), Gpu("Tesla T4", 15360 << 20, (7, 5))) for gpu in found)
 
 
+def test_slices_of_a_gpu_and_one_that_shares_the_hosts_memory(tmp_path, monkeypatch):
+    """A MIG slice has the memory of its profile; an integrated GPU has none of its own."""
+    smi = tmp_path / "nvidia-smi"
+    whole = "GPU 0: NVIDIA A100 (UUID: GPU-aa)\n  MIG 3g.20gb     Device  0: (UUID: MIG-11)\n"
+    whole += "  MIG 1g.5gb      Device  1: (UUID: MIG-22)\n"
+    query = "0, GPU-aa, NVIDIA A100, 40960, 8.0\n1, GPU-bb, NVIDIA GB10, [N/A], 12.1"
+    smi.write_text(f'#!/bin/sh\nif [ "$1" = -L ]; then cat <<END\n{whole}END\nelse cat <<END\n{query}\nEND\nfi\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-22,MIG-11")
+    assert [(gpu.memory_bytes, gpu.capability) for gpu in visible_gpus()] == [(5 * GB, (8, 0)), (20 * GB, (8, 0))]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert visible_gpus() == (Gpu("NVIDIA GB10", hardware.detect().memory_bytes, (12, 1)),)
+
+
 def test_an_old_driver_and_a_failing_one(tmp_path, monkeypatch):
     """A driver that hides the capability is reported; one that finds no GPU means none."""
     smi = tmp_path / "nvidia-smi"
