@@ -4,7 +4,9 @@ Gemma 2's chat template raises on a system role. The stack gives the Gemma famil
 (`templates/gemma.jinja`), which puts the system text into the first user turn, so the same messages fit every base.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 SYSTEM_PROMPT = (
     "You are a supportive conversation partner. Listen, reflect what the person feels, and offer gentle, practical "
@@ -27,6 +29,17 @@ def prompt_messages(question: str, system: str = SYSTEM_PROMPT) -> list[Message]
     """The messages that ask `question`: a system turn, unless `system` is empty, and a user turn."""
     turns = [{"role": "system", "content": system}] if system else []
     return [*turns, {"role": "user", "content": question}]
+
+
+def conversation(row: Mapping[str, Any]) -> list[Message]:
+    """The whole conversation of a data row, from its first turn to the assistant's last.
+
+    row: its `messages`, if it has any; otherwise its `question` and `answer` (see docs/data.md). Roles are system (at
+    most once, first), user and assistant, of which the last two take turns.
+    """
+    if row.get("messages"):
+        return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
 
 
 def template_text(name: str) -> str:
