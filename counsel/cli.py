@@ -74,14 +74,17 @@ class Command(NamedTuple):
         return typing.cast(type, _imported(self.config))
 
 
-def option(default: Any, help: str, *, group: str = "options", metavar: str = "", shown: str = "") -> Any:
+def option(
+    default: Any, help: str, *, group: str = "options", metavar: str = "", shown: str = "", flag: str = ""
+) -> Any:
     """Declare a dataclass field that is a flag (`--field-name`) and a YAML key (`field_name`).
 
     Its type, choices and bounds are read from the annotation (see counsel/values.py). group: heading in `--help`.
     metavar: name of the value there. shown: the default as `--help` shows it, where the value alone is unclear.
+    flag: the flag, where the field's name cannot be one (`--from`: a word of Python).
     """
     return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown}
+        default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown, "flag": flag}
     )
 
 
@@ -179,7 +182,7 @@ def _misspelled(
         return None
     word = left_over[0].partition("=")[0]
     if word.startswith("-"):
-        close = difflib.get_close_matches(word, [_flag(name) for name in kinds(schema)], n=1, cutoff=0.6)
+        close = difflib.get_close_matches(word, [_flag(field) for field in dataclasses.fields(schema)], n=1, cutoff=0.6)
         return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
     if not name and not shipped:
         return f"no command {word!r}; {nearest(word, [key for key in commands if key])}"
@@ -270,10 +273,10 @@ def _parser(program: str, name: str, commands: Mapping[str, Command], schema: ty
             continue
         group = groups[field.metadata["group"]]
         if kind.type is bool:
-            group.add_argument(_flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             shown = field.metadata["metavar"] or metavar(field.name, kind)
-            group.add_argument(_flag(field.name), metavar=shown, help=text)
+            group.add_argument(_flag(field), dest=field.name, metavar=shown, help=text)
     general = parser.add_argument_group("general")
     if command.presets is None and "config" not in of_field:
         general.add_argument("--config", metavar="FILE", help="YAML file with any of the options above as keys")
@@ -294,8 +297,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
 
 
 def _help_text(field: dataclasses.Field[Any], kind: Kind) -> str:
@@ -322,7 +325,8 @@ def _shown(default: Any) -> str:
 
 def _with_dashed_values(words: Sequence[str], schema: type) -> list[str]:
     """`words`, with each text option joined to a value that looks like an option, as in `--vllm-args --seed`."""
-    by_flag = {_flag(name): kind for name, kind in kinds(schema).items()}
+    of_field = kinds(schema)
+    by_flag = {_flag(field): of_field[field.name] for field in dataclasses.fields(schema)}
     negated = [f"--no-{flag.removeprefix('--')}" for flag, kind in by_flag.items() if kind.type is bool]
     ours = {*by_flag, *negated, "--config", "--json", "--help", "-h"}
     joined: list[str] = []

@@ -69,7 +69,8 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
         # The language of other data is unknown.
         language="language: en\n" if report["source"] == "sample" else "",
         license=_hub_license(base["license"]),
-        rows=done["rows"],
+        # Runs of earlier versions had one reply per row.
+        rows=done.get("replies", done["rows"]),
         library="transformers" if merged else "peft",
         kind="A merged copy" if merged else f"A LoRA adapter (rank {recipe['rank']})",
         name=run.name,
@@ -127,7 +128,7 @@ def _training(
         ("rows", f"{report['rows_in']} read, {report['rows_out']} kept; train {report['rows']['train']}, "
                  f"validation {report['rows']['val']}, test {report['rows']['test']}; trained on {done['rows']}"),
         ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
-        ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}, dropout {recipe['dropout']}, "
+        ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}{_scale(recipe)}, dropout {recipe['dropout']}, "
                  f"target modules {', '.join(recipe['target_modules'])}; "
                  f"{done['trainable_parameters']:,} trainable parameters"),
         ("optimizer", f"{recipe['optim']}, peak learning rate {recipe['learning_rate']:g}, "
@@ -140,13 +141,32 @@ def _training(
                                if name in ("torch", "transformers", "trl", "peft"))),
         ("seed", str(recipe["seed"])),
     ]  # fmt: skip
+    if start := provenance.get("init_adapter"):
+        rows.insert(3, ("continues from", f"{start['name']}, sha256 {start['sha256'][:16]}"))
     notes = []
+    if start:
+        notes.append(f"Training continued from {start['name']}, which may have seen held-out questions in its own.")
     if n := done.get("rows_left_out"):
         notes.append(f"Left out of training: {n} rows whose prompt alone fills {recipe['max_length']} tokens.")
+    if (n := done.get("replies_lost", 0)) > done.get("rows_left_out", 0):
+        notes.append(f"Lost to training: {n} replies that begin after {recipe['max_length']} tokens.")
     notes += [f"Asked {d['asked']}, used {d['used']}, because {d['because']}." for d in done["downgrades"]]
     table = [f"| {key} | {value} |" for key, value in rows]
-    title = ["## Training details", "", "The loss counted answer tokens only.", "", "| | |", "|---|---|"]
+    title = ["## Training details", "", _loss(recipe, done), "", "| | |", "|---|---|"]
     return [*title, *table, "", *notes, ""]
+
+
+def _loss(recipe: dict[str, Any], done: dict[str, Any]) -> str:
+    """What the loss counted. Only conversations have more than one reply per row."""
+    if recipe.get("train_on_turns") == "last":
+        return "The loss counted the tokens of each conversation's last reply only."
+    if done.get("replies", done["rows"]) > done["rows"]:
+        return f"The loss counted reply tokens only: {done['replies']:,} replies of {done['rows']:,} conversations."
+    return "The loss counted answer tokens only."
+
+
+def _scale(recipe: dict[str, Any]) -> str:
+    return " / sqrt(rank) (rsLoRA)" if recipe.get("use_rslora") else ""
 
 
 def _scores(run: Run, done: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ def lora_config(recipe: Recipe) -> Any:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
+        use_rslora=recipe.use_rslora,
         target_modules="all-linear" if recipe.target_modules == ("all-linear",) else list(recipe.target_modules),
         task_type="CAUSAL_LM",
     )

@@ -22,12 +22,13 @@ from counsel import adapter_check, catalog, store
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
 from counsel.lora_layers import served_layers
-from train import data
+from counsel.run import Run
+from train import data, init_adapter
 from train.checklist import Checklist, Finding
 from train.contacts import EMAIL, LINK, PHONE
 from train.hardware import Precision, TrainHardware
 from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
-from train.prompts import RowLengths, row_lengths
+from train.prompts import TrainRows, encode, marks_replies
 from train.recipe import Recipe
 
 MIN_FREE_DISK_BYTES = 2 << 30
@@ -73,6 +74,8 @@ def check_recipe(
     checks.run("name", check_run_name, recipe)
     checks.run("system", check_system, recipe)
     checks.run("optimizer", check_optimizer, recipe, precision)
+    if recipe.report_to != ("none",):
+        checks.run("trackers", check_trackers, recipe)
     for downgrade in precision.downgrades:
         checks.add(Finding("machine", True, str(downgrade)))
     base = checks.load("base", find_base, recipe)
@@ -89,13 +92,16 @@ def check_recipe(
     layers = checks.load("targets", find_layers, recipe, config)
     if layers is not None:
         checks.run("served", check_served, recipe, base.path, layers)
+        if recipe.init_adapter:
+            checks.run("from", check_init_adapter, recipe, base, layers, prepared_data)
     checks.run("attention", check_attention, recipe, config)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     checks.run("template", check_template, recipe, base.path, tokenizer)
     if prepared_data is not None:
-        lengths = checks.load("rows", measure_rows, recipe, config, tokenizer, prepared_data[0])
-        if lengths is not None and layers is not None:
-            checks.run("memory", check_memory, recipe, precision, hardware, base.path, config, layers, lengths)
+        encoded = checks.load("rows", measure_rows, recipe, config, tokenizer, prepared_data[0])
+        if encoded is not None and layers is not None:
+            longest = max(encoded.lengths)
+            checks.run("memory", check_memory, recipe, precision, hardware, base.path, config, layers, longest)
     checks.run("disk", check_disk, Path(recipe.runs))
     if recipe.store:
         checks.run("store", check_writable, "store", Path(recipe.store))
@@ -142,6 +148,18 @@ def check_optimizer(recipe: Recipe, precision: Precision) -> str:
             f"optimizer {precision.optimizer!r} does not work here ({reason}); try adamw_torch_fused"
         ) from error
     return precision.optimizer
+
+
+def check_trackers(recipe: Recipe) -> str:
+    """The package of each experiment tracker is installed."""
+    from transformers.integrations import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    if missing := [name for name in recipe.report_to if name not in available]:
+        raise UserError(
+            f"report_to has {missing[0]}, which is not installed; pip install {missing[0]}, or leave it out"
+        )
+    return f"settings and metrics go to {', '.join(recipe.report_to)}"
 
 
 def _most_similar(word: str, names: list[str]) -> str:
@@ -205,6 +223,20 @@ def check_served(recipe: Recipe, base: Path, layers: Iterable[str]) -> str:
     return f"it could not be published: {reason}" if reason else "vLLM applies each of these layers"
 
 
+def check_init_adapter(
+    recipe: Recipe, base: catalog.Base, layers: Iterable[str], prepared_data: tuple[data.Splits, data.Report] | None
+) -> str:
+    """The adapter to continue from fits, and how many of the held-out questions its own run trained on."""
+    found = init_adapter.find_init_adapter(recipe)
+    details = init_adapter.check_fits(found, recipe, base, layers)
+    run = Run(Path(recipe.runs) / found.run) if found.run else None
+    if run is None or not (run.path / "data" / "train.jsonl").is_file() or prepared_data is None:
+        return f"{details}; whether it was trained on held-out questions is unknown"
+    trained = {row["question_id"] for row in run.split("train")}
+    held_out = {row["question_id"] for name in ("val", "test") for row in prepared_data[0][name]}
+    return f"{details}; it was trained on {len(trained & held_out)} of {len(held_out)} held-out questions"
+
+
 def check_attention(recipe: Recipe, config: Any) -> str:
     """sdpa is not used on a model that caps its attention scores: transformers would silently drop the cap."""
     cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
@@ -244,7 +276,8 @@ def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
         )
     end = tokenizer.convert_ids_to_tokens(ends[0])
     stops = "" if ends[0] in _stop_tokens(base, tokenizer) else ", but is not a stop token in generation_config.json"
-    return f"the prompt is a prefix ({len(prompt)} tokens); {end} ends the answer and is trained{stops}"
+    marks = "; the template marks what to train on" if marks_replies(tokenizer) else ""
+    return f"the prompt is a prefix ({len(prompt)} tokens); {end} ends the answer and is trained{stops}{marks}"
 
 
 def _stop_tokens(base: Path, tokenizer: Any) -> set[int]:
@@ -258,33 +291,39 @@ def _stop_tokens(base: Path, tokenizer: Any) -> set[int]:
     return stops - {None}
 
 
-def measure_rows(recipe: Recipe, config: Any, tokenizer: Any, splits: data.Splits) -> tuple[RowLengths, str]:
-    """Token counts of the training rows. Raises UserError if too many rows have no room left for an answer."""
-    val, lengths = (
-        row_lengths(tokenizer, data.evenly_spaced(splits[name], limit), recipe.system, recipe.max_length)
+def measure_rows(recipe: Recipe, config: Any, tokenizer: Any, splits: data.Splits) -> tuple[TrainRows, str]:
+    """The training rows as tokens. Raises UserError if too many rows have no room left for an answer."""
+    val, train = (
+        encode(tokenizer, data.evenly_spaced(splits[name], limit), recipe.system, recipe.max_length,
+               recipe.train_on_turns)
         for name, limit in (("val", recipe.max_val_rows), ("train", recipe.max_rows))
-    )
-    if val.scored and not any(val.scored):
+    )  # fmt: skip
+    if val.rows and not val.sequences:
         raise UserError(
-            f"each of the {len(val.scored)} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
+            f"each of the {val.rows} validation rows has a prompt that alone fills {recipe.max_length} tokens; "
             "raise max_length"
         )
-    cut = sum(n > recipe.max_length for n in lengths.total)
-    empty = sum(n == 0 for n in lengths.scored)
-    ordered = sorted(lengths.total)
+    cut = sum(n > recipe.max_length for n in train.lengths)
+    empty, ordered = train.rows_left_out, sorted(train.lengths)
     details = (
-        f"{len(ordered)} rows, {ordered[len(ordered) // 2]} tokens in the median and {ordered[-1]} at most; "
+        f"{train.rows} rows, {ordered[len(ordered) // 2]} tokens in the median and {ordered[-1]} at most; "
         f"{cut} cut at {recipe.max_length}, {empty} left out because the prompt alone fills that"
     )
+    if train.replies > train.rows:
+        split = len(train.lengths) > train.rows
+        why = ", one for each reply whose history the chat template renders in another way" if split else ""
+        details += (
+            f"; {train.replies} replies in {len(train.lengths)} sequences{why}, {train.replies_lost} lost by cutting"
+        )
     longest = min(ordered[-1], recipe.max_length)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest > positions:
         raise UserError(f"{details}; the base has {positions:,} positions: set max_length to at most that")
-    if empty > MAX_LEFT_OUT_SHARE * len(ordered):
+    if empty > MAX_LEFT_OUT_SHARE * train.rows:
         raise UserError(f"{details}: more than {MAX_LEFT_OUT_SHARE:.0%} of the rows; raise max_length")
-    if empty and recipe.strict:
+    if train.replies_lost and recipe.strict:
         raise UserError(f"{details}; --strict allows none: raise max_length, or drop --strict")
-    return lengths, details
+    return train, details
 
 
 def check_memory(
@@ -294,7 +333,7 @@ def check_memory(
     base: Path,
     config: Any,
     layers: LayerSizes,
-    lengths: RowLengths,
+    longest: int,
 ) -> str:
     """A rough estimate of training's peak memory fits in the machine's."""
     config = config.get_text_config()
@@ -306,7 +345,7 @@ def check_memory(
     trainable = count_parameters(recipe, layers)
     # fp32 weight, gradient and two moments; 8-bit moments are a quarter of that.
     optimizer = trainable * (8 + (2 if "8bit" in precision.optimizer else 8))
-    tokens = recipe.batch_size * min(max(lengths.total), recipe.max_length)
+    tokens = recipe.batch_size * min(longest, recipe.max_length)
     # Kept per layer for the backward pass, in rows of the model's width at 2 bytes: about 34, or 2 with checkpointing.
     kept = 2 if recipe.gradient_checkpointing else 34
     width = 2 if precision.dtype == "bfloat16" else 4

@@ -78,10 +78,22 @@ class Recipe:
     rank: PositiveInt = option(16, "LoRA rank r", group=_LORA)
     alpha: PositiveInt = option(32, "LoRA alpha; the update is scaled by alpha / rank", group=_LORA)
     dropout: ShareBelowOne = option(0.0, "LoRA dropout", group=_LORA)
+    use_rslora: bool = option(False, "rank-stabilized LoRA: scale by alpha / sqrt(rank) instead", group=_LORA)
     target_modules: tuple[str, ...] = option(
         ("all-linear",), "modules that get an adapter: `all-linear`, or names", group=_LORA, metavar="NAME,..."
     )
 
+    init_adapter: str = option(
+        "",
+        "continue from an adapter: a name or name@version in the store, or a PEFT folder",
+        group=_LORA,
+        metavar="ADAPTER",
+        flag="--from",
+    )
+
+    train_on_turns: Literal["all", "last"] = option(
+        "all", "assistant turns of a conversation that the loss counts: each one, or only the last", group=_OPTIMIZATION
+    )
     epochs: PositiveFloat = option(1.0, "passes over the training rows", group=_OPTIMIZATION)
     max_steps: NonNegativeInt = option(
         0, "stop after this many optimizer steps, whatever --epochs is; 0: no such limit", group=_OPTIMIZATION
@@ -102,7 +114,7 @@ class Recipe:
         metavar="NAME",
     )
     max_length: Annotated[int, Ge(16)] = option(
-        1024, "tokens per row; longer rows are cut at the end", group=_OPTIMIZATION
+        1024, "tokens per row; longer rows are cut at the end, which may lose replies", group=_OPTIMIZATION
     )
     group_by_length: bool = option(
         False, "batch rows of similar length, which saves padding where the fast CPU path does not apply", group=_MEMORY
@@ -133,6 +145,9 @@ class Recipe:
     )
     seed: Seed = option(42, "seed of the initial adapter, the order of rows and dropout", group=_OPTIMIZATION)
 
+    report_to: tuple[Literal["none", "trackio", "tensorboard", "wandb", "mlflow"], ...] = option(
+        ("none",), "experiment trackers that get settings and metrics, no texts; each needs its package", group=_RUN
+    )
     runs: str = option("runs", "folder of run directories", group=_RUN, metavar="FOLDER")
     store: str = option("store", "adapter store to publish to; empty: do not publish", group=_RUN, metavar="FOLDER")
     resume: bool = option(False, "continue from the last checkpoint of the run", group=_RUN)
@@ -158,6 +173,8 @@ class Recipe:
                 f"target_modules is {', '.join(self.target_modules) or 'empty'}; "
                 "give all-linear alone, or names of layers"
             )
+        if not self.report_to or ("none" in self.report_to and len(self.report_to) > 1):
+            raise UserError(f"report_to is {', '.join(self.report_to) or 'empty'}; give none alone, or trackers")
         if len(set(self.seeds)) < len(self.seeds):
             raise UserError(f"seeds is {', '.join(map(str, self.seeds))}; each seed is one run: give each once")
 

@@ -62,7 +62,12 @@ def check_replaceable(recipe: Recipe, required: tuple[str, ...]) -> None:
         raise UserError(
             f"{str(path)!r} is {what}, so --overwrite does not remove it; choose another --name, or move it away"
         )
-    for key, value in (("base", recipe.base), ("data", recipe.data), ("store", recipe.store)):
+    for key, value in (
+        ("base", recipe.base),
+        ("data", recipe.data),
+        ("store", recipe.store),
+        ("from", recipe.init_adapter),
+    ):
         if value and Path(value).exists() and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"{key} is {value!r}, inside the run that --overwrite would remove; choose another --name, "
                             "or copy it elsewhere first")  # fmt: skip

@@ -21,12 +21,13 @@ from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl, replaced_directory, write_json
 from counsel.fingerprint import fingerprint
 from counsel.run import Run, how_to_continue, provenance
+from train import init_adapter
 from train.card import card_text
 from train.data import evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
 from train.lora import lora_config
 from train.preflight import Prepared, preflight
-from train.prompts import examples, rendered_prompts
+from train.prompts import TrainRows, encode, rendered_prompts
 from train.recipe import Recipe
 from train.resume import check_run_directory, last_checkpoint, opened_run
 
@@ -37,6 +38,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     started = time.monotonic()
     store.check_name(recipe.name)
+    recipe = init_adapter.pinned(recipe)
     hardware = detect_training_hardware()
     precision = choose_precision(recipe, hardware)
     # A launcher's config file must not overrule the precision chosen for this machine.
@@ -96,7 +98,6 @@ def build(
     # On import, bitsandbytes warns that a hub kernel is missing. We use none.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
-    from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar
 
     from train.cpu.loss import keep_freed_memory
@@ -117,38 +118,61 @@ def build(
         keep_freed_memory()
     train_rows = evenly_spaced(run.split("train"), recipe.max_rows)
     val_rows = evenly_spaced(run.split("val"), recipe.max_val_rows)
-    questions = list(dict.fromkeys(row["question"] for row in val_rows))
-    prompts = rendered_prompts(tokenizer, evenly_spaced(questions, recipe.samples), recipe.system)
+    by_question = {row["question"]: row for row in reversed(val_rows)}
+    asked = evenly_spaced(list(dict.fromkeys(row["question"] for row in val_rows)), recipe.samples)
+    prompts = rendered_prompts(tokenizer, [by_question[question] for question in asked], recipe.system)
     progress = TrainingProgress(run, tokenizer, prompts)
+    training, validation = (
+        encode(tokenizer, rows, recipe.system, recipe.max_length, recipe.train_on_turns)
+        for rows in (train_rows, val_rows)
+    )
+    for kind, encoded in (("training", training), ("validation", validation)):
+        _print_lost(kind, encoded, recipe.max_length)
+    if validation.rows and not validation.sequences:
+        raise UserError(
+            f"each of the {validation.rows} validation rows has a prompt that alone fills {recipe.max_length} tokens, "
+            "so no checkpoint can be chosen; raise max_length"
+        )
     callbacks: list[Any] = [progress]
     if recipe.patience and val_rows:
         callbacks.append(transformers.EarlyStoppingCallback(recipe.patience))
     trainer = AnswerTrainer(
         model=model,
         args=trainer_arguments(recipe, precision, run, validate=bool(val_rows)),
-        train_dataset=Dataset.from_list(examples(train_rows, recipe.system)),
-        eval_dataset=Dataset.from_list(examples(val_rows, recipe.system)) if val_rows else None,
+        training=training,
+        validation=validation,
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=callbacks,
         fast=fast,
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    for kind, n_left_out, rows in (
-        ("training", trainer.rows_left_out, train_rows), ("validation", trainer.val_rows_left_out, val_rows),
-    ):  # fmt: skip
-        if n_left_out:
-            print(f"rows         {n_left_out} of {len(rows)} {kind} rows left out: their prompt alone fills "
-                  f"{recipe.max_length} tokens", file=sys.stderr)  # fmt: skip
-    if trainer.val_rows_left_out == len(val_rows) > 0:
-        raise UserError(
-            f"each of the {len(val_rows)} validation rows has a prompt that alone fills {recipe.max_length} tokens, so "
-            "no checkpoint can be chosen; raise max_length"
-        )
+    keep_tensorboard(trainer, run)
+    if recipe.init_adapter:
+        init_adapter.load_weights(init_adapter.find_init_adapter(recipe), trainer.model)
     rows_per_step = recipe.batch_size * recipe.gradient_accumulation_steps * trainer.args.world_size
     steps = recipe.max_steps or math.ceil(math.ceil(len(trainer.train_dataset) / rows_per_step) * recipe.epochs)
     trainer.args.eval_steps = trainer.args.save_steps = math.ceil(steps / recipe.evaluations)
     return trainer, progress
+
+
+def _print_lost(kind: str, encoded: TrainRows, max_length: int) -> None:
+    """Say how many rows and replies were lost because cutting at max_length left none of their tokens."""
+    if n := encoded.rows_left_out:
+        print(f"rows         {n} of {encoded.rows} {kind} rows left out: their prompt alone fills {max_length} tokens",
+              file=sys.stderr)  # fmt: skip
+    if (n := encoded.replies_lost) > encoded.rows_left_out:
+        print(f"replies      {n} of {encoded.replies} {kind} replies lost: they begin after {max_length} tokens",
+              file=sys.stderr)  # fmt: skip
+
+
+def keep_tensorboard(trainer: Any, run: Run) -> None:
+    """Let TensorBoard write into the run: its own place is among the checkpoints, which are removed at the end."""
+    from transformers.integrations import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(run.path / "tensorboard")
 
 
 def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any) -> str | None:
@@ -221,7 +245,6 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
         optim=precision.optimizer,
         max_length=recipe.max_length,
         train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
-        completion_only_loss=True,
         bf16=precision.dtype == "bfloat16",
         use_cpu=precision.device == "cpu",
         gradient_checkpointing=recipe.gradient_checkpointing,
@@ -238,7 +261,9 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
         seed=recipe.seed,
         data_seed=recipe.seed,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(recipe.report_to),
+        run_name=recipe.name,
+        project="counsel-stack",
         dataloader_pin_memory=precision.device == "cuda",
     )
 
@@ -266,9 +291,13 @@ def finish_run(
         "train_loss_last": losses[-1],
         "val_loss_base": val_losses[0] if val_losses else None,
         "val_loss": state.best_metric,
-        "rows": len(trainer.train_dataset),
-        "rows_left_out": trainer.rows_left_out,
-        "val_rows_left_out": trainer.val_rows_left_out,
+        "rows": trainer.training.rows - trainer.training.rows_left_out,
+        "rows_left_out": trainer.training.rows_left_out,
+        "val_rows_left_out": trainer.validation.rows_left_out,
+        "sequences": len(trainer.training.sequences),
+        "replies": trainer.training.replies - trainer.training.replies_lost,
+        "replies_lost": trainer.training.replies_lost,
+        "val_replies_lost": trainer.validation.replies_lost,
         "tokens": progress.tokens,
         "tokens_per_s": round(tokens_per_s(rows), 1),
         "wall_s": round(wall_s, 1),
@@ -328,6 +357,7 @@ def _provenance(recipe: Recipe, hardware: TrainHardware, precision: Precision, b
     report = read_json(recipe.run_path / "data" / "report.json")
     return provenance() | {
         "seed": recipe.seed,
+        "init_adapter": init_adapter.find_init_adapter(recipe).document() if recipe.init_adapter else None,
         "data_sha256": report["source_sha256"],
         "base": {"name": base.name, "hub_id": base.hub_id, "fingerprint": fingerprint(base.path)},
         "machine": asdict(hardware),

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -11,6 +12,7 @@ from trl import SFTTrainer
 
 from counsel.errors import UserError
 from train.cpu.proof import fast_loss, speed_up
+from train.prompts import TrainRows
 from train.resume import seal
 
 # Message of the plain RuntimeError that torch's checkpoint writer raises; it has no exception class.
@@ -42,15 +44,18 @@ class AnswerTrainer(SFTTrainer):
 
     The Trainer's own averages over batches, so it depends on which rows share a batch, and with several processes it
     counts some rows twice.
+    training, validation: the rows; the latter may have none.
     fast: compute the same numbers with train/cpu; train/cpu/proof.py checks where that applies.
-    rows_left_out, val_rows_left_out: rows that TRL silently dropped because cutting them left no answer token.
     """
 
-    def __init__(self, *args: Any, train_dataset: Any, fast: bool, eval_dataset: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self.val_rows_left_out = len(eval_dataset) - len(self.eval_dataset) if eval_dataset is not None else 0
-        self.fast = fast
-        self.rows_left_out = len(train_dataset) - len(self.train_dataset)
+    def __init__(self, *args: Any, training: TrainRows, validation: TrainRows, fast: bool, **kwargs: Any) -> None:
+        super().__init__(
+            *args,
+            train_dataset=Dataset.from_list(training.examples()),
+            eval_dataset=Dataset.from_list(validation.examples()) if validation.sequences else None,
+            **kwargs,
+        )
+        self.training, self.validation, self.fast = training, validation, fast
         self._val_sum = self._val_tokens = 0.0
         self._val_steps = 0
         if fast:
