@@ -1,4 +1,4 @@
-"""Training speed on this CPU against plain TRL defaults.
+"""Training speed on this CPU: against plain TRL defaults, and on conversations against training turn by turn.
 
 `make bench-train`, or `python -m benchmarks.training --rows 48`.
 
@@ -9,8 +9,16 @@ batch size:
   ours  what `python -m train` does
 
 tokens_per_s counts real tokens (no padding) over the optimizer steps after the first, which warms up. val_loss is
-computed by the same function for both trained models. The last line is JSON: speedup_vs_trl (median of the ratios of
-paired runs, with their range), val_loss_ratio, peak memory.
+computed by the same function for both trained models.
+
+Then our trainer runs alternately on the same replies in two forms. Each conversation is EXCHANGES rows joined, and a
+step has as many replies in both:
+
+  conversations  one sequence per conversation, with the loss on each of its replies
+  turns          one sequence per reply, with the history before it
+
+reply_tokens_per_s counts the tokens that the loss counts. The last line is JSON: speedup_vs_trl and
+conversation_speedup (medians of the ratios of paired runs, with their ranges), val_loss_ratio, peak memory.
 """
 
 import dataclasses
@@ -30,6 +38,10 @@ from counsel.errors import UserError
 from counsel.processor import processor
 from train.recipe import Recipe
 
+TRAINERS, FORMS = ("trl", "ours"), ("conversations", "turns")
+# Sample rows have about 170 tokens, so a conversation of four fits in MAX_LENGTH.
+EXCHANGES, MAX_LENGTH = 4, 2048
+
 
 @dataclass(frozen=True)
 class BenchTraining:
@@ -42,32 +54,34 @@ class BenchTraining:
     batch_size: int = option(8, "rows per step")
     repeats: int = option(3, "runs of each trainer")
     learning_rate: float = option(5e-4, "peak learning rate")
-    trainer: str = option("", "run one trainer, trl or ours, and print its results (the benchmark itself uses this)")
+    trainer: str = option(
+        "",
+        "run one part: trl, ours, conversations or turns, and print its results (the benchmark itself uses this)",
+    )
     seed: int = option(42, "seed of the first pair of runs")
 
 
 def bench_training(config: BenchTraining) -> Result:
-    """Run both trainers alternately, or only the one that is named."""
+    """Run both trainers and both forms of conversations alternately, or only the part that is named."""
     if config.trainer:
-        if config.trainer not in ("trl", "ours"):
-            raise UserError(f"trainer is {config.trainer!r}; allowed: trl, ours; leave it out to compare both")
-        return Result(run_trainer(config))
-    measured: dict[str, list[dict[str, Any]]] = {"trl": [], "ours": []}
-    for repeat in range(config.repeats):
-        # The order alternates, so that a machine that slows down favors neither.
-        for name in ("trl", "ours") if repeat % 2 == 0 else ("ours", "trl"):
-            figures = _in_own_process(dataclasses.replace(config, trainer=name, seed=config.seed + repeat))
-            measured[name].append(figures)
-            print(
-                f"{name:<5} run {repeat + 1}  {figures['tokens_per_s']:7.1f} tok/s  "
-                f"val loss {figures['val_loss']:.4f}  peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB",
-                flush=True,
-            )
+        if config.trainer not in (*TRAINERS, *FORMS):
+            allowed = ", ".join((*TRAINERS, *FORMS))
+            raise UserError(f"trainer is {config.trainer!r}; allowed: {allowed}; leave it out to compare them")
+        return Result(run_trainer(config) if config.trainer in TRAINERS else run_form(config))
+    measured = _alternately(config, TRAINERS)
+    forms = _alternately(config, FORMS)
     pairs = list(zip(measured["ours"], measured["trl"], strict=True))
     speedups = [ours["tokens_per_s"] / trl["tokens_per_s"] for ours, trl in pairs]
     ratios = [ours["val_loss"] / trl["val_loss"] for ours, trl in pairs]
     print(
         f"ours / trl: {statistics.median(speedups):.2f}x ({min(speedups):.2f} to {max(speedups):.2f}), n={len(pairs)}"
+    )
+    gains = [
+        whole["reply_tokens_per_s"] / parts["reply_tokens_per_s"]
+        for whole, parts in zip(forms["conversations"], forms["turns"], strict=True)
+    ]
+    print(
+        f"conversations / turns: {statistics.median(gains):.2f}x ({min(gains):.2f} to {max(gains):.2f}), n={len(gains)}"
     )
     return Result(
         {
@@ -75,6 +89,10 @@ def bench_training(config: BenchTraining) -> Result:
             "speedup_range": [round(min(speedups), 3), round(max(speedups), 3)],
             "val_loss_ratio": round(statistics.median(ratios), 5),
             "val_loss_ratio_range": [round(min(ratios), 5), round(max(ratios), 5)],
+            "conversation_speedup": round(statistics.median(gains), 3),
+            "conversation_speedup_range": [round(min(gains), 3), round(max(gains), 3)],
+            "reply_tokens_per_s": {name: [run["reply_tokens_per_s"] for run in runs] for name, runs in forms.items()},
+            "exchanges": EXCHANGES,
             "n": len(pairs),
             "processor": str(processor()),
             "tokens_per_s": {name: [run["tokens_per_s"] for run in runs] for name, runs in measured.items()},
@@ -87,44 +105,93 @@ def bench_training(config: BenchTraining) -> Result:
     )
 
 
+def _alternately(config: BenchTraining, names: tuple[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of two parts, run in turn; the order alternates, so that a machine that slows down favors neither."""
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for repeat in range(config.repeats):
+        for name in names if repeat % 2 == 0 else names[::-1]:
+            figures = _in_own_process(dataclasses.replace(config, trainer=name, seed=config.seed + repeat))
+            measured[name].append(figures)
+            loss = f"val loss {figures['val_loss']:.4f}  " if "val_loss" in figures else ""
+            print(
+                f"{name:<13} run {repeat + 1}  {figures['tokens_per_s']:7.1f} tok/s  "
+                f"{loss}peak {figures['peak_memory_bytes'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+    return measured
+
+
+def run_form(config: BenchTraining) -> dict[str, Any]:
+    """Train our trainer in this process on conversations, whole or turn by turn."""
+    from transformers import AutoTokenizer
+
+    from counsel import catalog
+    from train import data
+    from train.prompts import encode
+
+    whole = config.trainer == "conversations"
+    batch_size = max(1, config.batch_size // EXCHANGES) if whole else config.batch_size
+    recipe = _recipe(config, batch_size=batch_size, max_length=MAX_LENGTH)
+    base = catalog.resolve(recipe.base)
+    splits, _ = data.prepare(recipe.data_config())
+    talks = _conversations(data.evenly_spaced(splits["train"], config.rows))
+    rows = talks if whole else [talk[:end] for talk in talks for end in range(2, len(talk) + 1, 2)]
+    encoded = encode(
+        AutoTokenizer.from_pretrained(base.path), ({"messages": messages} for messages in rows), recipe.system,
+        recipe.max_length, "all" if whole else "last",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        _, step_times_s = _train_ours(recipe, base, encoded, Path(scratch))
+    replies = sum(label != -100 for tokens in encoded.sequences for label in tokens.labels)
+    # Without the first step and its share of the tokens.
+    tokens, share = sum(encoded.lengths), 1 - 1 / len(step_times_s)
+    return {
+        "tokens_per_s": round(tokens * share / sum(step_times_s[1:]), 1),
+        "reply_tokens_per_s": round(replies * share / sum(step_times_s[1:]), 1),
+        "replies": encoded.replies - encoded.replies_lost,
+        "peak_memory_bytes": _peak_memory(),
+        "steps": len(step_times_s),
+    }
+
+
+def _conversations(rows: list[dict[str, Any]]) -> list[list[dict[str, str]]]:
+    """Every EXCHANGES rows as the messages of one conversation; rows that do not fill one are left out."""
+    from counsel.chat import conversation
+
+    return [
+        [message for row in rows[start : start + EXCHANGES] for message in conversation(row)]
+        for start in range(0, len(rows) - EXCHANGES + 1, EXCHANGES)
+    ]
+
+
 def run_trainer(config: BenchTraining) -> dict[str, Any]:
     """Train in this process with the trainer that is named, and score the trained model."""
     from transformers import AutoTokenizer, set_seed
 
     from counsel import catalog
-    from train import data, sft
-    from train.hardware import choose_precision, detect_training_hardware
-    from train.lora import lora_config
-    from train.prompts import examples
+    from train import data
+    from train.prompts import encode, examples
 
-    recipe = Recipe(
-        base=config.base,
-        data=config.data,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        seed=config.seed,
-    )
+    recipe = _recipe(config, batch_size=config.batch_size)
     base = catalog.resolve(recipe.base)
     splits, _ = data.prepare(recipe.data_config())
-    rows = examples(data.evenly_spaced(splits["train"], config.rows), recipe.system)
+    rows = data.evenly_spaced(splits["train"], config.rows)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
     val = examples(data.evenly_spaced(splits["val"], config.val_rows), recipe.system)
-    precision = choose_precision(recipe, detect_training_hardware())
-    # The recipe's own LoRA config for both, so that plain TRL trains the same parameters.
-    lora = lora_config(recipe)
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         if config.trainer == "trl":
-            trainer = _trl_trainer(recipe, base.path, rows, lora, Path(scratch))
+            trainer = _trl_trainer(recipe, base.path, examples(rows, recipe.system), Path(scratch))
+            step_times_s = _time_steps(trainer)
+            trainer.train()
         else:
-            trainer = _our_trainer(recipe, precision, base, rows, lora, Path(scratch))
-        step_times_s = _time_steps(trainer)
-        trainer.train()
+            encoded = encode(tokenizer, rows, recipe.system, recipe.max_length, recipe.train_on_turns)
+            trainer, step_times_s = _train_ours(recipe, base, encoded, Path(scratch))
     tokens = sum(len(row) for row in trainer.train_dataset["input_ids"])
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
     return {
         # Without the first step and its share of the tokens.
         "tokens_per_s": round(tokens * (1 - 1 / len(step_times_s)) / sum(step_times_s[1:]), 1),
-        "peak_memory_bytes": sft.peak_memory("cpu"),
+        "peak_memory_bytes": _peak_memory(),
         "val_loss": mean_answer_loss(trainer.model, tokenizer, val, recipe.max_length),
         "steps": len(step_times_s),
     }
@@ -147,9 +214,23 @@ def mean_answer_loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]], max
     return total / count
 
 
-def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], lora: Any, scratch: Path) -> Any:
+def _recipe(config: BenchTraining, **changes: Any) -> Recipe:
+    return Recipe(
+        base=config.base, data=config.data, learning_rate=config.learning_rate, seed=config.seed, **changes
+    )  # fmt: skip
+
+
+def _peak_memory() -> int:
+    from train.sft import peak_memory
+
+    return peak_memory("cpu")
+
+
+def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], scratch: Path) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+
+    from train.lora import lora_config
 
     arguments = SFTConfig(
         output_dir=str(scratch),
@@ -163,34 +244,44 @@ def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], lora:
         disable_tqdm=True,
         use_cpu=True,
     )
-    return SFTTrainer(str(folder), args=arguments, train_dataset=Dataset.from_list(rows), peft_config=lora)
+    # The recipe's own LoRA config for both, so that plain TRL trains the same parameters.
+    return SFTTrainer(
+        str(folder), args=arguments, train_dataset=Dataset.from_list(rows), peft_config=lora_config(recipe)
+    )
 
 
-def _our_trainer(
-    recipe: Recipe, precision: Any, base: Any, rows: list[dict[str, Any]], lora: Any, scratch: Path
-) -> Any:
-    from datasets import Dataset
+def _train_ours(recipe: Recipe, base: Any, encoded: Any, scratch: Path) -> tuple[Any, list[float]]:
+    """Our trainer after training, and the seconds of each of its steps."""
     from transformers import AutoTokenizer
 
     from counsel.run import Run
     from train import sft
     from train.cpu.loss import keep_freed_memory
+    from train.hardware import choose_precision, detect_training_hardware
+    from train.lora import lora_config
+    from train.prompts import encode
     from train.trainer import AnswerTrainer
 
+    precision, lora = choose_precision(recipe, detect_training_hardware()), lora_config(recipe)
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
     model = sft.load_base(recipe, precision, base)
     if reason := sft.slow_path_reason(recipe, precision, model, lora):
         raise UserError(f"the fast path is off, so there is nothing to measure: {reason}")
     keep_freed_memory()
     arguments = sft.trainer_arguments(recipe, precision, Run(scratch), validate=False)
     arguments.save_strategy = "no"
-    return AnswerTrainer(
+    trainer = AnswerTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(base.path),
+        training=encoded,
+        validation=encode(tokenizer, [], recipe.system, recipe.max_length, recipe.train_on_turns),
+        processing_class=tokenizer,
         peft_config=lora,
         fast=True,
     )
+    step_times_s = _time_steps(trainer)
+    trainer.train()
+    return trainer, step_times_s
 
 
 def _time_steps(trainer: Any) -> list[float]:

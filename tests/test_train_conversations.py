@@ -23,14 +23,15 @@ CHATML = (
 # As Mistral's: no system role of its own, and the system text is in the last user turn.
 MISTRAL = (
     "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
-    "{% for m in messages %}{% if m.role == 'user' %}"
-    "[INST] {{ system + '\n\n' if system and m is eq(messages | selectattr('role', 'eq', 'user') | list | last) }}"
-    "{{ m.content }} [/INST]{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% set asked = messages | selectattr('role', 'eq', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {{ system + '\n\n' if system and m is eq(asked | last) }}{{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 # Marks the words of a reply, but not its end of turn.
 WORDS_ONLY = CHATML.replace(
     "{{ m.content }}",
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}",
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}",
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>",
            "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]  # fmt: skip
