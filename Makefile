@@ -45,7 +45,7 @@ clean:  ## remove the environment and caches inside the clone (runs/ and store/ 
 soak-serve: setup  ## 64 adapters, 4 slots, 16 streams, 3 minutes, one killed worker: every answer compared with PEFT's
 	@$(BIN)/python -m benchmarks.soak
 
-bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 15 minutes)
+bench-train: setup  ## training speed and loss against plain TRL defaults, on this CPU (about 20 minutes)
 	$(BIN)/python -m benchmarks.training
 
 bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hours; QUICK=1: under 10 minutes)

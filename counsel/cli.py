@@ -182,7 +182,9 @@ def _misspelled(
         return None
     word = left_over[0].partition("=")[0]
     if word.startswith("-"):
-        close = difflib.get_close_matches(word, [_flag(field) for field in dataclasses.fields(schema)], n=1, cutoff=0.6)
+        close = difflib.get_close_matches(
+            word, [flag_of(field) for field in dataclasses.fields(schema)], n=1, cutoff=0.6
+        )
         return f"unknown option {word}" + (f"; did you mean {close[0]}?" if close else "")
     if not name and not shipped:
         return f"no command {word!r}; {nearest(word, [key for key in commands if key])}"
@@ -273,10 +275,10 @@ def _parser(program: str, name: str, commands: Mapping[str, Command], schema: ty
             continue
         group = groups[field.metadata["group"]]
         if kind.type is bool:
-            group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, default=None, help=text)
+            group.add_argument(flag_of(field), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             shown = field.metadata["metavar"] or metavar(field.name, kind)
-            group.add_argument(_flag(field), dest=field.name, metavar=shown, help=text)
+            group.add_argument(flag_of(field), dest=field.name, metavar=shown, help=text)
     general = parser.add_argument_group("general")
     if command.presets is None and "config" not in of_field:
         general.add_argument("--config", metavar="FILE", help="YAML file with any of the options above as keys")
@@ -297,7 +299,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34)
 
 
-def _flag(field: dataclasses.Field[Any]) -> str:
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The flag of a config field that is an option."""
     return field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
 
 
@@ -326,7 +329,7 @@ def _shown(default: Any) -> str:
 def _with_dashed_values(words: Sequence[str], schema: type) -> list[str]:
     """`words`, with each text option joined to a value that looks like an option, as in `--vllm-args --seed`."""
     of_field = kinds(schema)
-    by_flag = {_flag(field): of_field[field.name] for field in dataclasses.fields(schema)}
+    by_flag = {flag_of(field): of_field[field.name] for field in dataclasses.fields(schema)}
     negated = [f"--no-{flag.removeprefix('--')}" for flag, kind in by_flag.items() if kind.type is bool]
     ours = {*by_flag, *negated, "--config", "--json", "--help", "-h"}
     joined: list[str] = []

@@ -6,6 +6,7 @@ runs/<name>/
   data/            train.jsonl val.jsonl test.jsonl report.json
   metrics.jsonl    one object per logged step
   checkpoints/     trainer state, for --resume    (removed when training ends); a complete one holds whole.json
+  tensorboard/     what TensorBoard shows         (only with --report-to tensorboard)
   adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
   train.json       the summary                    (written last: its presence means complete)
   eval/<stamp>/    loadtest/<stamp>/              added by the other commands

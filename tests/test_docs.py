@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from counsel.cli import FOLDERS, Command, load_config, parse_arguments, yaml_file
+from counsel.cli import FOLDERS, Command, flag_of, load_config, parse_arguments, yaml_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -77,7 +77,7 @@ def options_of_ours() -> set[str]:
     for folder in FOLDERS:
         for command in folder_commands(folder).values():
             for field in dataclasses.fields(command.schema):
-                flag = f"--{field.name.replace('_', '-')}"
+                flag = flag_of(field)
                 named |= {flag, f"--no-{flag[2:]}"}
     return named | {"--config", "--json"}
 
