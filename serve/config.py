@@ -96,6 +96,13 @@ class ServeConfig:
     adapter_wait_s: PositiveFloat = option(
         2.0, "longest time an adapter waits while others occupy every slot; then they take turns", group=_ADAPTERS
     )
+    preload: str = option(
+        "",
+        "file with the names of adapters to load before others, one per line; reread when it changes. A fleet writes "
+        "one for each replica",
+        group=_ADAPTERS,
+        metavar="FILE",
+    )
     host: str = option(
         "127.0.0.1",
         "address to listen on; any address other than loopback requires --keys",
@@ -108,6 +115,14 @@ class ServeConfig:
         "file of hashed keys, made with `python -m serve key`; reread when it changes",
         group=_ACCESS,
         metavar="FILE",
+    )
+    metrics_port: Annotated[int, Ge(0), Le(65535)] = option(
+        0,
+        "port on --metrics-host where /metrics and /v1/adapters need no key; 0: none",
+        group=_ACCESS,
+    )
+    metrics_host: str = option(
+        "127.0.0.1", "loopback or private address of --metrics-port", group=_ACCESS, metavar="ADDRESS"
     )
     allowed_origins: tuple[str, ...] = option(
         (), "origins that browsers may call from, comma-separated", group=_ACCESS, metavar="ORIGIN,...", shown="none"
@@ -144,6 +159,11 @@ class ServeConfig:
         check_bounds(self)
         if self.max_cpu_loras and self.max_loras and self.max_cpu_loras < self.max_loras:
             raise UserError(f"max_cpu_loras is {self.max_cpu_loras}; it must be at least max_loras, {self.max_loras}")
+        if not _is_private(self.metrics_host):
+            raise UserError(
+                f"metrics_host is {self.metrics_host!r}; no key is needed there, so it must be one loopback or private "
+                "address, such as 10.0.0.5"
+            )
 
     @property
     def loopback(self) -> bool:
@@ -164,6 +184,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_private(host: str) -> bool:
+    """Whether an address is this machine's own or a private network's, and is one address, not all of them."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_private and not address.is_unspecified
 
 
 def from_environment() -> ServeConfig:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import math
 import uuid
@@ -118,6 +119,9 @@ def _verify(manifest: Manifest, path: Path) -> None:
             digest = sha256_of(path / name)
         except OSError as error:
             _refuse_if_gone(manifest, path)
+            if error.errno == errno.ESTALE:
+                # A network file system lost track of the open file; the next attempt opens it anew.
+                raise ApiError(503, f"{manifest.id}: {name}: {error.strerror}; try again", retry_after_s=1) from error
             raise ApiError(500, f"{manifest.id} is incomplete: {name}: {error.strerror}; publish it again") from error
         if digest != file["sha256"]:
             raise ApiError(500, f"{manifest.id}: {name} changed after it was published; publish it again")

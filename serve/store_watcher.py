@@ -3,11 +3,15 @@
 A swap only changes what a name means. Running requests end on the version where they began, new ones go to the new
 version, and then the old one is unloaded. A published version is loaded before a request names it if there is room, or
 if its name is in the engine already. These loads run one at a time, so that loads for requests get in between.
+
+A fleet gives each replica a list of names, and changes it (`preload`). Then only listed names are loaded before a
+request names them, in that order; a name that is added to the list is loaded even if another is evicted for it.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 from counsel.store import AdapterVersions, Manifest
@@ -27,8 +31,12 @@ MAX_SEARCHED = 160
 class StoreWatcher:
     """Keeps the names and the pool in step with the store. Lives on the pool's event loop."""
 
-    def __init__(self, pool: AdapterPool) -> None:
-        self.pool, self.names = pool, pool.names
+    def __init__(self, pool: AdapterPool, preload: Path | None = None) -> None:
+        """preload: the file with the names to load first, one per line; None where there is none."""
+        self.pool, self.names, self.preload = pool, pool.names, preload
+        # Names in the file, and those of them that were added and are not loaded yet. A dict for its order.
+        self._listed: dict[str, None] = {}
+        self._added: set[str] = set()
         self._reader = StoreReader(pool.store)
         # Name -> the last warning that its current version cannot be served.
         self._warned: dict[str, str] = {}
@@ -39,13 +47,19 @@ class StoreWatcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Read the store and load what names mean now: pinned ones first, then the newest, as many as fit."""
+        """Read the store and load what names mean now: pinned ones first, then listed ones, or the newest, that fit."""
         await self.refresh(swap=False)
         current = [manifest for name in self.names.published if (manifest := self.names.current_version(name))]
         servable = [manifest for manifest in current if self.names.unservable_reason(manifest) is None]
-        servable.sort(key=lambda manifest: (self.names.pinned(manifest), manifest.created_utc), reverse=True)
+        servable.sort(key=lambda manifest: manifest.created_utc, reverse=True)
+        if self.preload:
+            place = {name: number for number, name in enumerate(self._listed)}
+            servable = [m for m in servable if m.name in place or self.names.pinned(m)]
+            servable.sort(key=lambda manifest: place.get(manifest.name, 0))
+        servable.sort(key=self.names.pinned, reverse=True)
         for manifest in servable[: self.pool.capacity]:
             await self._try_serving(manifest)
+        self._added.clear()
 
     async def watch(self) -> None:
         """Follow the store forever: load what is published, unload what is replaced or removed."""
@@ -61,6 +75,8 @@ class StoreWatcher:
         """Read what changed in the store since the last time, and act on it if `swap`."""
         async with self._refreshing:
             changed = await asyncio.to_thread(self._reader.changes, dict(self.names.published))
+            if self.preload:
+                self._update_list(await asyncio.to_thread(_words_in, self.preload), swap)
             for adapter in changed.values():
                 before = self.names.published.get(adapter.name)
                 self.names.update(adapter)
@@ -100,6 +116,16 @@ class StoreWatcher:
         for served_id, loaded in self.pool.loaded_adapters.items():
             if loaded.manifest.name == manifest.name and served_id != manifest.id and not loaded.draining:
                 self._spawn(self.pool.unload_when_idle(served_id))
+
+    def _update_list(self, listed: dict[str, None] | None, swap: bool) -> None:
+        """Take a new list. A list that cannot be read is taken as unchanged."""
+        if listed is None or listed == self._listed:
+            return
+        added = [name for name in listed if name not in self._listed]
+        self._listed = listed
+        self._added = {*self._added, *added} & listed.keys()
+        if swap:
+            self._pending_swaps |= dict.fromkeys(added)
 
     def _warn_unserved(self, name: str) -> None:
         """Log that the version which the store calls current cannot be served; once per reason."""
@@ -141,6 +167,7 @@ class StoreWatcher:
                     await self._try_serving(current, room_wait_s=0.0)
                     if self.names.serving.get(name) == current.version:
                         self._pending_swaps.pop(name, None)
+                        self._added.discard(name)
                         self.switch_to(current)
             if self._pending_swaps:
                 await asyncio.sleep(RETRY_S)
@@ -148,8 +175,11 @@ class StoreWatcher:
     def _loads_beforehand(self, current: Manifest) -> bool:
         """Whether a version is loaded before a request names it: not where it would evict another name."""
         loaded_adapters = self.pool.loaded_adapters
-        loaded = any(other.manifest.name == current.name for other in loaded_adapters.values())
-        return loaded or self.names.pinned(current) or len(loaded_adapters) < self.pool.capacity
+        if any(other.manifest.name == current.name for other in loaded_adapters.values()) or self.names.pinned(current):
+            return True
+        if self.preload and current.name not in self._listed:
+            return False
+        return current.name in self._added or len(loaded_adapters) < self.pool.capacity
 
     async def _forget(self, manifest: Manifest) -> None:
         await self.pool.unload_when_idle(manifest.id)
@@ -179,3 +209,11 @@ class StoreWatcher:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _words_in(path: Path) -> dict[str, None] | None:
+    """The words in a small file, in order; None when it cannot be read."""
+    try:
+        return dict.fromkeys(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        return None

@@ -29,6 +29,7 @@ from serve.keys import KeyRing
 from serve.limits import Limits
 from serve.metrics import ServerMetrics
 from serve.name_table import NameTable
+from serve.private_port import PrivatePort
 from serve.server_registry import ServerRecord, register
 from serve.store_watcher import StoreWatcher
 
@@ -96,7 +97,7 @@ class AdaptersPlugin:
             capacity=args.max_cpu_loras,
             on_event=metrics.adapter_event,
         )
-        watcher = StoreWatcher(pool)
+        watcher = StoreWatcher(pool, Path(config.preload) if config.preload else None)
         keys = KeyRing(Path(config.keys) if config.keys else None)
         state.counsel = Service(
             config=config,
@@ -114,6 +115,9 @@ class AdaptersPlugin:
         await watcher.start()
         # Kept on the state: the event loop itself holds tasks only weakly.
         state.counsel_watch = asyncio.create_task(watcher.watch())
+        if config.metrics_port:
+            private = PrivatePort(config.metrics_host, config.metrics_port, lambda: _states(pool))
+            state.counsel_private_port = asyncio.create_task(private.answer())
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGUSR1, _start_stopping, state, config.leave_s)
         loop.add_signal_handler(signal.SIGUSR2, _start_stopping, state, 0.0)
