@@ -5,7 +5,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from counsel import cli
 from counsel import store as adapter_store
@@ -13,16 +12,12 @@ from counsel.cli import Command, Result, as_typed
 from serve import chat, commands
 from serve.config import ServeConfig
 from serve.server import Server
-from serve.supervise import supervise
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, from a service manager or an orchestrator, which may still route requests to this server."""
+from serve.supervise import Terminated, raise_terminated, supervise
 
 
 def serve(config: ServeConfig) -> Result:
     """Serve until Ctrl-C or SIGTERM; restart a server that dies."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    signal.signal(signal.SIGTERM, raise_terminated)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
     leave = False
@@ -52,10 +47,6 @@ def _welcome(server: Server) -> str:
     )
 
 
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    raise Terminated
-
-
 COMMANDS = {
     "": Command(ServeConfig, serve, "serve a base model and the adapters of a store"),
     "plan": Command(
@@ -64,6 +55,17 @@ COMMANDS = {
         "show what would be started, here or on GPUs you describe, and why",
     ),
     **commands.COMMANDS,
+    "fleet": Command(
+        "serve.fleet.config:FleetConfig",
+        "serve.fleet.commands:serve_fleet",
+        "serve from several servers behind one HAProxy",
+    ),
+    "fleet status": Command(
+        "serve.fleet.commands:FleetFolder", "serve.fleet.commands:show_status", "show a fleet's replicas and homes"
+    ),
+    "fleet config": Command(
+        "serve.fleet.commands:FrontConfig", "serve.fleet.commands:show_config", "print a fleet's HAProxy configuration"
+    ),
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }
 

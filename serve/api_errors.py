@@ -4,17 +4,20 @@ import json
 from collections.abc import Mapping
 
 # Status -> (type, code): 400 BadRequestError, 401 AuthenticationError, 403 PermissionDeniedError, 404 NotFoundError,
-# 413/422 APIStatusError, 429 RateLimitError, 5xx InternalServerError.
+# 408/413/422 APIStatusError, 429 RateLimitError, 5xx InternalServerError.
 _KINDS = {
     400: ("invalid_request_error", "invalid_value"),
     401: ("authentication_error", "invalid_api_key"),
     403: ("permission_error", "insufficient_permissions"),
     404: ("not_found_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     500: ("server_error", "internal_error"),
+    502: ("server_error", "bad_gateway"),
     503: ("server_error", "unavailable"),
+    504: ("server_error", "gateway_timeout"),
 }
 
 

@@ -62,8 +62,8 @@ class Server:
         """Raises UserError: untested vLLM, unknown base, a port in use, or an address open to others without keys."""
         require_tested(config.untested_vllm)
         self.base: Base = resolve(config.model)
-        _require_keys(config)
-        self._port = _reserve_port(config)
+        require_keys(config)
+        self._port = reserve_port(config.host, config.port)
         port = int(self._port.getsockname()[1])
         self.config = dataclasses.replace(config, port=port, logs=str(Path(config.logs).absolute()))
         self.quiet = quiet
@@ -236,7 +236,8 @@ def store_ranks(store: Path) -> list[int]:
     return ranks
 
 
-def _require_keys(config: ServeConfig) -> None:
+def require_keys(config: ServeConfig) -> None:
+    """Raise UserError if others can reach the address and no keys are set."""
     keys = KeyRing(Path(config.keys) if config.keys else None)
     if keys.open and not config.loopback:
         raise UserError(
@@ -245,21 +246,21 @@ def _require_keys(config: ServeConfig) -> None:
         )
 
 
-def _reserve_port(config: ServeConfig) -> socket.socket:
+def reserve_port(host: str, port: int) -> socket.socket:
     """A socket bound to the port. Raises UserError at once if the port is taken.
 
     It never listens. While it is open, the system gives the port to no other program, even if any free port was asked
     for and the child needs half a minute to open it. The child can still listen on it, because both set SO_REUSEADDR.
     """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     reserved = socket.socket(family)
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        reserved.bind((config.host, config.port))
+        reserved.bind((host, port))
     except OSError as error:
         reserved.close()
         raise UserError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}; "
+            f"cannot listen on {host} port {port}: {error.strerror}; "
             "stop what listens there, or choose another port with --port (0: any free one)"
         ) from error
     return reserved

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Collection
+from types import FrameType
 
 from counsel.errors import UserError
 from serve.server import Server, reason_in
@@ -23,6 +25,15 @@ HEALTH_EVERY_S, HEALTH_WAIT_S, HEALTH_MISSES = 5.0, 10.0, 6
 DOWN_MISSES = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a service manager or an orchestrator, which may still route requests to this server."""
+
+
+def raise_terminated(number: int, frame: FrameType | None) -> None:
+    """The handler for SIGTERM of a command that serves."""
+    raise Terminated
+
+
 def supervise(server: Server, stop: threading.Event) -> None:
     """Watch a started server until `stop` is set, and restart it when it fails.
 
@@ -32,7 +43,7 @@ def supervise(server: Server, stop: threading.Event) -> None:
     health = _HealthMonitor(server)
     while not stop.wait(POLL_S):
         if os.getpid() == 1:
-            reap_orphans(server.pid)
+            reap_orphans({server.pid} if server.pid else set())
         reason = server.exit_reason() or health.failure()
         if reason is None:
             continue
@@ -56,11 +67,11 @@ def supervise(server: Server, stop: threading.Event) -> None:
         health = _HealthMonitor(server)
 
 
-def reap_orphans(child: int | None) -> None:
-    """Reap orphans, which a container hands to its process 1; never `child`, which the supervisor watches itself."""
+def reap_orphans(children: Collection[int]) -> None:
+    """Reap orphans, which a container hands to its process 1; never `children`, which the supervisor watches itself."""
     with contextlib.suppress(ChildProcessError):
         while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if ended.si_pid == child:
+            if ended.si_pid in children:
                 return
             os.waitpid(ended.si_pid, 0)
 

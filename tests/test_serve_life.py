@@ -285,9 +285,9 @@ def test_process_1_reaps_orphans_but_not_its_child():
         "child = subprocess.Popen([sys.executable, '-c', 'raise SystemExit(7)'])\n"
         "subprocess.run(['sh', '-c', 'true & true & exec true'], check=True)\n"
         "while [orphan for orphan in psutil.Process().children() if orphan.pid != child.pid]:\n"
-        "    reap_orphans(child.pid)\n"
+        "    reap_orphans({child.pid})\n"
         "assert child.wait() == 7\n"
-        "reap_orphans(None)\n"
+        "reap_orphans(set())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr
