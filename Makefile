@@ -65,5 +65,6 @@ bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against t
 
 bench-fleet: setup  ## a fleet's front, adapter loads against other routings, requests lost per fault; stand-in engines (an hour; QUICK=1: 10 minutes)
 	@$(BIN)/python -m benchmarks.fleet $(if $(QUICK),--quick)
+
 check-deploy: setup  ## lint deploy/ with each format's own linter, as far as they are here or in the package index
 	@sh deploy/check.sh

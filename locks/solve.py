@@ -45,8 +45,9 @@ def solve(extra: str, *flags: str) -> None:
     local_wheels = ("PIP_FIND_LINKS", "UV_FIND_LINKS", "UV_TORCH_BACKEND")
     environment = {name: value for name, value in os.environ.items() if name not in local_wheels}
     command = [Path(sys.executable).with_name("uv"), "pip", "compile", "pyproject.toml"]
-    command += ["--extra", extra, "--extra", "dev", "--universal", "--python-version", "3.11", "--generate-hashes"]
-    command += ["--no-annotate", "--no-header", "--quiet", "--output-file", f"locks/{extra}.txt", *flags]
+    command += ["--extra", extra, "--extra", "dev", "--extra", "fleet", "--universal", "--python-version", "3.11"]
+    command += ["--generate-hashes", "--no-annotate", "--no-header", "--quiet"]
+    command += ["--output-file", f"locks/{extra}.txt", *flags]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     # Said of nearly every package: that the environments of pyproject.toml are meant. What is narrower stays.
     lock = LOCKS / f"{extra}.txt"
