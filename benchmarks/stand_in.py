@@ -28,7 +28,7 @@ from counsel.manifest import FORMAT, Manifest
 from serve.access_log import AccessLog
 from serve.adapter_pool import AdapterPool
 from serve.chat_turns import ACCEPTS_ALL
-from serve.config import ServeConfig
+from serve.config import DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORA_RANK, ServeConfig
 from serve.connections import BoundedConnection, per_address
 from serve.gateway import Gateway, Service
 from serve.keys import KeyRing
@@ -142,13 +142,15 @@ class _Server(uvicorn.Server):
 
 async def serve(config: ServeConfig, times: Times) -> None:
     """Serve until SIGTERM (after `leave_s`) or SIGINT, and until what runs has ended."""
-    server_record = ServerRecord(f"http://{config.host}:{config.port}", FINGERPRINT, config.max_lora_rank)
+    server_record = ServerRecord(
+        f"http://{config.host}:{config.port}", FINGERPRINT, config.max_lora_rank or DEFAULT_MAX_LORA_RANK
+    )
     metrics = ServerMetrics()
     pool = AdapterPool(
         engine=_Engine(times.load_s),
         store=Path(config.store),
         names=NameTable(BASE, server_record),
-        capacity=config.max_cpu_loras,
+        capacity=config.max_cpu_loras or DEFAULT_MAX_CPU_LORAS,
         on_event=metrics.adapter_event,
     )
     watcher = StoreWatcher(pool, Path(config.preload) if config.preload else None)

@@ -22,6 +22,7 @@ from typing import Any
 from counsel.errors import UserError
 from counsel.files import write_json, write_text
 from counsel.store import AdapterVersions
+from serve.config import DEFAULT_MAX_CPU_LORAS
 from serve.connections import per_address
 from serve.fleet import haproxy, homes
 from serve.fleet.config import FleetConfig, preload_file
@@ -208,7 +209,8 @@ class Fleet:
         current, now_s = self._current(), time.monotonic()
         self._seen_s |= {replica.name: now_s for replica in self.replicas if self._is_up(replica.name)}
         expected = [replica for replica in self.replicas if now_s - self._seen_s[replica.name] < GONE_S]
-        return {replica.name: replica.place(self.config.max_cpu_loras, current) for replica in expected}
+        capacity = self.config.max_cpu_loras or DEFAULT_MAX_CPU_LORAS
+        return {replica.name: replica.place(capacity, current) for replica in expected}
 
     def _current(self) -> dict[str, str]:
         return {name: f"{name}@{adapter.current}" for name, adapter in self._published.items() if adapter.current}
