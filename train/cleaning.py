@@ -57,18 +57,23 @@ def _clean_once(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", lines).strip()
 
 
-def drop_reason(question: str, answer: str) -> str | None:
-    """Why a cleaned pair must not be used; None if it may be. The first reason that applies."""
+def drop_reason(question: str, *turns: str) -> str | None:
+    """Why a cleaned conversation must not be used; None if it may be. The first reason that applies.
+
+    turns: what follows the question: a reply, a user turn, a reply and so on. Contacts in any turn are a reason.
+    Replies are too short if none has MIN_ANSWER_WORDS words: in a long conversation, "Take your time." has its place.
+    """
+    replies = turns[::2]
     if not normalized(question):
         return "empty question"
-    if not normalized(answer):
+    if not any(map(normalized, replies)):
         return "empty answer"
-    for text in (question, answer):
+    for text in (question, *turns):
         kinds = {contact.kind for contact in contacts(text)}
         for kind in (EMAIL, LINK, PHONE):
             if kind in kinds:
                 return kind
-    if count_words(answer) < MIN_ANSWER_WORDS:
+    if max(map(count_words, replies)) < MIN_ANSWER_WORDS:
         return f"answer under {MIN_ANSWER_WORDS} words"
     return None
 

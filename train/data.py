@@ -1,7 +1,8 @@
 """Conversations: loads, cleans, de-duplicates and splits them by question, and reports what was done.
 
-A data set has one row per answer, and most questions have several answers. So rows are split by question: a random
-split of rows would put most test questions in training too, with another answer, and inflate the scores.
+A data set has one row per answer or conversation, and most questions have several answers. So rows are split by
+question: a random split of rows would put most test questions in training too, with another answer, and inflate the
+scores. Conversations that share a long user turn, or a near copy of one, stay together too (train/overlap.py).
 
     splits, report = prepare(DataConfig(data="conversations.csv", question_column="question"))
     print(report)
@@ -12,26 +13,33 @@ import dataclasses
 import hashlib
 import math
 import statistics
-import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from counsel.chat import Message, conversation
 from counsel.errors import UserError
 from counsel.files import write_json, write_jsonl
+from train import columns, overlap, shapes
 from train.cleaning import clean, count_words, drop_reason, normalized, question_id
 from train.contacts import contacts, mask
-from train.sources import Source, load
+from train.data_report import SPLITS, Report
+from train.meter import Meter
+from train.shapes import Shape
+from train.sources import Source, load_each
+from train.spool import Row, Selection, Spool
+from train.turns import Turn, repaired
 
 Item = TypeVar("Item")
 
-SPLITS = ("train", "val", "test")
-DEFAULT_TOPIC_COLUMN = "topic"
+DEFAULT_QUESTION_COLUMN, DEFAULT_ANSWER_COLUMN, DEFAULT_TOPIC_COLUMN = "Context", "Response", "topic"
 
-Row = dict[str, str]
-Splits = dict[str, list[Row]]
+Splits = Mapping[str, Sequence[Row]]
+
+SplitsT = TypeVar("SplitsT", bound=Splits)
 
 MAX_EXAMPLES = 3
 # Characters of a row shown around the reason for dropping it.
@@ -42,17 +50,20 @@ EXCERPT_CHARS = 80
 class DataConfig:
     """Where conversations come from and how they are split. A `Recipe` has the same fields.
 
-    data: a CSV, TSV, JSON, JSONL or Parquet file, also compressed, a hub id (org/name), or `sample`, the shipped set.
+    data: a CSV, TSV, JSON, JSONL or Parquet file, also compressed, several of them, a folder that `datasets` saved, a
+    hub id (org/name), or `sample` or `dialogues`, the shipped sets.
     revision: commit, tag or branch of a hub data set; empty means the newest.
+    question_column, answer_column: where the file has neither and they are the defaults, its shape is recognized.
     contacts: `drop` rows with links, e-mail addresses or phone numbers, or `mask` those parts ("[link]").
     val_share, test_share: shares of the questions.
-    split: `question`; or `row`, which leaks and exists only to measure how much.
+    split: `question`; `conversation`, which also keeps together rows that share a long user turn or a near copy of one,
+    and which `question` means for data with conversations; or `row`, which leaks and exists only to measure how much.
     """
 
     data: str = "sample"
     revision: str = ""
-    question_column: str = "Context"
-    answer_column: str = "Response"
+    question_column: str = DEFAULT_QUESTION_COLUMN
+    answer_column: str = DEFAULT_ANSWER_COLUMN
     topic_column: str = DEFAULT_TOPIC_COLUMN
     contacts: str = "drop"
     val_share: float = 0.1
@@ -61,100 +72,80 @@ class DataConfig:
     split_seed: int = 0
 
 
-@dataclass(frozen=True)
-class Report:
-    """What happened to every row, in counts. Lengths are in words.
+class Cleaned(NamedTuple):
+    """The rows worth keeping, in order of first appearance, and the counts of a Report: see there.
 
-    dropped: rows by reason. Each row counts once, under the first reason that applies.
-    masked: rows in which a link, an e-mail address or a phone number was masked, by kind.
-    examples: the first rows dropped for each reason, as `row 7: '...'`. Never written to disk: they contain contacts.
-    read_as: the detected format (encoding, separator, compression), and columns that were matched by a similar name.
-    leak: questions in more than one split; 0 unless `split` is `row`.
-    row_split_leak: the share of test questions that a random row split of the same rows would put in training too.
+    A row has question_id, question (the first user turn), answer (the first reply) and topic, and a conversation with
+    more than that also has messages: see counsel.chat.conversation.
     """
 
-    source: str
-    revision: str
-    source_sha256: str
-    read_as: str
-    split: str
-    split_seed: int
-    rows_in: int
-    rows_out: int
-    dropped: dict[str, int]
-    masked: dict[str, int]
-    examples: dict[str, list[str]]
-    questions: dict[str, int]
-    rows: dict[str, int]
-    leak: int
-    row_split_leak: float
-    answers_per_question: dict[str, float]
-    question_words: dict[str, float]
-    answer_words: dict[str, float]
-
-    def __str__(self) -> str:
-        commit = f" at {self.revision[:12]}" if self.revision else ""
-        lines = [f"data         {self.source}{commit} (sha256 {self.source_sha256[:12]})"]
-        lines += [f"read as      {self.read_as}"]
-        lines += [f"rows in      {self.rows_in:>7,}"]
-        lines += [f"  dropped    {n:>7,}  {reason}" for reason, n in self.dropped.items()]
-        lines += [f"  masked     {n:>7,}  {kind}" for kind, n in self.masked.items()]
-        lines += [f"rows out     {self.rows_out:>7,}  answers to {sum(self.questions.values()):,} questions"]
-        lines += [f"  {name:<10} {self.rows[name]:>7,}  {self.questions[name]:,} questions" for name in SPLITS]
-        for label, stats in (("questions", self.question_words), ("answers", self.answer_words)):
-            lines += [f"words        {label}: median {stats['median']:g}, p95 {stats['p95']:g}, max {stats['max']:g}"]
-        per = self.answers_per_question
-        lines += [f"answers      per question: mean {per['mean']:.1f}, max {per['max']:g}"]
-        lines += [f"leak         {self.leak:>7,}  questions in more than one split"]
-        would = "would put" if self.split == "question" else "put"
-        lines += [f"{'':>22}a random row split {would} {self.row_split_leak:.0%} of test questions in training too"]
-        return "\n".join(lines)
-
-
-class Cleaned(NamedTuple):
-    """The rows worth keeping, in order of first appearance, and the `dropped`, `masked` and `examples` of a Report."""
-
-    rows: list[Row]
+    rows: Spool
     dropped: dict[str, int]
     masked: dict[str, int]
     examples: dict[str, list[str]]
 
 
 class LoadedRows(NamedTuple):
-    """Rows as the source has them, the same rows cleaned, and how they were read, in words."""
+    """The cleaned rows of one or more files, the `changed` of a Report, and how the files were read, in words."""
 
-    source: Source
     cleaned: Cleaned
+    changed: dict[str, int]
+    rows_in: int
+    revision: str
+    sha256: str
     read_as: str
+
+
+class _Conversation(NamedTuple):
+    """Turns as the source has them, and the place of the row there, such as `row 7`."""
+
+    where: str
+    turns: list[Turn]
+    topic: str
 
 
 def prepare(config: DataConfig) -> tuple[Splits, Report]:
     """Load, clean, de-duplicate and split. Raises UserError if the source or the config is unusable."""
-    source, cleaned, read_as = load_rows(config)
-    rows = cleaned.rows
-    splits = full_splits(rows, config)
+    loaded = load_rows(config)
+    rows, cleaned = loaded.cleaned.rows, loaded.cleaned
+    shared = overlap.shared_turns(rows)
+    n_conversations = sum("messages" in row for row in rows)
+    if n_conversations and config.split == "question":
+        config = dataclasses.replace(config, split="conversation")
+    splits = _full(_placed(rows, config, shared), rows, config)
     leaked = leak(splits)
-    assert config.split == "row" or leaked == 0
     by_row = split_rows(rows, dataclasses.replace(config, split="row"))
+    held_out = [at for name in ("val", "test") for at in splits[name].indexes]
+    words = {row["question_id"]: count_words(row["question"]) for row in rows}
+    exchanges, answer_words = array("q"), array("q")
+    for row in rows:
+        replies = [message["content"] for message in conversation(row) if message["role"] == "assistant"]
+        exchanges.append(len(replies))
+        answer_words.extend(map(count_words, replies))
     report = Report(
         source=config.data,
-        revision=source.revision,
-        source_sha256=source.sha256,
-        read_as=read_as,
+        revision=loaded.revision,
+        source_sha256=loaded.sha256,
+        read_as=loaded.read_as,
         split=config.split,
         split_seed=config.split_seed,
-        rows_in=len(source.rows),
+        rows_in=loaded.rows_in,
         rows_out=len(rows),
+        conversations=n_conversations,
         dropped=cleaned.dropped,
         masked=cleaned.masked,
+        changed=loaded.changed,
         examples=cleaned.examples,
         questions={name: len(_questions(splits[name])) for name in SPLITS},
         rows={name: len(splits[name]) for name in SPLITS},
         leak=leaked,
         row_split_leak=leak_share(by_row),
+        shared=dict(shared.within([at for at, row in enumerate(rows) if "messages" in row])),
+        overlap=dict(shared.between(held_out, splits["train"].indexes)),
         answers_per_question=_statistics(list(Counter(row["question_id"] for row in rows).values())),
-        question_words=_statistics([count_words(text) for text in {row["question"] for row in rows}]),
-        answer_words=_statistics([count_words(row["answer"]) for row in rows]),
+        exchanges=_statistics(exchanges),
+        question_words=_statistics(list(words.values())),
+        answer_words=_statistics(answer_words),
     )
     return splits, report
 
@@ -162,24 +153,82 @@ def prepare(config: DataConfig) -> tuple[Splits, Report]:
 def load_rows(config: DataConfig) -> LoadedRows:
     """Load and clean the rows. Raises UserError if the source or the config is unusable."""
     _check_config(config)
-    source = load(config.data, config.revision)
-    columns, renamed = with_columns(config, source.columns)
-    cleaned = clean_rows(source.rows, columns)
+    sources = load_each(config.data, config.revision)
+    read_as: list[str] = []
+    parts: list[tuple[Source, Shape, str]] = []
+    for source in sources:
+        shape, topic, notes = _shape_of(source, config)
+        parts.append((source, shape, topic))
+        described = "; ".join([source.read_as, *notes])
+        read_as += [] if described in read_as else [described]
+    conversations = (
+        item
+        for source, shape, topic in parts
+        for item in _conversations(source.rows, shape, topic, f"{source.name} row" if len(parts) > 1 else "row")
+    )
+    rows_in = sum(len(source.rows) for source in sources)
+    cleaned, changed = _clean(conversations, config.contacts, rows_in)
     if not cleaned.rows:
         reasons = ", ".join(f"{n} {reason} (such as {cleaned.examples[reason][0]})"
                             for reason, n in cleaned.dropped.items())  # fmt: skip
-        raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons}")
-    return LoadedRows(source, cleaned, "; ".join([source.read_as, *renamed]))
+        raise UserError(f"no row of {config.data!r} is usable; dropped: {reasons or 'no turns in any row'}")
+    sha256 = sources[0].sha256
+    if len(sources) > 1:
+        sha256 = hashlib.sha256("\n".join(source.sha256 for source in sources).encode()).hexdigest()
+        read_as[0] = f"{len(sources)} files: {read_as[0]}"
+    return LoadedRows(cleaned, changed, rows_in, sources[0].revision, sha256, "; ".join(read_as))
 
 
 def _check_config(config: DataConfig) -> None:
     shares = (config.val_share, config.test_share)
     if min(shares) < 0 or sum(shares) >= 1:
         raise UserError(f"val_share and test_share are {shares}; each must be 0 or more, together under 1")
-    if config.split not in ("question", "row"):
-        raise UserError(f"split is {config.split!r}; it must be question or row")
+    if config.split not in ("question", "conversation", "row"):
+        raise UserError(f"split is {config.split!r}; it must be question or row, or conversation")
     if config.contacts not in ("drop", "mask"):
         raise UserError(f"contacts is {config.contacts!r}; it must be drop or mask")
+
+
+def _shape_of(source: Source, config: DataConfig) -> tuple[Shape, str, list[str]]:
+    """The shape of a file's rows, the column of their topics, and notes on what was recognized.
+
+    Columns of the configured names come first. Failing that, and if the config has the default names, the shape is
+    recognized. Raises UserError if it is not.
+    """
+    present, data = source.columns, source.name
+    names = (config.question_column, config.answer_column)
+    shape, notes = None, []
+    if names == (DEFAULT_QUESTION_COLUMN, DEFAULT_ANSWER_COLUMN) and None in [
+        columns.matching(name, present, data) for name in names
+    ]:
+        shape = shapes.recognized(source.rows, present)
+    wanted = {"topic-column": config.topic_column}
+    if shape is None:
+        wanted = {"question-column": names[0], "answer-column": names[1], **wanted}
+    else:
+        notes.append(shape.described)
+        if shape.topic and config.topic_column == DEFAULT_TOPIC_COLUMN:
+            return shape, shape.topic, notes
+    found: dict[str, str] = {}
+    for option, name in wanted.items():
+        if option == "topic-column" and name == DEFAULT_TOPIC_COLUMN:
+            found[option] = columns.matching(name, present, data) or name
+        else:
+            found[option] = columns.required(option, name, present, data, example=",".join(names))
+        if found[option] != name:
+            notes.append(f"{found[option]!r} used as {name!r}")
+    shape = shape or shapes.pairs(found["question-column"], found["answer-column"])
+    return shape, found["topic-column"], notes
+
+
+def _conversations(
+    rows: Iterable[shapes.RawRow], shape: Shape, topic_column: str, label: str = "row"
+) -> Iterator[_Conversation]:
+    for number, row in enumerate(rows, start=1):
+        where = f"{label} {number}"
+        topic = clean(_label(row.get(topic_column)))
+        for turns in shape.turns(row, where):
+            yield _Conversation(where, turns, topic)
 
 
 def write(run_path: Path, splits: Splits, report: Report) -> None:
@@ -192,64 +241,142 @@ def write(run_path: Path, splits: Splits, report: Report) -> None:
 
 
 def clean_rows(raw: Sequence[dict[str, Any]], config: DataConfig) -> Cleaned:
-    """Clean every row, and drop those that are unfit for training.
+    """Clean rows of one question and one answer in the columns that `config` names, and drop those that are unfit.
 
     Of several copies of one pair the longest is kept, because the others lost their paragraph breaks. All rows of a
     question get its longest text. An answer that was pasted under several questions is kept only under the first.
     """
+    shape = shapes.pairs(config.question_column, config.answer_column)
+    return _clean(_conversations(raw, shape, config.topic_column), config.contacts, len(raw))[0]
+
+
+def _clean(conversations: Iterable[_Conversation], contacts_rule: str, n_rows: int) -> tuple[Cleaned, dict[str, int]]:
+    """Clean conversations like `clean_rows`; also return how many of their turns were changed, by kind.
+
+    A contact in any turn drops the whole conversation.
+    """
     dropped: Counter[str] = Counter()
     masked: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
-    pairs: dict[tuple[str, str], Row] = {}
-    exact: set[tuple[str, str]] = set()
-    owner: dict[str, str] = {}
-    question_text: dict[str, str] = {}
+    copies = _Copies()
+    meter = Meter("cleaning", n_rows, "rows")
 
-    def drop(reason: str, number: int, excerpt: str) -> None:
+    def drop(reason: str, where: str, excerpt: str) -> None:
         dropped[reason] += 1
         if len(examples.setdefault(reason, [])) < MAX_EXAMPLES:
-            examples[reason].append(f"row {number}: {excerpt!r}")
+            examples[reason].append(f"{where}: {excerpt!r}")
 
-    for number, fields in enumerate(raw, start=1):
-        question, answer = (
-            clean(_text(fields.get(column), column, number))
-            for column in (config.question_column, config.answer_column)
-        )
-        topic = clean(_label(fields.get(config.topic_column)))
+    for number, (where, turns, topic) in enumerate(conversations):
+        meter.at(number)
+        messages, changes = repaired(turns)
         masked_kinds: set[str] = set()
-        if config.contacts == "mask":
-            masked_kinds = {contact.kind for text in (question, answer) for contact in contacts(text)}
-            question, answer = mask(question), mask(answer)
-        if reason := drop_reason(question, answer):
-            drop(reason, number, _excerpt(reason, question, answer))
+        if contacts_rule == "mask":
+            masked_kinds = {contact.kind for message in messages for contact in contacts(message["content"])}
+            messages = [message | {"content": mask(message["content"])} for message in messages]
+        said = [message["content"] for message in messages if message["role"] != "system"]
+        question, *rest = said or [""]
+        if reason := drop_reason(question, *rest):
+            drop(reason, where, _excerpt(reason, said or [clean(turn.text) for turn in turns if turn.text.strip()]))
             continue
-        key = (question_id(question), normalized(answer))
-        if owner.setdefault(key[1], key[0]) != key[0]:
-            drop("answer given to another question", number, _shortened(answer))
-            continue
-        if key in pairs:
-            reason = "duplicate" if (question, answer) in exact else "duplicate but for spaces, case, punctuation"
-            drop(reason, number, _shortened(answer))
-        else:
+        row = _row(messages, said, topic)
+        if reason := copies.add(row, said):
+            drop(reason, where, _shortened(row["answer"]))
+        if not reason:
             masked.update(masked_kinds)
-        exact.add((question, answer))
-        kept = pairs.setdefault(key, {"question_id": key[0], "question": "", "answer": "", "topic": topic})
-        kept["answer"] = max(kept["answer"], answer, key=len)
-        kept["topic"] = kept["topic"] or topic
-        question_text[key[0]] = max(question_text.get(key[0], ""), question, key=len)
-    for row in pairs.values():
-        row["question"] = question_text[row["question_id"]]
-    return Cleaned(list(pairs.values()), dict(dropped.most_common()), dict(masked.most_common()), examples)
+            changed.update(changes)
+    meter.done()
+    cleaned = Cleaned(copies.rows(), dict(dropped.most_common()), dict(masked.most_common()), examples)
+    return cleaned, dict(changed.most_common())
 
 
-def _excerpt(reason: str, question: str, answer: str) -> str:
-    """The part of a row that it was dropped for, with the text around it."""
-    for text in (question, answer):
+def _row(messages: list[Message], said: Sequence[str], topic: str) -> Row:
+    row: Row = {
+        "question_id": question_id(overlap.opening(said[::2])),
+        "question": said[0],
+        "answer": said[1],
+        "topic": topic,
+    }
+    return row if len(messages) == 2 else row | {"messages": messages}
+
+
+class _Copies:
+    """Keeps one copy of each conversation, in little memory: hashes, and the rows in a Spool."""
+
+    def __init__(self) -> None:
+        self._candidates = Spool()
+        self._kept: dict[bytes, int] = {}  # by what makes a copy: the index of the first one below
+        self._question: list[bytes] = []
+        self._exact: list[bytes] = []
+        self._best = array("q")  # the candidate with the longest text
+        self._length = array("q")
+        self._topics: dict[int, str] = {}  # where the first copy has none
+        self._other_copies: set[bytes] = set()
+        self._longest_question: dict[bytes, tuple[int, int]] = {}  # its length, and a candidate that has it
+
+    def add(self, row: Row, said: Sequence[str]) -> str | None:
+        """Keep a row, or return why it is not needed. said: the turns of user and assistant."""
+        question, exact = _digest(row["question_id"]), _digest("\0".join(said))
+        # An answer belongs to one question; of longer conversations, the whole counts.
+        key = _digest(normalized(said[1]) if len(said) == 2 else "\0".join(map(normalized, said)))
+        length = len(said[1]) if len(said) == 2 else sum(map(len, said))
+        at = self._kept.get(key)
+        if at is not None and self._question[at] != question:
+            return "answer given to another question"
+        best = None
+        if at is None:
+            self._kept[key] = len(self._question)
+            self._question.append(question)
+            self._exact.append(exact)
+            best = len(self._candidates)
+            self._best.append(best)
+            self._length.append(length)
+        elif length > self._length[at]:
+            best = len(self._candidates)
+            self._best[at], self._length[at] = best, length
+        if at is not None and row["topic"]:
+            self._topics.setdefault(at, row["topic"])
+        longest = self._longest_question.get(question, (-1, -1))
+        if len(said) == 2 and len(said[0]) > longest[0]:
+            best = len(self._candidates)
+            self._longest_question[question] = (len(said[0]), best)
+        if best is not None:
+            self._candidates.append(row)
+        if at is None:
+            return None
+        is_exact = exact == self._exact[at] or exact in self._other_copies
+        self._other_copies.add(exact)
+        return "duplicate" if is_exact else "duplicate but for spaces, case, punctuation"
+
+    def rows(self) -> Spool:
+        """One row per conversation, in the order of their first copies."""
+        rows = Spool()
+        for at, best in enumerate(self._best):
+            row = self._candidates[best]
+            row["topic"] = row["topic"] or self._topics.get(at, "")
+            longest = self._longest_question.get(self._question[at])
+            if longest and sum(message["role"] != "system" for message in conversation(row)) == 2:
+                row["question"] = self._candidates[longest[1]]["question"]
+                if "messages" in row:
+                    row["messages"][-2]["content"] = row["question"]
+            rows.append(row)
+        return rows
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _excerpt(reason: str, said: Sequence[str]) -> str:
+    """The part of a conversation that it was dropped for, with the text around it. said: its turns."""
+    for text in said:
         for contact in contacts(text):
             if contact.kind == reason:
                 room = max(0, EXCERPT_CHARS - (contact.end - contact.start)) // 2
                 return _shortened(text[max(0, contact.start - room) :])
-    return _shortened(question if reason == "empty answer" else answer)
+    if not said:
+        return ""
+    return _shortened(said[0] if reason.startswith("empty") else said[1])
 
 
 def _shortened(text: str) -> str:
@@ -258,29 +385,56 @@ def _shortened(text: str) -> str:
 
 
 def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:
-    """Put each row in `train`, `val` or `test` by a hash of the seed and the question (of the row, for a `row` split).
+    """Put each row in `train`, `val` or `test` by a hash of the seed and its question, conversation or row.
 
-    Nothing else decides, so adding rows never moves a question to another split.
+    Nothing else decides, so adding rows never moves a question to another split; of conversations, only those that the
+    new rows link to others.
     """
-    splits: Splits = {name: [] for name in SPLITS}
-    for row in rows:
-        key = row["question_id"] if config.split == "question" else row["question_id"] + normalized(row["answer"])
+    needed = config.split == "conversation"
+    return _placed(rows, config, overlap.shared_turns(rows) if needed else None)
+
+
+def _placed(rows: Sequence[Row], config: DataConfig, shared: overlap.SharedTurns | None) -> dict[str, Selection]:
+    """The same as `split_rows`. shared: needed for a split by conversation."""
+    if config.split == "row":
+        keys: Iterable[str] = (row["question_id"] + normalized(_replies(row)) for row in rows)
+    elif config.split == "question":
+        keys = (row["question_id"] for row in rows)
+    else:
+        assert shared is not None
+        keys = overlap.grouped(rows, shared)
+    indexes: dict[str, array[int]] = {name: array("Q") for name in SPLITS}
+    for at, key in enumerate(keys):
         digest = hashlib.sha256(f"{config.split_seed} {key}".encode()).digest()
         place = int.from_bytes(digest[:8]) / 2**64
         name = (
             "test" if place < config.test_share else "val" if place < config.test_share + config.val_share else "train"
         )
-        splits[name].append(row)
-    return splits
+        indexes[name].append(at)
+    return {name: Selection(rows, indexes[name]) for name in SPLITS}
+
+
+def _replies(row: Row) -> str:
+    """What tells a row from others of its question: its answer; of a conversation, all turns after the first."""
+    if "messages" not in row:
+        return str(row["answer"])
+    turns = [message["content"] for message in conversation(row) if message["role"] != "system"]
+    return "\n".join(turns[1:])
 
 
 def full_splits(rows: Sequence[Row], config: DataConfig) -> Splits:
     """The same as `split_rows`. Raises UserError if a split whose share is above 0 got no row."""
-    splits = split_rows(rows, config)
+    return _full(split_rows(rows, config), rows, config)
+
+
+def _full(splits: SplitsT, rows: Sequence[Row], config: DataConfig) -> SplitsT:
     for name, share in zip(SPLITS, (1.0, config.val_share, config.test_share), strict=True):
         if share and not splits[name]:
             count = len(_questions(rows))
-            raise UserError(f"the {name} split is empty with {count} questions; give more data or another split_seed")
+            linked = " (those that share turns count as one)" if config.split == "conversation" else ""
+            raise UserError(
+                f"the {name} split is empty with {count} questions{linked}; give more data or another split_seed"
+            )
     return splits
 
 
@@ -307,7 +461,7 @@ def _questions(rows: Sequence[Row]) -> set[str]:
     return {row["question_id"] for row in rows}
 
 
-def _statistics(values: list[int]) -> dict[str, float]:
+def _statistics(values: Sequence[int]) -> dict[str, float]:
     ordered = sorted(values)
     return {
         "mean": round(statistics.fmean(ordered), 2),
@@ -315,61 +469,6 @@ def _statistics(values: list[int]) -> dict[str, float]:
         "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
         "max": ordered[-1],
     }
-
-
-def with_columns(config: DataConfig, present: Sequence[str]) -> tuple[DataConfig, list[str]]:
-    """The config with each column as it is named in `present`, and a note for each name that differs.
-
-    An exact match wins; otherwise one that differs only in case and outer spaces. Raises UserError if there is none, or
-    if there are several.
-    """
-    notes: list[str] = []
-
-    def find(name: str, wanted: str) -> str:
-        matches = [column for column in present if column == wanted]
-        matches = matches or [column for column in present if _folded(column) == _folded(wanted)]
-        if len(matches) > 1:
-            names = " and ".join(map(repr, matches))
-            raise UserError(
-                f"{config.data!r} has {len(matches)} columns with the same name, {names}; rename or remove one"
-            )
-        if not matches and (name != "topic_column" or wanted != DEFAULT_TOPIC_COLUMN):
-            raise UserError(_no_column(present, config, name))
-        if matches and matches[0] != wanted:
-            notes.append(f"{matches[0]!r} used as {wanted!r}")
-        return matches[0] if matches else wanted
-
-    columns = dataclasses.replace(
-        config,
-        question_column=find("question_column", config.question_column),
-        answer_column=find("answer_column", config.answer_column),
-        topic_column=find("topic_column", config.topic_column),
-    )
-    return columns, notes
-
-
-def _no_column(present: Sequence[str], config: DataConfig, name: str) -> str:
-    wanted, shown = getattr(config, name), [column if len(column) <= 40 else f"{column[:40]}..." for column in present]
-    if any(len(column) > 60 or "\n" in column for column in present):
-        return (
-            f"{config.data!r} has no header row: its first line contains {shown[0]!r}; add a first line with the "
-            f"column names, such as {config.question_column},{config.answer_column}"
-        )
-    listed = ", ".join(map(repr, shown[:12])) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-    option_name = name.replace("_", "-")
-    return f"{config.data!r} has no column {wanted!r}, only {listed}; name the right one with --{option_name}"
-
-
-def _folded(column: str) -> str:
-    return unicodedata.normalize("NFKC", column).strip().casefold()
-
-
-def _text(value: Any, column: str, number: int) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"row {number}: {column} is {type(value).__name__} {str(value)[:40]!r}; it must be text")
-    return value
 
 
 def _label(value: Any) -> str:

@@ -1,5 +1,7 @@
 """Decodes a file's bytes to text: UTF-8, UTF-16, UTF-32, or Windows-1252 if the result looks right.
 
+UTF-8 is decoded in chunks, so a file of any size needs little memory. Other encodings are decoded as a whole.
+
 Only UTF-8 and files with a byte-order mark can be recognized with certainty. Windows-1252, Excel's encoding in Western
 Europe and America, decodes nearly any bytes, so it is accepted only if the result looks like Western text. Old
 encodings of Cyrillic, Greek, Polish, Chinese and others would silently become wrong letters, so they are rejected.
@@ -7,7 +9,8 @@ encodings of Cyrillic, Greek, Polish, Chinese and others would silently become w
 
 import codecs
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 from counsel.errors import UserError
 
@@ -37,6 +40,7 @@ _STRANGE = re.compile(
     "|[\u00f0\u00fd\u00fe]|\u00f5(?!e)"
 )
 MAX_STRANGE_SHARE = 0.02
+CHUNK_BYTES = 1 << 20
 _WORD = re.compile(r"\S*[^\x00-\x7f]\S*")
 
 
@@ -45,6 +49,53 @@ class Decoded(NamedTuple):
 
     text: str
     encoding: str
+
+
+class Text:
+    """The text of an open file, to be read from its start as often as needed.
+
+    encoding: a description. Raises UserError like `decode`.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._decoded = ""
+        file.seek(0)
+        self._is_marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+        self._is_utf_8 = _is_utf_8(file)
+        if self._is_utf_8:
+            self.encoding = "UTF-8 with a byte-order mark" if self._is_marked else "UTF-8"
+        else:
+            file.seek(0)
+            self._decoded, self.encoding = decode(file.read(), name)
+
+    def chunks(self) -> Iterator[str]:
+        """The text from its start, in parts of any length."""
+        if not self._is_utf_8:
+            yield self._decoded
+            return
+        self._file.seek(len(codecs.BOM_UTF8) if self._is_marked else 0)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        while content := self._file.read(CHUNK_BYTES):
+            yield decoder.decode(content)
+
+    def whole(self) -> str:
+        return "".join(self.chunks())
+
+
+def _is_utf_8(file: BinaryIO) -> bool:
+    """Whether a file is UTF-8 without zero bytes."""
+    file.seek(0)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while content := file.read(CHUNK_BYTES):
+            if b"\0" in content:
+                return False
+            decoder.decode(content)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def decode(content: bytes, name: str) -> Decoded:

@@ -5,11 +5,13 @@ lose the rows after it. Here every quoted field must end where a field can end.
 
     table = read_table(text, "talks.csv")
     table.header, table.rows, table.format        # ["q", "a"], [["why?", "well"]], "semicolon between fields"
+
+The text may be read in chunks, twice or more: first to find the dialect and every fault, then for the rows.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +27,11 @@ _WORDS = re.compile(r"[^\W\d_]{2,}")
 MIN_SWALLOWED_LINES = 3
 # If another separator leads to a fault, this share of the rows must be as long as the header.
 MIN_FITTING_SHARE = 0.9
+# The part of the text that is enough to see a sep= line, blank first lines and the separators of a header.
+HEAD_CHARS = 10_000
+
+# Reads a text from its start, in parts.
+Chunks = Callable[[], Iterator[str]]
 
 
 class Table(NamedTuple):
@@ -35,8 +42,20 @@ class Table(NamedTuple):
     format: str
 
 
+class Stream(NamedTuple):
+    """A table whose rows are read when they are needed."""
+
+    header: list[str]
+    rows: Iterator[list[str]]
+    format: str
+
+
 class _Fault(Exception):
     """A malformed line: what is wrong, and where."""
+
+
+class _Unclosed(_Fault):
+    """A quote that nothing closes in the text so far."""
 
 
 @dataclass(frozen=True)
@@ -94,64 +113,105 @@ class _Record:
 
 def read_table(text: str, name: str) -> Table:
     """The table in `text`. Raises UserError that names the line of a stray quote or separator."""
-    line, hint = 1, _SEPARATOR_LINE.match(text)
+    table = stream_table(lambda: iter([text]), name)
+    return Table(table.header, list(table.rows), table.format)
+
+
+def stream_table(chunks: Chunks, name: str) -> Stream:
+    """The table in a text given in parts. Raises UserError like `read_table`, before the first row is read."""
+    head = _head(chunks)
+    line, start, hint = 1, 0, _SEPARATOR_LINE.match(head)
     if hint:
-        text, line = text[hint.end() :], 2
-    blank = re.match(r"(?:[ \t]*(?:\r\n|\r|\n))*", text)
+        start, line = hint.end(), 2
+    blank = re.compile(r"(?:[ \t]*(?:\r\n|\r|\n))*").match(head, start)
     assert blank is not None
-    text, line = text[blank.end() :], line + len(_LINE_END.findall(blank[0]))
+    start, line = blank.end(), line + len(_LINE_END.findall(blank[0]))
+    body = _Body(chunks, start, line)
     faults: list[_Fault] = []
-    kinds: list[dict[str, Any]] = [{}, *([{"references": True}] if "&" in text else []), {"escape": "\\"}]
+    has_references = any("&" in chunk for chunk in chunks())
+    kinds: list[dict[str, Any]] = [{}, *([{"references": True}] if has_references else []), {"escape": "\\"}]
     for kind in kinds:
-        readings: list[tuple[float, int, Table]] = []
-        for dialect in _candidates(text, hint[1] if hint else "", kind):
+        readings: list[tuple[float, int, list[str], _Dialect]] = []
+        for dialect in _candidates(head[start:], body, hint[1] if hint else "", kind):
             try:
-                header, rows = _read(text, dialect, line)
+                header, fitting = _checked(body, dialect)
             except _Fault as fault:
                 faults.append(fault)
                 continue
-            fitting = sum(len(row) == len(header) for row in rows) / max(len(rows), 1)
-            described = f"{dialect}{', as its sep= line says' if hint else ''}"
-            readings.append((fitting, len(header), Table(header, rows, described)))
-        fitting, _, table = max(readings, key=lambda scored: scored[:2], default=(0.0, 0, None))
-        # A table cut at the wrong character may read without a fault, but its rows differ in length.
-        if table and (not faults or fitting >= MIN_FITTING_SHARE):
-            return table
+            readings.append((fitting, len(header), header, dialect))
+        if readings:
+            fitting, _, header, dialect = max(readings, key=lambda scored: scored[:2])
+            # A table cut at the wrong character may read without a fault, but its rows differ in length.
+            if not faults or fitting >= MIN_FITTING_SHARE:
+                described = f"{dialect}{', as its sep= line says' if hint else ''}"
+                return Stream(header, _rows(body, dialect, len(header)), described)
     raise UserError(f"{name!r} {faults[0]}")
 
 
-def _candidates(text: str, hint: str, kind: dict[str, Any]) -> list[_Dialect]:
+def _head(chunks: Chunks) -> str:
+    """The first part of the text: more than blank lines, and HEAD_CHARS if the text is that long."""
+    head = ""
+    for chunk in chunks():
+        head += chunk
+        if len(head) >= HEAD_CHARS and head.strip():
+            break
+    return head
+
+
+class _Body(NamedTuple):
+    """The text from its header on. start: its first character. line: the number of its first line."""
+
+    chunks: Chunks
+    start: int
+    line: int
+
+
+def _candidates(head: str, body: _Body, hint: str, kind: dict[str, Any]) -> list[_Dialect]:
     """The dialects in which the header can be read, most columns first. A hint leaves one."""
-    quote = "'" if re.match(r"'[^'\r\n]*'([^'\r\n])'[^'\r\n]*'(?:\1'[^'\r\n]*')*[ ]*(?:[\r\n]|\Z)", text) else '"'
+    quote = "'" if re.match(r"'[^'\r\n]*'([^'\r\n])'[^'\r\n]*'(?:\1'[^'\r\n]*')*[ ]*(?:[\r\n]|\Z)", head) else '"'
     if hint:
         return [_Dialect(hint, quote, **kind)]
     columns = {}
     for separator in _SEPARATORS:
         dialect = _Dialect(separator, quote, **kind)
         try:
-            columns[dialect] = len(next(_records(text, dialect, 1), _Record(1)).fields)
+            columns[dialect] = len(next(_records(body, dialect), _Record(1)).fields)
         except _Fault:
-            columns[dialect] = text.count(separator, 0, 10_000) + 1
+            columns[dialect] = head.count(separator, 0, HEAD_CHARS) + 1
     several = [dialect for dialect, n in columns.items() if n > 1]
     return sorted(several, key=lambda dialect: -columns[dialect]) or [_Dialect("", quote, **kind)]
 
 
-def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], list[list[str]]]:
-    records = _records(text, dialect, first_line)
+def _header(records: Iterator[_Record]) -> list[str]:
     head = next(records, None)
-    if head is None:
-        return [], []
-    while head.fields and not head.fields[-1].strip():
-        head.fields.pop()
-    n_columns = len(head.fields)
-    rows, broken = [], []
-    inches: list[_Record] = []
+    return _without_empty_end(head.fields, 0) if head else []
+
+
+def _without_empty_end(fields: list[str], n_columns: int) -> list[str]:
+    """Fields without the empty ones at their end, as long as there are more than `n_columns`."""
+    while len(fields) > n_columns and not fields[-1].strip():
+        fields.pop()
+    return fields
+
+
+def _rows(body: _Body, dialect: _Dialect, n_columns: int) -> Iterator[list[str]]:
+    records = _records(body, dialect)
+    next(records, None)
+    for record in records:
+        yield _without_empty_end(record.fields, n_columns)
+
+
+def _checked(body: _Body, dialect: _Dialect) -> tuple[list[str], float]:
+    """The header, and the share of the rows that are as long. Raises _Fault for the first sign of a lost row."""
+    records = _records(body, dialect)
+    header = _header(records)
+    n_columns = len(header)
+    n_rows = n_fitting = n_broken = n_swallowing = 0
+    first_inches = first_swallowing = 0
     quoting: Counter[bool] = Counter()
     before_is_short = False
     for record in records:
-        row = record.fields
-        while len(row) > n_columns and not row[-1].strip():
-            row.pop()
+        row = _without_empty_end(record.fields, n_columns)
         if len(row) > n_columns:
             contents = "commas" if dialect.separator == "," else f"the separator {dialect.separator!r}"
             raise _Fault(
@@ -164,65 +224,99 @@ def _read(text: str, dialect: _Dialect, first_line: int) -> tuple[list[str], lis
             raise _Fault(_closes(record.line))
         before_is_short = is_short
         if record.has_inches:
-            inches.append(record)
+            first_inches = first_inches or record.line
         if record.spans_lines:
-            broken.append(record)
+            n_broken += 1
+            if _holds_rows(record, dialect, n_columns):
+                n_swallowing += 1
+                first_swallowing = first_swallowing or record.line
         elif not record.has_inches:
             quoting[record.n_quoted == len(row)] += 1
-        rows.append(row)
-    if inches and quoting[True] and not quoting[False]:
-        raise _Fault(_closes(inches[0].line))  # every other field is quoted, so this quote closes one
-    swallowing = [record for record in broken if _holds_rows(record, dialect, n_columns)]
+        n_rows += 1
+        n_fitting += not is_short
+    if first_inches and quoting[True] and not quoting[False]:
+        raise _Fault(_closes(first_inches))  # every other field is quoted, so this quote closes one
     # Fields of several lines are normal in some files, and some of those lines contain a comma. They are rows if all
     # such fields look like rows and other rows are not fully quoted.
-    if swallowing and len(swallowing) == len(broken) and quoting[False]:
-        raise _Fault(_opens(swallowing[0].line, "its field covers lines that each read as a row"))
-    return head.fields, rows
+    if n_swallowing and n_swallowing == n_broken and quoting[False]:
+        raise _Fault(_opens(first_swallowing, "its field covers lines that each read as a row"))
+    return header, n_fitting / max(n_rows, 1)
 
 
-def _records(text: str, dialect: _Dialect, line: int) -> Iterator[_Record]:
+def _records(body: _Body, dialect: _Dialect) -> Iterator[_Record]:
     """Every row that is not blank. Raises _Fault if a quote closes in the middle of a field."""
-    pattern, at = dialect.patterns(), 0
-    while at < len(text):
-        record, start = _Record(line), at
-        while True:
-            quoted = end = None
-            if pattern.opening.match(text, at):
-                quoted = pattern.quoted.match(text, at)
-                end = pattern.end.match(text, quoted.end()) if quoted else None
-                if end is None:
-                    _check_quote(text, quoted, dialect, line + len(_LINE_END.findall(text, start, at)))
-            if quoted and end:
-                value, at = quoted[1].replace(dialect.quote * 2, dialect.quote), end.end()
-                record.n_quoted += 1
-                record.spans_lines |= _LINE_END.search(quoted[1]) is not None
-            else:
-                plain = pattern.plain.match(text, at)
-                assert plain is not None  # it may be empty
-                value, at = plain[0], plain.end()
-                bare = (re.sub(r"\\.", "", value, flags=re.DOTALL) if dialect.escape else value).rstrip()
-                if bare.endswith(dialect.quote) and bare.count(dialect.quote) % 2:
-                    is_inches = _INCHES.search(bare) is not None
-                    record.has_inches |= is_inches
-                    record.closes_unopened |= not is_inches
-            if dialect.escape:
-                value = "" if value == r"\N" else re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
-            record.fields.append(value)
-            if not (dialect.separator and text.startswith(dialect.separator, at)):
-                break
-            at += 1
-        record.source = text[start:at]
-        ended = _LINE_END.match(text, at)
-        at = ended.end() if ended else at
-        line += len(_LINE_END.findall(text, start, at))
+    patterns, line, at = dialect.patterns(), body.line, 0
+    chunks = body.chunks()
+    text, is_all, wanted, skip = "", False, 1, body.start
+    while True:
+        found = None
+        if at < len(text):
+            try:
+                found = _record(text, at, line, dialect, patterns)
+            except _Unclosed:
+                if is_all:
+                    raise
+        # What ends with the text so far may continue in the next part.
+        if not is_all and (found is None or found[1] >= len(text)):
+            parts, n_new = [text[at:]], 0
+            while n_new < wanted:
+                part = next(chunks, None)
+                if part is None:
+                    is_all = True
+                    break
+                n_new += len(part[skip:])
+                parts.append(part[skip:])
+                skip = max(0, skip - len(part))
+            text, at = "".join(parts), 0
+            wanted = 2 * len(text)  # a row longer than a part is read again as few times as possible
+            continue
+        if found is None:
+            return
+        record, end = found
+        line += len(_LINE_END.findall(text, at, end))
+        at, wanted = end, 1
         if record.source:
             yield record
+
+
+def _record(text: str, start: int, line: int, dialect: _Dialect, pattern: _Patterns) -> tuple[_Record, int]:
+    """The row at a position, and the position after its line end."""
+    record, at = _Record(line), start
+    while True:
+        quoted = end = None
+        if pattern.opening.match(text, at):
+            quoted = pattern.quoted.match(text, at)
+            end = pattern.end.match(text, quoted.end()) if quoted else None
+            if end is None:
+                _check_quote(text, quoted, dialect, line + len(_LINE_END.findall(text, start, at)))
+        if quoted and end:
+            value, at = quoted[1].replace(dialect.quote * 2, dialect.quote), end.end()
+            record.n_quoted += 1
+            record.spans_lines |= _LINE_END.search(quoted[1]) is not None
+        else:
+            plain = pattern.plain.match(text, at)
+            assert plain is not None  # it may be empty
+            value, at = plain[0], plain.end()
+            bare = (re.sub(r"\\.", "", value, flags=re.DOTALL) if dialect.escape else value).rstrip()
+            if bare.endswith(dialect.quote) and bare.count(dialect.quote) % 2:
+                is_inches = _INCHES.search(bare) is not None
+                record.has_inches |= is_inches
+                record.closes_unopened |= not is_inches
+        if dialect.escape:
+            value = "" if value == r"\N" else re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
+        record.fields.append(value)
+        if not (dialect.separator and text.startswith(dialect.separator, at)):
+            break
+        at += 1
+    record.source = text[start:at]
+    ended = _LINE_END.match(text, at)
+    return record, ended.end() if ended else at
 
 
 def _check_quote(text: str, quoted: re.Match[str] | None, dialect: _Dialect, line: int) -> None:
     """Raise _Fault for an opening quote that does not enclose its field, unless it is safe as a plain character."""
     if quoted is None:
-        raise _Fault(_opens(line, "nothing closes it"))
+        raise _Unclosed(_opens(line, "nothing closes it"))
     inside = quoted[1]
     if _LINE_END.search(inside):
         raise _Fault(_opens(line, "the next quote is in the middle of a later field"))

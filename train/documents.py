@@ -4,6 +4,7 @@ rows, shape = read_documents(text, "talks.json")  # [{"q": "why?", "a": "well"}]
 """
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from counsel.errors import UserError
@@ -35,13 +36,22 @@ def read_documents(text: str, name: str) -> tuple[Objects, str]:
         raise UserError(f"{name!r} is not JSON: {error}") from error
     if text.strip() == first_line:
         return _rows(one, name)
-    return _read_lines(text, name), "JSON Lines"
+    return list(read_lines([text], name)), "JSON Lines"
 
 
-def _read_lines(text: str, name: str) -> Objects:
-    rows = []
-    # Not splitlines(): it also breaks at U+2028 and U+0085, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
+def is_json_lines(chunks: Iterable[str]) -> bool:
+    """Whether a text, given in parts, has a JSON object in its first line and more after it."""
+    filled = (line for line in _lines(chunks) if line.strip())
+    first = next(filled, "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(_parse(first), dict) and next(filled, "") != ""
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_lines(chunks: Iterable[str], name: str) -> Iterator[dict[str, Any]]:
+    """The objects of JSON Lines, given in parts. Raises UserError that names the line."""
+    for number, line in enumerate(_lines(chunks), start=1):
         if not line.strip():
             continue
         try:
@@ -52,8 +62,20 @@ def _read_lines(text: str, name: str) -> Objects:
             raise UserError(f"{name!r} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise UserError(f"{name!r} line {number} is a JSON {type(row).__name__}; it must be an object")
-        rows.append(row)
-    return rows
+        yield row
+
+
+def _lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Lines without their ends. Not splitlines(): it also breaks at U+2028 and U+0085, which JSON strings may hold."""
+    parts: list[str] = []
+    for chunk in chunks:
+        first, *more = chunk.split("\n")
+        parts.append(first)
+        if more:
+            yield "".join(parts)
+            yield from more[:-1]
+            parts = [more[-1]]
+    yield "".join(parts)
 
 
 def _rows(document: Any, name: str) -> tuple[Objects, str]:

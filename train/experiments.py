@@ -74,7 +74,7 @@ def leak_experiment(recipe: Recipe) -> dict[str, Any]:
     elif folder.exists():
         check_replaceable(experiment, ("config.json", ROWS))
     held_out = recipe.val_share + recipe.test_share
-    rows = data.load_rows(recipe.data_config()).cleaned.rows
+    rows: Sequence[Row] = data.load_rows(recipe.data_config()).cleaned.rows
     if recipe.max_rows is not None:
         rows = whole_questions(rows, round(recipe.max_rows / (1 - held_out)))
     if not resuming:

@@ -44,7 +44,7 @@ class Recipe:
     )
     data: str = option(
         "sample",
-        "conversations: a CSV, TSV, JSON, JSONL or Parquet file, a hub id, or `sample`, the shipped set",
+        "conversations: CSV, TSV, JSON, JSONL or Parquet files, a hub id, or `sample` or `dialogues`, the shipped sets",
         group=_DATA,
         metavar="SOURCE",
     )
@@ -61,9 +61,10 @@ class Recipe:
     )
     val_share: ShareBelowOne = option(0.1, "share of the questions held out to choose a checkpoint", group=_DATA)
     test_share: ShareBelowOne = option(0.1, "share of the questions held out for eval and loadtest", group=_DATA)
-    split: Annotated[str, Literal["question", "row"]] = option(
+    split: Annotated[str, Literal["question", "conversation", "row"]] = option(
         "question",
-        "unit of splitting; `row` leaks test questions into training, and exists only to measure how much",
+        "unit of splitting: `conversation`, the default for conversations, also keeps near copies together; `row` "
+        "leaks test questions into training, and exists only to measure how much",
         group=_DATA,
     )
     split_seed: Seed = option(0, "seed of the split: another seed holds out other questions", group=_DATA)
