@@ -180,7 +180,7 @@ def find_base(recipe: Recipe) -> tuple[catalog.Base, str]:
 
 def prepare_data(recipe: Recipe) -> tuple[tuple[data.Splits, data.Report], str]:
     splits, report = data.prepare(recipe.data_config())
-    n, unit = report.rows, " (split by row)" if report.split == "row" else ""
+    n, unit = report.rows, "" if report.split == "question" else f" (split by {report.split})"
     return (splits, report), (
         f"{report.rows_in} rows in, {report.rows_out} kept; train {n['train']}, val {n['val']}, test {n['test']}; "
         f"leak {report.leak} questions{unit}"
@@ -188,13 +188,23 @@ def prepare_data(recipe: Recipe) -> tuple[tuple[data.Splits, data.Report], str]:
 
 
 def _data_findings(report: data.Report) -> Iterator[Finding]:
-    """How the file was read, and how many rows were dropped or masked for each reason, with examples."""
+    """How the file was read, how many rows were dropped or masked, with examples, and what conversations share."""
     yield Finding("read as", True, report.read_as)
     for reason, n in report.dropped.items():
         hint = " (contacts: mask keeps these)" if reason in (EMAIL, LINK, PHONE) else ""
         yield Finding("dropped", True, f"{reason}: {n}{hint}, such as {'; '.join(report.examples[reason])}")
     for kind, n in report.masked.items():
         yield Finding("masked", True, f"{kind}: {n}")
+    for kind, n in report.changed.items():
+        yield Finding("changed", True, f"{kind}: {n}")
+    if report.conversations:
+        stats, shared = report.exchanges, report.shared
+        yield Finding("turns", True, f"{report.conversations} conversations; median {stats['median']:g} replies, at most "
+                                     f"{stats['max']:g}; {shared['exact']} share a user turn with another row, "
+                                     f"{shared['near']} more a near copy")  # fmt: skip
+    overlap = report.overlap
+    yield Finding("overlap", True, f"{overlap['exact']} held-out rows share a user turn with training, "
+                                   f"{overlap['near']} more a near copy")  # fmt: skip
 
 
 def check_lora(recipe: Recipe) -> str:

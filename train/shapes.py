@@ -68,7 +68,7 @@ def recognized(rows: Sequence[RawRow], columns: Sequence[str]) -> Shape | None:
     by_name = {folded(column): column for column in columns}
     system = next((by_name[name] for name in _SYSTEM_COLUMNS if name in by_name), None)
     if column := _column_of_turns(rows, columns):
-        first = next(turns for row in rows[:_SAMPLE_ROWS] if (turns := _list_of_turns(row.get(column))))
+        first = next(turns for row in rows[:_SAMPLE_ROWS] if (turns := list_of_turns(row.get(column))))
         keys = " and ".join(map(repr, _keys(first[0]) or ()))
         return Shape(f"conversations in {column!r}, turns of {keys}", _from_turns(column, system))
     if "patterns" in by_name and "responses" in by_name:
@@ -91,13 +91,13 @@ def _column_of_turns(rows: Sequence[RawRow], columns: Sequence[str]) -> str | No
         column
         for column in columns
         if folded(column) not in ("prompt", "completion", "chosen", "rejected")
-        and any(_list_of_turns(row.get(column)) for row in rows[:_SAMPLE_ROWS])
+        and any(list_of_turns(row.get(column)) for row in rows[:_SAMPLE_ROWS])
     ]
     ranks = {name: rank for rank, name in enumerate(_TURN_COLUMNS)}
     return min(found, key=lambda column: ranks.get(folded(column), len(ranks)), default=None)
 
 
-def _list_of_turns(value: Any) -> list[Mapping[str, Any]]:
+def list_of_turns(value: Any) -> list[Mapping[str, Any]]:
     """`value` as a list of turns, also if it is their JSON (from a table); empty if it is something else."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
@@ -120,7 +120,7 @@ def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:
 def _read_turns(value: Any, column: str, where: str) -> list[Turn]:
     if value is None or value == [] or value == "" or (isinstance(value, float) and math.isnan(value)):
         return []
-    turns = _list_of_turns(value)
+    turns = list_of_turns(value)
     if not turns:
         raise UserError(
             f"{where}: {column} is {str(value)[:40]!r}; it must be a list of turns such as "
@@ -131,7 +131,7 @@ def _read_turns(value: Any, column: str, where: str) -> list[Turn]:
 
 def _read_turn(turn: Mapping[str, Any], where: str) -> Turn:
     keys = _keys(turn)
-    assert keys is not None  # _list_of_turns checked it
+    assert keys is not None  # list_of_turns checked it
     speaker, content = turn[keys[0]], turn.get(keys[1])
     role = _ROLE_OF.get(folded(speaker)) if isinstance(speaker, str) else None
     if role is None:
