@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from counsel.chat import conversation
 from train.cleaning import count_words, normalized
 from train.meter import Meter
+from train.spool import Row
 
 MIN_TURN_WORDS = 8
 NEAR_JACCARD = 0.5
@@ -28,8 +27,6 @@ _BANDS, _BAND_VALUES = 42, 3
 _BATCH = 1000
 # Scripts without spaces: each letter counts as a word.
 _WORD = re.compile("[\u3005-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]|\\w+")
-
-Row = dict[str, Any]
 
 
 class DisjointSets:
@@ -115,7 +112,7 @@ def shared_turns(rows: Sequence[Row]) -> SharedTurns:
         bands.append(_band_hashes(batch))
     groups = DisjointSets(len(numbers))
     if bands:
-        _join_near_copies(np.concatenate(bands), rows, places, groups)
+        _join_near_copies(bands, rows, places, groups)
     return SharedTurns(exact, [array("q", map(groups.find, turns)) for turns in exact])
 
 
@@ -156,6 +153,7 @@ def _ngrams(text: str) -> set[str]:
 
 def _band_hashes(texts: list[list[bytes]]) -> Any:
     """One 32-bit hash per text and band of its MinHash signature."""
+    import numpy as np
     from datasketch import MinHash
 
     signatures = np.stack([
@@ -168,11 +166,16 @@ def _band_hashes(texts: list[list[bytes]]) -> Any:
     return (mixed ^ (mixed >> np.uint64(32))).astype(np.uint32)
 
 
-def _join_near_copies(bands: Any, rows: Sequence[Row], places: list[tuple[int, int]], groups: DisjointSets) -> None:
-    """Put near copies in one group. bands: (turns, bands)."""
+def _join_near_copies(
+    bands: list[Any], rows: Sequence[Row], places: list[tuple[int, int]], groups: DisjointSets
+) -> None:
+    """Put near copies in one group. bands: parts of an array of (turns, bands)."""
+    import numpy as np
+
+    hashes = np.concatenate(bands)
     meter = Meter("comparing near copies", _BANDS, "bands")
     for band in range(_BANDS):
-        for bucket in _buckets(bands[:, band]):
+        for bucket in _buckets(hashes[:, band]):
             heads: dict[int, set[str]] = {}  # one turn of each group in this bucket, and its sequences of words
             for turn in bucket:
                 if groups.find(turn) in {groups.find(head) for head in heads}:
@@ -189,6 +192,8 @@ def _join_near_copies(bands: Any, rows: Sequence[Row], places: list[tuple[int, i
 
 def _buckets(hashes: Any) -> Iterator[list[int]]:
     """The turns of each hash that several turns have, in order."""
+    import numpy as np
+
     order = np.argsort(hashes, kind="stable")
     ends = np.flatnonzero(np.diff(hashes[order])) + 1
     for start, end in zip([0, *ends], [*ends, len(order)], strict=True):

@@ -188,7 +188,7 @@ def prepare_data(recipe: Recipe) -> tuple[tuple[data.Splits, data.Report], str]:
 
 
 def _data_findings(report: data.Report) -> Iterator[Finding]:
-    """How the file was read, how many rows were dropped or masked, with examples, and what conversations share."""
+    """How the file was read, what was dropped, masked or changed, and what conversations share."""
     yield Finding("read as", True, report.read_as)
     for reason, n in report.dropped.items():
         hint = " (contacts: mask keeps these)" if reason in (EMAIL, LINK, PHONE) else ""
@@ -199,7 +199,7 @@ def _data_findings(report: data.Report) -> Iterator[Finding]:
         yield Finding("changed", True, f"{kind}: {n}")
     if report.conversations:
         stats, shared = report.exchanges, report.shared
-        yield Finding("turns", True, f"{report.conversations} conversations; median {stats['median']:g} replies, at most "
+        yield Finding("turns", True, f"{report.conversations} conversations; replies: median {stats['median']:g}, max "
                                      f"{stats['max']:g}; {shared['exact']} share a user turn with another row, "
                                      f"{shared['near']} more a near copy")  # fmt: skip
     overlap = report.overlap
