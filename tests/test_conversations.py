@@ -54,6 +54,7 @@ TWO = [(U, "Why now?"), (A, ANSWER), (U, "And then?"), (A, "Then walk.")]
         ({"messages": [{"role": r, "content": c} for r, c in TWO]}, TWO, "'messages', turns of 'role' and 'content'"),
         ({"messages": [{"role": r, "content": [{"type": "text", "text": c}]} for r, c in TWO]}, TWO, "'messages'"),
         ({"messages": json.dumps([{"role": r, "content": c} for r, c in TWO])}, TWO, "'messages'"),
+        ({"messages": str([{"role": r, "content": c} for r, c in TWO])}, TWO, "'messages'"),
         (
             {"id": 1, "conversations": [{"from": {U: "human", A: "gpt"}[r], "value": c} for r, c in TWO]},
             TWO,
@@ -417,7 +418,8 @@ def test_parquet_holds_lists_of_turns(tmp_path):
 
 
 def test_columns_of_no_known_shape_are_none():
-    """They are left to the columns that the config names."""
+    """They are left to the columns that the config names; rows with an author and a text are no turns."""
+    assert documents.read_documents('{"data": [{"author": "Ann", "text": "x"}]}', "t")[1].endswith("under 'data'")
     assert recognized([{"q": "Why?", "a": ANSWER, "tags": ["x"]}], ["q", "a", "tags"]) is None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from counsel.errors import UserError
-from train.shapes import list_of_turns
+from train.shapes import is_conversation
 
 Objects = list[dict[str, Any]]
 
@@ -85,7 +85,7 @@ def _rows(document: Any, name: str) -> tuple[Objects, str]:
         return document, "JSON, a list of objects"
     if isinstance(document, dict) and document:
         lists = {key: value for key, value in document.items() if _all_objects(value) and value}
-        if any(map(list_of_turns, lists.values())):
+        if any(map(is_conversation, lists.values())):
             return [document], "JSON, one object"  # one conversation
         if len(lists) == 1:
             return next(iter(lists.values())), f"JSON, a list of objects under {next(iter(lists))!r}"

@@ -9,6 +9,7 @@
 | intents | lists of `patterns` and `responses` under a `tag` |
 """
 
+import ast
 import json
 import math
 import unicodedata
@@ -28,7 +29,7 @@ _ROLES = {
     TOOL: ("tool", "tools", "function", "function_call", "tool_call", "tool_response", "observation", "ipython"),
 }  # fmt: skip
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
-_ROLE_KEYS = ("role", "from", "speaker", "author")
+_ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 _TEXT_KEYS = ("content", "value", "text", "message", "utterance")
 # Where a file has several lists of turns, the first of these names wins.
 _TURN_COLUMNS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
@@ -68,7 +69,7 @@ def recognized(rows: Sequence[RawRow], columns: Sequence[str]) -> Shape | None:
     by_name = {folded(column): column for column in columns}
     system = next((by_name[name] for name in _SYSTEM_COLUMNS if name in by_name), None)
     if column := _column_of_turns(rows, columns):
-        first = next(turns for row in rows[:_SAMPLE_ROWS] if (turns := list_of_turns(row.get(column))))
+        first = next(turns for row in rows[:_SAMPLE_ROWS] if (turns := _list_of_turns(row.get(column))))
         keys = " and ".join(map(repr, _keys(first[0]) or ()))
         return Shape(f"conversations in {column!r}, turns of {keys}", _from_turns(column, system))
     if "patterns" in by_name and "responses" in by_name:
@@ -91,18 +92,24 @@ def _column_of_turns(rows: Sequence[RawRow], columns: Sequence[str]) -> str | No
         column
         for column in columns
         if folded(column) not in ("prompt", "completion", "chosen", "rejected")
-        and any(list_of_turns(row.get(column)) for row in rows[:_SAMPLE_ROWS])
+        and any(is_conversation(row.get(column)) for row in rows[:_SAMPLE_ROWS])
     ]
     ranks = {name: rank for rank, name in enumerate(_TURN_COLUMNS)}
     return min(found, key=lambda column: ranks.get(folded(column), len(ranks)), default=None)
 
 
-def list_of_turns(value: Any) -> list[Mapping[str, Any]]:
-    """`value` as a list of turns, also if it is their JSON (from a table); empty if it is something else."""
+def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of turns, one of them in a known role."""
+    return any(_role(turn) for turn in _list_of_turns(value))
+
+
+def _list_of_turns(value: Any) -> list[Mapping[str, Any]]:
+    """`value` as a list of turns, also if it is the text of one (from a table); empty if it is something else."""
     if isinstance(value, str) and value.lstrip().startswith("[{"):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            # pandas writes lists to a table as Python does: [{'role': 'user'}].
+            value = ast.literal_eval(value.strip()) if value.lstrip().startswith("[{'") else json.loads(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return []
     is_turns = isinstance(value, list) and value and all(isinstance(turn, Mapping) and _keys(turn) for turn in value)
     return value if is_turns else []
@@ -117,10 +124,17 @@ def _keys(turn: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
+def _role(turn: Mapping[str, Any]) -> str | None:
+    """The role that a turn's speaker means."""
+    keys = _keys(turn)
+    speaker = turn[keys[0]] if keys else None
+    return _ROLE_OF.get(folded(speaker)) if isinstance(speaker, str) else None
+
+
 def _read_turns(value: Any, column: str, where: str) -> list[Turn]:
     if value is None or value == [] or value == "" or (isinstance(value, float) and math.isnan(value)):
         return []
-    turns = list_of_turns(value)
+    turns = _list_of_turns(value)
     if not turns:
         raise UserError(
             f"{where}: {column} is {str(value)[:40]!r}; it must be a list of turns such as "
@@ -131,12 +145,11 @@ def _read_turns(value: Any, column: str, where: str) -> list[Turn]:
 
 def _read_turn(turn: Mapping[str, Any], where: str) -> Turn:
     keys = _keys(turn)
-    assert keys is not None  # list_of_turns checked it
-    speaker, content = turn[keys[0]], turn.get(keys[1])
-    role = _ROLE_OF.get(folded(speaker)) if isinstance(speaker, str) else None
+    assert keys is not None  # _list_of_turns checked it
+    role, content = _role(turn), turn.get(keys[1])
     if role is None:
-        raise UserError(f"{where}: {keys[0]} is {str(speaker)[:40]!r}; it must be system, user, assistant or tool "
-                        "(or human, gpt and the like)")  # fmt: skip
+        raise UserError(f"{where}: {keys[0]} is {str(turn[keys[0]])[:40]!r}; it must be system, user, assistant or "
+                        "tool (or human, gpt and the like)")  # fmt: skip
     if isinstance(content, list):  # OpenAI's content parts
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
