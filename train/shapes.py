@@ -20,6 +20,8 @@ from counsel.errors import UserError
 from train.turns import ASSISTANT, SYSTEM, TOOL, USER, Turn
 
 RawRow = Mapping[str, Any]
+# The conversations of a row, which also has a name for errors (`row 7`).
+Reader = Callable[[RawRow, str], Iterator[list[Turn]]]
 
 _ROLES = {
     SYSTEM: ("system", "developer"),
@@ -50,7 +52,7 @@ class Shape(NamedTuple):
     """
 
     described: str
-    turns: Callable[[RawRow, str], Iterator[list[Turn]]]
+    turns: Reader
     topic: str = ""
 
 
@@ -71,7 +73,12 @@ def recognized(rows: Sequence[RawRow], columns: Sequence[str]) -> Shape | None:
     if column := _column_of_turns(rows, columns):
         first = next(turns for row in rows[:_SAMPLE_ROWS] if (turns := _list_of_turns(row.get(column))))
         keys = " and ".join(map(repr, _keys(first[0]) or ()))
-        return Shape(f"conversations in {column!r}, turns of {keys}", _from_turns(column, system))
+        described = f"conversations in {column!r}, turns of {keys}"
+        if "question" not in by_name or "answer" not in by_name:
+            return Shape(described, _from_turns(column, system))
+        # The rows of a run's data folder: those of one exchange have no messages.
+        pair = _from_pair(by_name["question"], by_name["answer"], system)
+        return Shape(f"{described}; where empty, 'question' and 'answer'", _from_turns(column, system, pair))
     if "patterns" in by_name and "responses" in by_name:
         return Shape("intents: each of 'patterns' with one of 'responses'", _from_intents(by_name),
                      by_name.get("tag", ""))  # fmt: skip
@@ -160,14 +167,19 @@ def _read_turn(turn: Mapping[str, Any], where: str) -> Turn:
     return Turn(TOOL if not text.strip() and turn.get("tool_calls") else role, text)
 
 
-def _from_turns(column: str, system: str | None) -> Callable[[RawRow, str], Iterator[list[Turn]]]:
+def _from_turns(column: str, system: str | None, otherwise: Reader | None = None) -> Reader:
+    """otherwise: reads the rows that have no turns there."""
+
     def turns(row: RawRow, where: str) -> Iterator[list[Turn]]:
+        if otherwise and not row.get(column):
+            yield from otherwise(row, where)
+            return
         yield [*_system_turns(row, system, where), *_read_turns(row.get(column), column, where)]
 
     return turns
 
 
-def _from_pair(user: str, assistant: str, system: str | None) -> Callable[[RawRow, str], Iterator[list[Turn]]]:
+def _from_pair(user: str, assistant: str, system: str | None) -> Reader:
     """Each half is text, or a list of turns (TRL's conversational prompt and completion)."""
 
     def half(row: RawRow, column: str, role: str, where: str) -> list[Turn]:
@@ -212,7 +224,7 @@ def _alpaca(rows: Iterable[RawRow], instruction: str, output: str, extra: str, s
     return Shape(_with_system(f"Alpaca, {question}, {output!r} as the answer", system), turns)
 
 
-def _from_intents(by_name: Mapping[str, str]) -> Callable[[RawRow, str], Iterator[list[Turn]]]:
+def _from_intents(by_name: Mapping[str, str]) -> Reader:
     def texts(row: RawRow, column: str, where: str) -> list[str]:
         value = row.get(column) or []
         return [text_of(item, column, where) for item in (value if isinstance(value, list) else [value])]
