@@ -83,12 +83,19 @@ class SharedTurns(NamedTuple):
         return counts
 
 
+class _Places(NamedTuple):
+    """The row and the turn where each distinct turn was first seen."""
+
+    rows: "array[int]"
+    turns: "array[int]"
+
+
 def shared_turns(rows: Sequence[Row]) -> SharedTurns:
     """The long user turns of each row, and which of them are near copies of each other."""
     exact: list[array[int]] = []
     numbers: dict[bytes, int] = {}
-    places: list[tuple[int, int]] = []  # the row and the turn where each distinct turn was first seen
-    bands: list[Any] = []
+    places = _Places(array("q"), array("q"))
+    bands = bytearray()
     batch: list[list[bytes]] = []
     meter = Meter("comparing user turns", len(rows), "rows")
     for at, row in enumerate(rows):
@@ -99,18 +106,20 @@ def shared_turns(rows: Sequence[Row]) -> SharedTurns:
             key = hashlib.blake2b(normalized(text).encode(), digest_size=16).digest()
             if key not in numbers:
                 numbers[key] = len(numbers)
-                places.append((at, turn))
+                places.rows.append(at)
+                places.turns.append(turn)
                 batch.append([gram.encode() for gram in sorted(_ngrams(text))])
             turns.append(numbers[key])
         exact.append(turns)
         if len(batch) >= _BATCH:
-            bands.append(_band_hashes(batch))
+            bands += _band_hashes(batch)
             batch = []
         meter.at(at)
     meter.done()
     if batch:
-        bands.append(_band_hashes(batch))
-    groups = DisjointSets(len(numbers))
+        bands += _band_hashes(batch)
+    del numbers  # the largest of these
+    groups = DisjointSets(len(places.rows))
     if bands:
         _join_near_copies(bands, rows, places, groups)
     return SharedTurns(exact, [array("q", map(groups.find, turns)) for turns in exact])
@@ -151,8 +160,8 @@ def _ngrams(text: str) -> set[str]:
     return {" ".join(words[at : at + NGRAM_WORDS]) for at in range(max(1, len(words) - NGRAM_WORDS + 1))}
 
 
-def _band_hashes(texts: list[list[bytes]]) -> Any:
-    """One 32-bit hash per text and band of its MinHash signature."""
+def _band_hashes(texts: list[list[bytes]]) -> bytes:
+    """One 32-bit hash per text and band of its MinHash signature, text after text."""
     import numpy as np
     from datasketch import MinHash
 
@@ -163,16 +172,14 @@ def _band_hashes(texts: list[list[bytes]]) -> Any:
     for value in range(_BAND_VALUES):
         # FNV-1a's step, on whole values; different turns that collide are told apart by the exact comparison.
         mixed = (mixed ^ signatures[:, :, value]) * np.uint64(0x100000001B3)
-    return (mixed ^ (mixed >> np.uint64(32))).astype(np.uint32)
+    return (mixed ^ (mixed >> np.uint64(32))).astype(np.uint32).tobytes()
 
 
-def _join_near_copies(
-    bands: list[Any], rows: Sequence[Row], places: list[tuple[int, int]], groups: DisjointSets
-) -> None:
-    """Put near copies in one group. bands: parts of an array of (turns, bands)."""
+def _join_near_copies(bands: bytearray, rows: Sequence[Row], places: _Places, groups: DisjointSets) -> None:
+    """Put near copies in one group. bands: what `_band_hashes` gave."""
     import numpy as np
 
-    hashes = np.concatenate(bands)
+    hashes = np.frombuffer(bands, np.uint32).reshape(-1, _BANDS)
     meter = Meter("comparing near copies", _BANDS, "bands")
     for band in range(_BANDS):
         for bucket in _buckets(hashes[:, band]):
@@ -180,8 +187,7 @@ def _join_near_copies(
             for turn in bucket:
                 if groups.find(turn) in {groups.find(head) for head in heads}:
                     continue
-                row, number = places[turn]
-                ngrams = _ngrams(user_turns(rows[row])[number])
+                ngrams = _ngrams(user_turns(rows[places.rows[turn]])[places.turns[turn]])
                 for head, others in heads.items():
                     if len(ngrams & others) >= NEAR_JACCARD * len(ngrams | others):
                         groups.union(head, turn)
