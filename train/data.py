@@ -26,6 +26,7 @@ from counsel.files import write_json, write_jsonl
 from train import columns, overlap, shapes
 from train.cleaning import clean, count_words, drop_reason, normalized, question_id
 from train.contacts import contacts, mask
+from train.copies import Copies
 from train.data_report import SPLITS, Report
 from train.meter import Meter
 from train.shapes import Shape
@@ -226,7 +227,7 @@ def _conversations(
 ) -> Iterator[_Conversation]:
     for number, row in enumerate(rows, start=1):
         where = f"{label} {number}"
-        topic = clean(_label(row.get(topic_column)))
+        topic = clean(shapes.as_label(row.get(topic_column)))
         for turns in shape.turns(row, where):
             yield _Conversation(where, turns, topic)
 
@@ -259,7 +260,7 @@ def _clean(conversations: Iterable[_Conversation], contacts_rule: str, n_rows: i
     masked: Counter[str] = Counter()
     changed: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
-    copies = _Copies()
+    copies = Copies()
     meter = Meter("cleaning", n_rows, "rows")
 
     def drop(reason: str, where: str, excerpt: str) -> None:
@@ -298,73 +299,6 @@ def _row(messages: list[Message], said: Sequence[str], topic: str) -> Row:
         "topic": topic,
     }
     return row if len(messages) == 2 else row | {"messages": messages}
-
-
-class _Copies:
-    """Keeps one copy of each conversation, in little memory: hashes, and the rows in a Spool."""
-
-    def __init__(self) -> None:
-        self._candidates = Spool()
-        self._kept: dict[bytes, int] = {}  # by what makes a copy: the index of the first one below
-        self._question: list[bytes] = []
-        self._exact: list[bytes] = []
-        self._best = array("q")  # the candidate with the longest text
-        self._length = array("q")
-        self._topics: dict[int, str] = {}  # where the first copy has none
-        self._other_copies: set[bytes] = set()
-        self._longest_question: dict[bytes, tuple[int, int]] = {}  # its length, and a candidate that has it
-
-    def add(self, row: Row, said: Sequence[str]) -> str | None:
-        """Keep a row, or return why it is not needed. said: the turns of user and assistant."""
-        question, exact = _digest(row["question_id"]), _digest("\0".join(said))
-        # An answer belongs to one question; of longer conversations, the whole counts.
-        key = _digest(normalized(said[1]) if len(said) == 2 else "\0".join(map(normalized, said)))
-        length = len(said[1]) if len(said) == 2 else sum(map(len, said))
-        at = self._kept.get(key)
-        if at is not None and self._question[at] != question:
-            return "answer given to another question"
-        best = None
-        if at is None:
-            self._kept[key] = len(self._question)
-            self._question.append(question)
-            self._exact.append(exact)
-            best = len(self._candidates)
-            self._best.append(best)
-            self._length.append(length)
-        elif length > self._length[at]:
-            best = len(self._candidates)
-            self._best[at], self._length[at] = best, length
-        if at is not None and row["topic"]:
-            self._topics.setdefault(at, row["topic"])
-        longest = self._longest_question.get(question, (-1, -1))
-        if len(said) == 2 and len(said[0]) > longest[0]:
-            best = len(self._candidates)
-            self._longest_question[question] = (len(said[0]), best)
-        if best is not None:
-            self._candidates.append(row)
-        if at is None:
-            return None
-        is_exact = exact == self._exact[at] or exact in self._other_copies
-        self._other_copies.add(exact)
-        return "duplicate" if is_exact else "duplicate but for spaces, case, punctuation"
-
-    def rows(self) -> Spool:
-        """One row per conversation, in the order of their first copies."""
-        rows = Spool()
-        for at, best in enumerate(self._best):
-            row = self._candidates[best]
-            row["topic"] = row["topic"] or self._topics.get(at, "")
-            longest = self._longest_question.get(self._question[at])
-            if longest and sum(message["role"] != "system" for message in conversation(row)) == 2:
-                row["question"] = self._candidates[longest[1]]["question"]
-                if "messages" in row:
-                    row["messages"][-2]["content"] = row["question"]
-            rows.append(row)
-        return rows
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _excerpt(reason: str, said: Sequence[str]) -> str:
@@ -469,11 +403,3 @@ def _statistics(values: Sequence[int]) -> dict[str, float]:
         "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
         "max": ordered[-1],
     }
-
-
-def _label(value: Any) -> str:
-    """A topic as text: strings, numbers and lists of them; anything else gives an empty topic."""
-    if isinstance(value, list | tuple):
-        return ", ".join(filter(None, map(_label, value)))
-    is_label = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return str(value) if is_label else ""

@@ -60,7 +60,7 @@ def pairs(question: str, answer: str, described: str = "") -> Shape:
     """One question and one answer per row, in the columns of these names."""
 
     def turns(row: RawRow, where: str) -> Iterator[list[Turn]]:
-        yield [Turn(role, text_of(row.get(column), column, where))
+        yield [Turn(role, as_text(row.get(column), column, where))
                for role, column in ((USER, question), (ASSISTANT, answer))]  # fmt: skip
 
     return Shape(described, turns)
@@ -162,7 +162,7 @@ def _read_turn(turn: Mapping[str, Any], where: str) -> Turn:
         if not all(isinstance(part, str) for part in parts):
             raise UserError(f"{where}: {keys[1]} has a part that is not text; only text can be trained on")
         content = "\n\n".join(map(str, parts))
-    text = text_of(content, keys[1], where)
+    text = as_text(content, keys[1], where)
     # A request for a tool has no words of its own.
     return Turn(TOOL if not text.strip() and turn.get("tool_calls") else role, text)
 
@@ -186,7 +186,7 @@ def _from_pair(user: str, assistant: str, system: str | None) -> Reader:
         value = row.get(column)
         if isinstance(value, list):
             return _read_turns(value, column, where)
-        return [Turn(role, text_of(value, column, where))]
+        return [Turn(role, as_text(value, column, where))]
 
     def turns(row: RawRow, where: str) -> Iterator[list[Turn]]:
         yield [
@@ -214,9 +214,9 @@ def _alpaca(rows: Iterable[RawRow], instruction: str, output: str, extra: str, s
     is_system = len(repeated) == 1 and n_with_input > 1
 
     def turns(row: RawRow, where: str) -> Iterator[list[Turn]]:
-        task, given = text_of(row.get(instruction), instruction, where), text_of(row.get(extra), extra, where)
+        task, given = as_text(row.get(instruction), instruction, where), as_text(row.get(extra), extra, where)
         asked = [Turn(SYSTEM, task), Turn(USER, given)] if is_system else [Turn(USER, f"{task}\n\n{given}")]
-        answer = Turn(ASSISTANT, text_of(row.get(output), output, where))
+        answer = Turn(ASSISTANT, as_text(row.get(output), output, where))
         yield [*_system_turns(row, system, where), *(asked if given.strip() else [Turn(USER, task)]), answer]
 
     question = f"{extra!r} as the question, the one {instruction!r} as the system message" if is_system else (
@@ -227,7 +227,7 @@ def _alpaca(rows: Iterable[RawRow], instruction: str, output: str, extra: str, s
 def _from_intents(by_name: Mapping[str, str]) -> Reader:
     def texts(row: RawRow, column: str, where: str) -> list[str]:
         value = row.get(column) or []
-        return [text_of(item, column, where) for item in (value if isinstance(value, list) else [value])]
+        return [as_text(item, column, where) for item in (value if isinstance(value, list) else [value])]
 
     def turns(row: RawRow, where: str) -> Iterator[list[Turn]]:
         patterns, responses = texts(row, by_name["patterns"], where), texts(row, by_name["responses"], where)
@@ -238,7 +238,7 @@ def _from_intents(by_name: Mapping[str, str]) -> Reader:
 
 
 def _system_turns(row: RawRow, system: str | None, where: str) -> list[Turn]:
-    text = text_of(row.get(system), system, where) if system else ""
+    text = as_text(row.get(system), system, where) if system else ""
     return [Turn(SYSTEM, text)] if text.strip() else []
 
 
@@ -246,7 +246,7 @@ def _with_system(described: str, system: str | None) -> str:
     return f"{described}, {system!r} as the system message" if system else described
 
 
-def text_of(value: Any, column: str, where: str) -> str:
+def as_text(value: Any, column: str, where: str) -> str:
     """A value that must be text. An absent one (also NaN, from pandas) is empty. Raises UserError otherwise."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -258,3 +258,11 @@ def text_of(value: Any, column: str, where: str) -> str:
 def folded(column: str) -> str:
     """A name without regard to case and outer spaces."""
     return unicodedata.normalize("NFKC", column).strip().casefold()
+
+
+def as_label(value: Any) -> str:
+    """A topic as text: strings, numbers and lists of them; anything else gives an empty topic."""
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(as_label, value)))
+    isas_label = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value) if isas_label else ""
