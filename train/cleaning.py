@@ -7,11 +7,14 @@ row must not be used. `normalized` is equal for copies of one text, and `questio
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from train.contacts import EMAIL, LINK, PHONE, contacts
 from train.markup import plain_text
 
 MIN_ANSWER_WORDS = 6
+# Characters of a row shown around the reason for dropping it.
+EXCERPT_CHARS = 80
 
 # Joiners (U+200C, U+200D) are kept: Persian words and many emoji need them.
 _INVISIBLE = dict.fromkeys([0x00AD, 0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF])
@@ -76,6 +79,24 @@ def drop_reason(question: str, *turns: str) -> str | None:
     if max(map(count_words, replies)) < MIN_ANSWER_WORDS:
         return f"answer under {MIN_ANSWER_WORDS} words"
     return None
+
+
+def drop_excerpt(reason: str, said: Sequence[str]) -> str:
+    """The part of a conversation that it was dropped for, with the text around it. said: its turns."""
+    for text in said:
+        for contact in contacts(text):
+            if contact.kind == reason:
+                room = max(0, EXCERPT_CHARS - (contact.end - contact.start)) // 2
+                return one_line(text[max(0, contact.start - room) :])
+    if not said:
+        return ""
+    return one_line(said[0] if reason.startswith("empty") else said[1])
+
+
+def one_line(text: str) -> str:
+    """The start of a text, without line breaks."""
+    text = " ".join(text.split())
+    return text if len(text) <= EXCERPT_CHARS else f"{text[:EXCERPT_CHARS]}..."
 
 
 def count_words(text: str) -> int:

@@ -24,7 +24,7 @@ from counsel.chat import Message, conversation
 from counsel.errors import UserError
 from counsel.files import write_json, write_jsonl
 from train import columns, overlap, shapes
-from train.cleaning import clean, count_words, drop_reason, normalized, question_id
+from train.cleaning import clean, count_words, drop_excerpt, drop_reason, normalized, one_line, question_id
 from train.contacts import contacts, mask
 from train.copies import Copies
 from train.data_report import SPLITS, Report
@@ -43,8 +43,6 @@ Splits = Mapping[str, Sequence[Row]]
 SplitsT = TypeVar("SplitsT", bound=Splits)
 
 MAX_EXAMPLES = 3
-# Characters of a row shown around the reason for dropping it.
-EXCERPT_CHARS = 80
 
 
 @dataclass(frozen=True)
@@ -278,11 +276,11 @@ def _clean(conversations: Iterable[_Conversation], contacts_rule: str, n_rows: i
         said = [message["content"] for message in messages if message["role"] != "system"]
         question, *rest = said or [""]
         if reason := drop_reason(question, *rest):
-            drop(reason, where, _excerpt(reason, said or [clean(turn.text) for turn in turns if turn.text.strip()]))
+            drop(reason, where, drop_excerpt(reason, said or [clean(turn.text) for turn in turns if turn.text.strip()]))
             continue
         row = _row(messages, said, topic)
         if reason := copies.add(row, said):
-            drop(reason, where, _shortened(row["answer"]))
+            drop(reason, where, one_line(row["answer"]))
         if not reason:
             masked.update(masked_kinds)
             changed.update(changes)
@@ -299,23 +297,6 @@ def _row(messages: list[Message], said: Sequence[str], topic: str) -> Row:
         "topic": topic,
     }
     return row if len(messages) == 2 else row | {"messages": messages}
-
-
-def _excerpt(reason: str, said: Sequence[str]) -> str:
-    """The part of a conversation that it was dropped for, with the text around it. said: its turns."""
-    for text in said:
-        for contact in contacts(text):
-            if contact.kind == reason:
-                room = max(0, EXCERPT_CHARS - (contact.end - contact.start)) // 2
-                return _shortened(text[max(0, contact.start - room) :])
-    if not said:
-        return ""
-    return _shortened(said[0] if reason.startswith("empty") else said[1])
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= EXCERPT_CHARS else f"{text[:EXCERPT_CHARS]}..."
 
 
 def split_rows(rows: Sequence[Row], config: DataConfig) -> Splits:
