@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counsel.contacts import contacts, mask
 from counsel.errors import UserError
 from train.cleaning import clean, count_words, drop_reason
-from train.contacts import contacts, mask
 from train.data import DataConfig, clean_rows, prepare
 
 QUESTION = "What helps when I cannot sleep?"

@@ -32,7 +32,7 @@ SEAMS = {
 LIGHT = ["counsel.errors", "counsel.cli", "counsel.values", "counsel.files", "counsel.run", "counsel.catalog",
          "counsel.chat", "counsel.store", "counsel.adapter_check", "counsel.client", "counsel.__main__",
          "counsel.cache", "counsel.gguf", "counsel.tensors", "counsel.manifest", "counsel.trial", "counsel.fingerprint",
-         "counsel.lora_layers", "counsel.report", "counsel.report.charts",
+         "counsel.lora_layers", "counsel.report", "counsel.report.charts", "counsel.contacts",
          "train.data", "serve.config",
          "train.__main__", "serve.__main__", "eval.__main__", "loadtest.__main__"]  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "datasets", "trl", "peft", "locust", "sentence_transformers", "matplotlib")

@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from train.contacts import EMAIL, LINK, PHONE, contacts
+from counsel.contacts import EMAIL, LINK, PHONE, contacts
 from train.markup import plain_text
 
 MIN_ANSWER_WORDS = 6

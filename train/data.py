@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from counsel.chat import Message, conversation
+from counsel.contacts import contacts, mask
 from counsel.errors import UserError
 from counsel.files import write_json, write_jsonl
 from train import columns, overlap, shapes
 from train.cleaning import clean, count_words, drop_excerpt, drop_reason, normalized, one_line, question_id
-from train.contacts import contacts, mask
 from train.copies import Copies
 from train.data_report import SPLITS, Report
 from train.meter import Meter

@@ -20,12 +20,12 @@ from typing import Any
 
 from counsel import adapter_check, catalog, store
 from counsel.chat import prompt_messages
+from counsel.contacts import EMAIL, LINK, PHONE
 from counsel.errors import UserError
 from counsel.lora_layers import served_layers
 from counsel.run import Run
 from train import data, init_adapter
 from train.checklist import Checklist, Finding
-from train.contacts import EMAIL, LINK, PHONE
 from train.hardware import Precision, TrainHardware
 from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
 from train.prompts import TrainRows, encode, marks_replies
