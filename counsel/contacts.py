@@ -1,4 +1,4 @@
-"""Finds links, e-mail addresses and phone numbers: personal details that a model must not repeat, and a vote must not keep.
+"""Finds links, e-mail addresses and phone numbers: what a model must not repeat and a vote must not keep.
 
 Contacts of crisis services are kept. Their short numbers (988, 116 123, 13 11 14) do not match as phone numbers.
 Toll-free numbers, numbers that the text calls a helpline's, and the sites of helplines are excluded.

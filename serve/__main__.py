@@ -42,6 +42,7 @@ def _welcome(server: Server) -> str:
         (
             f"serves   {server.base.name}" + (f" and the adapters of {store}/: {shown}" if adapters else ""),
             as_typed(f"ask      python -m serve chat --url {server.base_url}, or any OpenAI client with this base_url"),
+            *([f"page     {server.base_url.removesuffix('/v1')}/ui"] if server.config.ui else []),
             "stop     Ctrl-C",
         )
     )

@@ -127,6 +127,13 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = option(
         (), "origins that browsers may call from, comma-separated", group=_ACCESS, metavar="ORIGIN,...", shown="none"
     )
+    ui: bool = option(False, "chat page for people, at /ui", group=_ACCESS)
+    votes: str = option(
+        "runs/votes",
+        "folder for votes.jsonl, what people say about answers on the chat page",
+        group=_ACCESS,
+        metavar="FOLDER",
+    )
     max_completion_tokens: PositiveInt = option(1024, "most tokens of one answer", group=_LIMITS)
     max_body_kb: PositiveInt = option(1024, "largest request body", group=_LIMITS)
     key_running: PositiveInt = option(

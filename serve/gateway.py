@@ -44,6 +44,8 @@ log = logging.getLogger("vllm.counsel")
 
 # The scope's key under which an admin route names what it acted on, for the audit log.
 TARGET = "counsel_target"
+# The scope's key with the name of the caller's API key.
+CALLER = "counsel_caller"
 MAX_PATH = 256
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -116,8 +118,9 @@ class Gateway:
             if service.keys.open:
                 refuse_foreign_host(headers)
             preflight = bool(service.config.allowed_origins) and is_preflight(method, headers)
-            role = required_role(method, path, preflight=preflight, open_server=service.keys.open)
+            role = required_role(method, path, preflight=preflight, open_server=service.keys.open, ui=service.config.ui)
             request_log.key = authenticate(service.keys, role, headers)
+            scope[CALLER] = request_log.key.name
             if role == ADMIN and request_log.key.role != ADMIN:
                 raise ApiError(403, "this needs an admin key")
             if path == "/ready" and service.leaving:

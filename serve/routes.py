@@ -7,6 +7,8 @@ from serve.api_errors import ApiError
 from serve.config import is_loopback
 from serve.keys import ADMIN, USER, Key, KeyRing
 from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES
+from serve.ui import page
+from serve.ui.votes import VOTES
 
 ANYONE = "anyone"
 ROUTES = {
@@ -22,27 +24,34 @@ ROUTES = {
     ("POST", "/v1/load_lora_adapter"): ADMIN,
     ("POST", "/v1/unload_lora_adapter"): ADMIN,
 }
+# The chat page is for anyone to load: it holds no secret, and a browser's address bar sends no key.
+UI_ROUTES = {**{("GET", path): ANYONE for path in page.PATHS}, ("POST", VOTES): USER}
 GENERATING = (CHAT, COMPLETIONS, RESPONSES)
 ANONYMOUS = Key(USER, "anonymous", "")
 
+_ONE_VOTE = re.compile(rf"{VOTES}/[0-9a-f]{{32}}")
 _ONE_MODEL = re.compile(r"/v1/models/[A-Za-z0-9._@/-]{1,200}")
 
 Headers = dict[bytes, bytes]
 
 
-def required_role(method: str, path: str, *, preflight: bool, open_server: bool) -> str:
+def required_role(method: str, path: str, *, preflight: bool, open_server: bool, ui: bool) -> str:
     """The role that a request needs. Raises ApiError 404 or 405 for a route that does not exist.
 
-    preflight: it is a browser's CORS preflight, and this server allows some origin. open_server: no keys are set.
+    preflight: it is a browser's CORS preflight, and this server allows some origin. open_server: no keys are set. ui:
+    this server has the chat page.
     """
     if preflight:
         # A browser sends no key with it; vLLM's CORS middleware answers it.
         return ANYONE
-    role = ROUTES.get((method, path))
+    routes = ROUTES | UI_ROUTES if ui else ROUTES
+    role = routes.get((method, path))
     if role is None and method == "GET" and _ONE_MODEL.fullmatch(path):
         role = USER
+    if role is None and ui and method == "DELETE" and _ONE_VOTE.fullmatch(path):
+        role = USER
     if role is None:
-        if any(path == known for _, known in ROUTES):
+        if any(path == known for _, known in routes):
             raise ApiError(405, f"{path} does not accept {method}")
         raise ApiError(404, f"there is no {method} {path} here", code="unknown_url")
     if role == ADMIN and path == "/metrics" and open_server:

@@ -32,6 +32,7 @@ from serve.name_table import NameTable
 from serve.private_port import PrivatePort
 from serve.server_registry import ServerRecord, register
 from serve.store_watcher import StoreWatcher
+from serve.ui import page, vote_routes
 
 log = logging.getLogger("vllm.counsel")
 
@@ -50,6 +51,10 @@ class AdaptersPlugin:
 
         # vLLM gives its handlers to the app after this, and has no setting for them.
         handlers.validation_exception_handler = validation.refuse
+
+        # The gateway answers 404 for them on a server without --ui.
+        page.attach_page(app)
+        vote_routes.attach_votes(app)
 
         @app.get("/v1/models")
         async def list_models(request: Request) -> JSONResponse:

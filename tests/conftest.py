@@ -173,7 +173,13 @@ def server(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         name: tiny_adapter(tiny_model.path, folder / name, seed=seed) for name, seed in (("gentle", 1), ("calm", 2))
     }
     bounds = {"max_body_kb": 64, "max_completion_tokens": 256, "key_running": 64, "key_queued": 16, "queued": 128}
-    options = {"allowed_origins": (ORIGIN,), "vllm_args": SHORT_STEPS, "compile": True}
+    options = {
+        "ui": True,
+        "votes": str(folder / "votes"),
+        "allowed_origins": (ORIGIN,),
+        "vllm_args": SHORT_STEPS,
+        "compile": True,
+    }
     config = tiny_config(folder, tiny_model.path, keys=str(keys), **options, **bounds)
     for name, source in adapters.items():
         adapter_store.publish(Path(config.store), name, source, tiny_model, system=SYSTEM if name == "gentle" else "")
