@@ -47,6 +47,7 @@ class Api(JsonHandler):
         for word in ("you ", "said ", turns[-1]):
             choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
             chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
+            chunk |= self.server.marks
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.flush()
             if word == "said " and turns[-1] == "wait":
@@ -59,7 +60,7 @@ class Api(JsonHandler):
 @pytest.fixture
 def api():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    server.seen, server.n_fitting, server.hung_up = [], 100, threading.Event()
+    server.seen, server.n_fitting, server.hung_up, server.marks = [], 100, threading.Event(), {}
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -190,3 +191,74 @@ def test_lines_are_edited_in_a_terminal(api, command):
     finally:
         os.close(ours)
     assert api.seen == [["hello"], ["hello", "you said hello", "hello!"]]
+
+
+def test_commands_change_the_model_and_the_system_prompt(talk, api, capsys):
+    """From the next line on. A wrong one says what there is, and changes nothing."""
+    lines = (
+        "/model base",
+        "hi",
+        "/model nobody",
+        "/system be kind",
+        "so",
+        "/system",
+        "/modell",
+        "end",
+        "/new",
+        "alone",
+    )
+    assert talk(*lines) == {"model": "base", "turns": 4}
+    assert api.seen == [
+        ["hi"], ["be kind", "hi", "you said hi", "so"], ["hi", "you said hi", "so", "you said so", "end"], ["alone"],
+    ]  # fmt: skip
+    err = capsys.readouterr().err
+    assert "error: the server has no model 'nobody'" in err
+    assert "no command /modell; did you mean 'model'?" in err
+
+
+def test_compare_asks_a_second_model_and_goes_on_with_the_first(talk, api, capsys):
+    """Both get the same turns, under their names; `/compare` alone ends it."""
+    assert talk("/compare base", "hi", "so", "/compare", "end")["turns"] == 3
+    said = ["hi", "you said hi", "so", "you said so", "end"]
+    assert api.seen == [said[:1], said[:1], said[:3], said[:3], said]
+    err = capsys.readouterr().err
+    assert err.index("[base]") < err.index("[gentle]")
+
+
+def test_a_saved_conversation_holds_its_messages(talk, api, tmp_path, capsys):
+    """As the chat page loads it and training reads it; nothing is overwritten, and nothing empty is written."""
+    file = tmp_path / "talk.json"
+    talk(f"/save {file}", "hi", f"/save {file}", "so", f"/save {file}", "/save", system="be kind")
+    roles = [("system", "be kind"), ("user", "hi"), ("assistant", "you said hi")]
+    assert json.loads(file.read_text()) == {
+        "model": "gentle", "messages": [{"role": role, "content": content} for role, content in roles],
+    }  # fmt: skip
+    err = capsys.readouterr().err
+    for said in ("there is nothing to save yet", f"{str(file)!r} exists; choose another file", "/save needs a file"):
+        assert said in err
+
+
+@pytest.mark.parametrize("options", [{"question": "-"}, {"model": "-"}, {"model": "base", "question": "-"}])
+def test_a_pipe_is_one_question(talk, api, capsys, options):
+    """All of it, with its line breaks; the model may be left out. No prompt and no notice are printed."""
+    assert talk("one", "", "two", **options)["turns"] == 1
+    assert api.seen == [["one\n\ntwo"]]
+    out, err = capsys.readouterr()
+    assert (out, err) == ("you said one\n\ntwo\n", "")
+
+
+def test_one_question_without_an_answer_is_an_error(talk, api):
+    """With the server's reason, or because nothing came through the pipe."""
+    with pytest.raises(UserError, match="the server refused: too many requests"):
+        talk(question="no")
+    with pytest.raises(UserError, match="the question on standard input is empty"):
+        talk(question="-")
+
+
+def test_a_notice_of_the_server_is_shown_once(talk, api, capsys):
+    """In a field `counsel` of a chunk; it is no part of the answer."""
+    api.marks = {"counsel": {"notice": "are you safe now?"}}
+    talk("hi", "so")
+    out, err = capsys.readouterr()
+    assert err.count("are you safe now?") == 1
+    assert "safe" not in out

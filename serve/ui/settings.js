@@ -5,7 +5,7 @@ import { byId } from "./elements.js";
 const SETTINGS = "counsel.settings";
 const KEY = "counsel.key";
 const NUMBERS = ["temperature", "top_p", "max_completion_tokens", "seed"];
-const DEFAULTS = { system: "", temperature: 0.7, top_p: 1, max_completion_tokens: 300, seed: null, blind: true };
+const DEFAULTS = { system: "", temperature: 0.7, top_p: 1, max_completion_tokens: null, seed: null, blind: true };
 
 let current = { ...DEFAULTS, ...JSON.parse(localStorage.getItem(SETTINGS) ?? "{}") };
 
