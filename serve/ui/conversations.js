@@ -30,7 +30,6 @@ export function keep(conversation) {
   if (!conversation.turns.length) return;
   conversation.title ||= conversation.turns[0].content.slice(0, 80);
   localStorage.setItem(PREFIX + conversation.id, JSON.stringify({ ...conversation, changed: Date.now() }));
-  sessionStorage.setItem(CURRENT, conversation.id);
 }
 
 /** The conversation that was open in this tab before a reload, or a new one. */
@@ -38,6 +37,7 @@ export function reopen() {
   return kept(sessionStorage.getItem(CURRENT)) ?? newConversation();
 }
 
+/** Make it the one that `reopen` opens. */
 export function setCurrent(conversation) {
   sessionStorage.setItem(CURRENT, conversation.id);
 }

@@ -1,11 +1,11 @@
 // The chat page: what it remembers while it is open, and what its controls do.
 
-import { deleteVote, listModels, Problem, streamAnswer } from "./api.js";
+import { listModels, Problem, streamAnswer } from "./api.js";
 import * as kept from "./conversations.js";
 import { announce, button, byId, element, show } from "./elements.js";
 import { change, key, prepareSettings, sampling, settings } from "./settings.js";
 import { drawProblem, drawText, drawTurns, scrollToEnd } from "./turns.js";
-import { askForVote } from "./votes.js";
+import { askForVote, myVotes, withdraw } from "./votes.js";
 
 // A version that is published appears in the picker within this time, and at once when the picker is opened.
 const POLL_MS = 4000;
@@ -28,7 +28,7 @@ const actions = {
   async unvote(index) {
     const turn = conversation.turns[index];
     try {
-      await deleteVote(key(), turn.vote.id);
+      await withdraw(turn.vote.id);
       settle(turn, { vote: undefined });
       announce("Your vote is deleted.");
     } catch (problem) {
@@ -51,6 +51,7 @@ function draw() {
   if (running) return; // an answer that has not come yet is not worth keeping
   try {
     kept.keep(conversation);
+    kept.setCurrent(conversation);
   } catch {
     drawProblem(new Error("This browser has no room left for conversations: delete some, or save this one to a file."));
   }
@@ -235,6 +236,7 @@ function listSaved() {
   byId("saved").replaceChildren(...(rows.length ? rows : [element("li", { class: "soft", text: "None yet." })]));
   byId("save-file").disabled = !conversation.turns.length;
   byId("delete-all").disabled = !rows.length;
+  byId("delete-votes").disabled = !myVotes().length;
 }
 
 function forget(others) {
@@ -250,6 +252,20 @@ byId("open-conversations").addEventListener("click", () => {
   byId("conversations").showModal();
 });
 byId("delete-all").addEventListener("click", () => forget(kept.allKept()));
+byId("delete-votes").addEventListener("click", async () => {
+  try {
+    for (const id of myVotes()) await withdraw(id);
+  } catch (problem) {
+    return show(byId("file-problem"), problem.message);
+  }
+  for (const other of [...kept.allKept(), conversation]) {
+    for (const turn of other.turns) delete turn.vote;
+    kept.keep(other);
+  }
+  draw();
+  listSaved();
+  announce("Your votes are deleted.");
+});
 byId("save-file").addEventListener("click", () => {
   const text = kept.toFile(conversation, settings().system, byId("model").value);
   const link = element("a", { download: "conversation.json" });

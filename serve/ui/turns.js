@@ -83,10 +83,12 @@ function answers(turns, index, actions, busy, last) {
   const item = element("li", { class: pair ? "pair" : "" }, ...boxes);
   if (!busy) {
     const again = button("Regenerate", () => actions.ask(contentOf(turns[index - 1]), index - 1));
+    const whole = turn.answers.every((answer) => !answer.stopped);
     const tools = pair ? element("div", { class: "tools choice" }) : boxes[0].querySelector(".tools");
-    if (open) tools.append(...choices(index, actions));
-    else if (last) tools.append(again);
-    if (!open) tools.append(...verdicts(turn, index, actions, pair));
+    if (last && (!open || !whole)) tools.append(again);
+    if (open && whole) tools.append(...choices(index, actions));
+    if (open) tools.append(button("Skip", () => actions.skip(index)));
+    else tools.append(...verdicts(turn, index, actions, pair, whole));
     if (pair) item.append(tools);
   }
   return item;
@@ -106,11 +108,10 @@ function choices(index, actions) {
     button("Answer 1", () => actions.vote(index, "first")),
     button("Equally good", () => actions.vote(index, "tie")),
     button("Answer 2", () => actions.vote(index, "second")),
-    button("Skip", () => actions.skip(index)),
   ];
 }
 
-function verdicts(turn, index, actions, pair) {
+function verdicts(turn, index, actions, pair, whole) {
   if (turn.vote) {
     const words = { first: "Answer 1 is better", second: "Answer 2 is better", tie: "equally good" };
     return [
@@ -119,7 +120,7 @@ function verdicts(turn, index, actions, pair) {
     ];
   }
   // The model of an answer from a file is what the file says: a vote needs one that this page has asked.
-  if (pair || turn.answers[0].loaded || !turn.answers[0].content) return [];
+  if (pair || !whole || turn.answers[0].loaded || !turn.answers[0].content) return [];
   return [
     button("Good", () => actions.vote(index, "good"), { "aria-label": "Good answer" }),
     button("Bad", () => actions.vote(index, "bad"), { "aria-label": "Bad answer" }),

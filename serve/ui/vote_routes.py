@@ -25,10 +25,13 @@ def attach_votes(app: Any) -> None:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             # Another site's page may send other types to a server without keys, and a browser would not ask first.
             raise ApiError(400, "send a vote as application/json")
-        vote = parse_vote(parse_body(await read_body(request.receive, service.config.max_body_kb << 10)))
-        # Masking a long conversation takes a moment, and other callers' streams must go on.
-        row = await asyncio.to_thread(vote_row, vote, service.pool.names, request.scope[CALLER])
-        await asyncio.to_thread(file.add, row)
+        caller = request.scope[CALLER]
+        # A vote's body takes memory, as a chat's does, so it counts in the same limits.
+        with service.limits.admit(caller, 1):
+            vote = parse_vote(parse_body(await read_body(request.receive, service.config.max_body_kb << 10)))
+            # Masking a long conversation takes a moment, and other callers' streams must go on.
+            row = await asyncio.to_thread(vote_row, vote, service.pool.names, caller)
+            await asyncio.to_thread(file.add, row)
         return JSONResponse({"id": row["id"], "object": "vote", "models": row["models"]})
 
     @app.delete(VOTES + "/{vote_id}")

@@ -1,9 +1,20 @@
 // The dialog in which a person gives a reason for a vote, and says whether the text may be kept.
 
-import { sendVote } from "./api.js";
+import { deleteVote, sendVote } from "./api.js";
 import { messagesOf } from "./conversations.js";
 import { byId, show } from "./elements.js";
 import { key } from "./settings.js";
+
+const MINE = "counsel.votes";
+
+/** The ids of the votes that were sent from this browser: a vote outlives the answer that it was about. */
+export const myVotes = () => JSON.parse(localStorage.getItem(MINE) ?? "[]");
+
+/** Delete a vote on the server, with all the text it holds. */
+export async function withdraw(id) {
+  await deleteVote(key(), id);
+  localStorage.setItem(MINE, JSON.stringify(myVotes().filter((other) => other !== id)));
+}
 
 /** The body of POST /v1/votes about turn `index`. Text is in it only with `consent`. */
 function voteOn(turns, index, choice, { consent, reasons, comment }) {
@@ -46,6 +57,7 @@ export function askForVote(turns, index, choice) {
       try {
         const given = { consent, reasons, comment: byId("comment").value.trim() };
         const { id } = await sendVote(key(), voteOn(turns, index, choice, given));
+        localStorage.setItem(MINE, JSON.stringify([...myVotes(), id]));
         finish({ id, choice });
       } catch (problem) {
         show(byId("vote-problem"), problem.message);
