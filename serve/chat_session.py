@@ -98,10 +98,11 @@ class ChatSession:
     def _answer(self, model: str) -> str:
         """Print an answer as it streams, and return it; Ctrl-C ends it early."""
         parts: list[str] = []
+        messages: Any = self.with_system()
         try:
             with self.client.chat.completions.create(
                 model=model,
-                messages=self.with_system(),  # type: ignore[arg-type]
+                messages=messages,
                 max_completion_tokens=self.max_tokens,
                 temperature=self.temperature,
                 stream=True,

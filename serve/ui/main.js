@@ -110,6 +110,7 @@ async function fill(answer, messages, controller, onText) {
         answer.model = piece.model ?? answer.model;
         answer.counsel ??= piece.counsel;
         answer.content += piece.text;
+        if (piece.atLimit) answer.atLimit = true;
         onText();
       }
       if (leftOut) answer.leftOut = leftOut;

@@ -98,6 +98,7 @@ function remarks(answer) {
   const words = [];
   if (!answer.content && !answer.stopped) words.push("The model ended its answer without a word.");
   if (answer.stopped) words.push("Not the whole answer.");
+  if (answer.atLimit) words.push("It ends here because the longest answer is reached.");
   if (answer.leftOut) words.push("The oldest turns no longer fitted the model and were left out.");
   return words.map((text) => element("p", { class: "soft", text }));
 }
