@@ -89,7 +89,7 @@ def test_options_targets_and_files_in_the_docs_exist(page: Path):
     known = options_of_ours() | OTHERS
     for line in code(page):
         said = line.partition("  #")[0]
-        if not re.match(r"(accelerate|pip|git|\.venv/bin/python -m pytest|python -m benchmarks)", said):
+        if not re.match(r"(accelerate|pip|git|docker|kubectl|\.venv/bin/python -m pytest|python -m benchmarks)", said):
             assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", said)) <= known, said
         for target in re.findall(r"\bmake ([a-z][a-z-]+)", said):
             assert re.search(rf"^{target}:", makefile, re.M), f"make {target}"

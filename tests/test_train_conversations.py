@@ -222,10 +222,13 @@ def with_second_exchange(monkeypatch) -> None:
 
     def prepared(config):
         splits, report = prepare(config)
-        for each in (row for name in ("train", "val") for row in splits[name]):
-            each["messages"] = [
-                {"role": "user", "content": each["question"]}, {"role": "assistant", "content": each["answer"]},
-                {"role": "user", "content": "thank you " + "and " * 30}, {"role": "assistant", "content": "sleep " * 9},
+        for name in ("train", "val"):
+            splits[name] = [
+                each | {"messages": [
+                    {"role": "user", "content": each["question"]}, {"role": "assistant", "content": each["answer"]},
+                    {"role": "user", "content": "thank you " + "and " * 30},
+                    {"role": "assistant", "content": "sleep " * 9},
+                ]} for each in splits[name]
             ]  # fmt: skip
         return splits, report
 

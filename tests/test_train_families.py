@@ -30,6 +30,14 @@ NOT_BUILT = ("blt", "cohere_compass_text", "dbrx", "fuyu", "gemma4_assistant", "
 NEEDS_MORE: tuple[str, ...] = ()
 
 
+pytestmark = [
+    # PEFT splits fused experts by a rank_pattern of its own, part of which matches nothing in some families.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
+    # transformers' gpt_bigcode compiles its activation with it.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+]
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny layers gain nothing from a second thread, and waiting for it takes most of the time."""

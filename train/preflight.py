@@ -9,8 +9,6 @@ import difflib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,12 +24,12 @@ from counsel.lora_layers import served_layers
 from counsel.run import Run
 from train import data, init_adapter
 from train.checklist import Checklist, Finding
+from train.disk import check_disk, check_writable
 from train.hardware import Precision, TrainHardware
 from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
 from train.prompts import TrainRows, encode, marks_replies
 from train.recipe import Recipe
 
-MIN_FREE_DISK_BYTES = 2 << 30
 # A row whose prompt alone fills max_length teaches nothing. A few are left out; more means that max_length is wrong.
 MAX_LEFT_OUT_SHARE = 0.01
 
@@ -368,35 +366,6 @@ def check_memory(
     if total > hardware.memory_bytes:
         raise UserError(f"{details}; lower batch_size or max_length, or set gradient_checkpointing")
     return details
-
-
-def check_disk(runs: Path) -> str:
-    """The run's folder can be written, and its disk has at least 2 GiB free."""
-    check_writable("runs", runs)
-    free = shutil.disk_usage(_nearest_folder(runs)).free
-    if free < MIN_FREE_DISK_BYTES:
-        raise UserError(
-            f"{_gib(free)} free at {str(runs)!r}; a run needs {_gib(MIN_FREE_DISK_BYTES)}: free some space, or choose "
-            "another --runs"
-        )
-    return f"{_gib(free)} free"
-
-
-def check_writable(option_name: str, folder: Path) -> str:
-    """`folder` is a folder in which files can be made, or can become one. Raises UserError that names the option."""
-    existing = _nearest_folder(folder)
-    if not existing.is_dir():
-        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{option_name} is {str(folder)!r}, but {str(existing)!r} is not writable; change its "
-                        "permissions, or give another folder")  # fmt: skip
-    return f"{str(folder)!r} is writable"
-
-
-def _nearest_folder(path: Path) -> Path:
-    """`path`, or its nearest parent that exists."""
-    absolute = path.absolute()
-    return next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
 
 
 def _gib(n_bytes: float) -> str:
