@@ -15,8 +15,8 @@ def check_disk(runs: Path) -> str:
     free = shutil.disk_usage(_nearest_folder(runs)).free
     if free < MIN_FREE_DISK_BYTES:
         raise UserError(
-            f"{free / 2**30:.1f} GiB free at {str(runs)!r}; a run needs {MIN_FREE_DISK_BYTES >> 30} GiB: free some space, or "
-            "choose another --runs"
+            f"{free / 2**30:.1f} GiB free at {str(runs)!r}; a run needs {MIN_FREE_DISK_BYTES >> 30} GiB: free some "
+            "space, or choose another --runs"
         )
     return f"{free / 2**30:.1f} GiB free"
 
