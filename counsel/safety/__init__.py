@@ -1,0 +1,1 @@
+"""Crisis detection on what a user writes: normalisation, features, a small classifier, and its measured figures."""
