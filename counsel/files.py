@@ -22,14 +22,19 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 
     mode: the file's permissions, before the umask.
     """
-    _write(path, [text], mode)
+    _write(path, [text.encode()], mode)
 
 
-def _write(path: Path, parts: Iterable[str], mode: int = 0o666) -> None:
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write `content` to `path` like `write_text`."""
+    _write(path, [content], mode)
+
+
+def _write(path: Path, parts: Iterable[bytes], mode: int = 0o666) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
@@ -49,7 +54,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line to `path` like `write_text`, one row at a time."""
-    _write(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    _write(path, ((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode() for row in rows))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from counsel import cli
 from counsel.cli import Command
-from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, JudgeConfig, ReportConfig
+from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, JudgeConfig, ReportConfig, SafetyConfig
 
 COMMANDS = {
     "": Command(
@@ -17,6 +17,7 @@ COMMANDS = {
     "judge": Command(
         JudgeConfig, "eval.judge.ask:judge", "let a model judge two arms' answers, and measure how far to trust it"
     ),
+    "safety": Command(SafetyConfig, "eval.safety:safety", "measure crisis detection on labelled messages, for CI"),
     "batch": Command(BatchConfig, "eval.batch:batch", "answer an OpenAI Batch file, resuming after an interruption"),
 }
 

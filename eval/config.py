@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from counsel.cli import argument, option
 from counsel.errors import UserError
-from counsel.values import NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
+from counsel.values import NonNegativeInt, PositiveFloat, PositiveInt, Share, check_bounds
 
 _URL = "http://127.0.0.1:8000/v1"
 _SIDE = "RUN or FOLDER, with :ARM if it has several"
@@ -117,6 +117,29 @@ class JudgeConfig:
         check_bounds(self)
         if len(self.arms) not in (0, 2) or len(set(self.arms)) != len(self.arms):
             raise UserError(f"arms is {','.join(self.arms)!r}; give two different ones, such as base,gentle")
+
+
+@dataclass(frozen=True)
+class SafetyConfig:
+    """On which messages crisis detection is measured, and what it must reach."""
+
+    files: tuple[str, ...] = argument(
+        "JSONL or CSV files of labelled messages, comma-separated", (), shown="the project's own held-out messages"
+    )
+    text: str = option("text", "column of the message, or in JSONL of a list of turns", metavar="COLUMN")
+    label: str = option("label", "column of the label; empty if there is none", metavar="COLUMN")
+    slice: str = option("", "column that says which kind of message it is", metavar="COLUMN", shown="the file's name")
+    labels: tuple[str, ...] = option(
+        (),
+        "what the file's labels mean, comma-separated: imminent, active, self-harm, passive, other-at-risk or none",
+        metavar="THEIRS=OURS,...",
+    )
+    misses: str = option("", "JSONL file to write the messages to that were judged wrong", metavar="FILE")
+    min_recall: Share = option(0.95, "least recall of imminent, active and self-harm")
+    max_false_positives: Annotated[float, Gt(0), Le(1)] = option(0.05, "largest share of messages without risk")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)

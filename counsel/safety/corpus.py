@@ -1,8 +1,8 @@
 """The messages written for this project that the classifier learns from and is measured on.
 
-`data/train/*.yaml` and `data/test/*.yaml` are lists of voices: an imagined author, a label and a slice, and one message
-per line. `{a|b}` stands for a choice: such a line is a template. `//` separates the turns of a conversation. No voice and
-no message of one part is in the other; a line and its variants stay together when the training part is cut further.
+`data/train/*.yaml` and `data/test/*.yaml` are lists of voices: an imagined author, a label and a slice, and one
+message per line. `{a|b}` stands for a choice: such a line is a template. `//` separates the turns of a conversation.
+No voice and no message of one part is in the other.
 """
 
 import hashlib
@@ -24,14 +24,13 @@ _VARIANTS = 5
 
 
 class Message(NamedTuple):
-    """One row. turns: the user's turns, oldest first. template: of the line that it was made from. part: train or test."""
+    """One row. turns: the user's turns, oldest first. template: a hash of the line that it was made from."""
 
     turns: tuple[str, ...]
     label: str
     slice: str
     voice: str
     template: str
-    part: str
 
     @property
     def text(self) -> str:
@@ -53,7 +52,7 @@ def read_messages(part: Literal["train", "test"]) -> list[Message]:
                 template = hashlib.sha256(line.encode()).hexdigest()[:12]
                 for text in _variants(line):
                     turns = tuple(turn.strip() for turn in text.split("//"))
-                    rows.append(Message(turns, label, voice["slice"], voice["voice"], template, part))
+                    rows.append(Message(turns, label, voice["slice"], voice["voice"], template))
     # Different templates meet in the same words; one row is enough.
     return list({normalize(row.text): row for row in reversed(rows)}.values())[::-1]
 

