@@ -83,7 +83,7 @@ def _fit(
 ) -> tuple[Classifier, float]:
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, cross_val_predict
 
     labels = np.array([row.label for row in train])
     pca = PCA(_COMPONENTS, random_state=0).fit(embedded)
@@ -92,25 +92,30 @@ def _fit(
     scales = (np.abs(rows).max(axis=0).clip(1e-6) / 127).astype(np.float32)
     rows = np.round(rows / scales).clip(-127, 127) * scales
 
-    held_out: Scores = np.full(len(train), -np.inf)
+    score: Scores = np.full(len(texts), -np.inf)
     voices = [row.voice for row in train]
-    for number, (learn, held) in enumerate(
-        GroupKFold(_FOLDS, shuffle=True, random_state=0).split(voices, groups=voices)
-    ):
+    folds = GroupKFold(_FOLDS, shuffle=True, random_state=0)
+    for number, (learn, held) in enumerate(folds.split(voices, groups=voices)):
         machine = _kernel_machine(rows, owners, labels, learn)
         of_held = np.isin(owners, held)
-        np.maximum.at(held_out, owners[of_held], machine.decision_function(rows[of_held]))
+        score[of_held] = machine.decision_function(rows[of_held])
         _say(f"fold {number + 1} of {_FOLDS}")
-    seen = np.isfinite(held_out)
-    calibration = LogisticRegression(C=1e3).fit(held_out[seen, None], labels[seen] != NONE)
-    slope, offset = float(calibration.coef_[0, 0]), float(calibration.intercept_[0])
-    cut = float(np.quantile(held_out[seen & np.isin(labels, URGENT)], 1 - _TARGET_RECALL))
-    _tell_trade_off(held_out, labels, train)
+    # Of each message, the text that decides: the machine's scores while its voice was held out, and the wording.
+    order = np.lexsort((score, owners))
+    deciding = order[np.append(owners[order][1:] != owners[order][:-1], True)]
+    stacked = np.hstack([score[:, None], rows[:, _COMPONENTS:]])
+    risk = LogisticRegression(C=1.0, max_iter=1000)
+    logits = cross_val_predict(
+        risk, stacked[deciding], labels != NONE, groups=voices, cv=folds, method="decision_function"
+    )
+    cut = float(np.quantile(logits[np.isin(labels, URGENT)], 1 - _TARGET_RECALL))
+    _tell_trade_off(logits, labels, train)
+    risk.fit(stacked[deciding], labels != NONE)
 
     machine = _kernel_machine(rows, owners, labels, np.arange(len(train)))
     risky = labels[owners] != NONE
     kind = LogisticRegression(C=3.0, max_iter=500, class_weight="balanced").fit(rows[risky], labels[owners][risky])
-    order = [list(kind.classes_).index(label) for label in RISKS]
+    kinds = [list(kind.classes_).index(label) for label in RISKS]
     classifier = Classifier(
         mean=mean,
         projection=projection,
@@ -119,13 +124,14 @@ def _fit(
         weights=machine.dual_coef_[0].astype(np.float32),
         bias=machine.intercept_.astype(np.float32),
         gamma=np.array([_GAMMA], dtype=np.float32),
-        slope=np.array([slope], dtype=np.float32),
-        offset=np.array([offset], dtype=np.float32),
-        kind_weights=kind.coef_[order].astype(np.float32),
-        kind_bias=kind.intercept_[order].astype(np.float32),
+        slope=risk.coef_[0, :1].astype(np.float32),
+        wording_slopes=risk.coef_[0, 1:].astype(np.float32),
+        offset=risk.intercept_.astype(np.float32),
+        kind_weights=kind.coef_[kinds].astype(np.float32),
+        kind_bias=kind.intercept_[kinds].astype(np.float32),
         patterns=np.array(pattern_names()),
     )
-    return classifier, float(1 / (1 + np.exp(-(slope * cut + offset))))
+    return classifier, float(1 / (1 + np.exp(-cut)))
 
 
 def _kernel_machine(rows: Matrix, owners: NDArray[np.int64], labels: NDArray[np.str_], learn: NDArray[np.int64]) -> Any:
@@ -151,13 +157,13 @@ def _kernel_machine(rows: Matrix, owners: NDArray[np.int64], labels: NDArray[np.
     return fit(np.concatenate([mine[plain], np.array(best)]))
 
 
-def _tell_trade_off(held_out: Scores, labels: NDArray[np.str_], train: Sequence[Message]) -> None:
+def _tell_trade_off(logits: Scores, labels: NDArray[np.str_], train: Sequence[Message]) -> None:
     """Print what other thresholds would give on held-out voices."""
     slices = np.array([row.slice for row in train])
-    urgent, none = held_out[np.isin(labels, URGENT)], labels == NONE
+    urgent, none = logits[np.isin(labels, URGENT)], labels == NONE
     for recall in (0.93, 0.95, 0.96, 0.97, 0.98):
         cut = np.quantile(urgent, 1 - recall)
-        shares = {name: np.mean(held_out[none & (slices == name)] >= cut) for name in sorted(set(slices[none]))}
+        shares = {name: np.mean(logits[none & (slices == name)] >= cut) for name in sorted(set(slices[none]))}
         _say(f"recall {recall} at {cut:.2f}: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
 
 

@@ -18,8 +18,8 @@ class Classifier(NamedTuple):
     """All that judging needs. Rows of features are (384 + p), projected to (d + p).
 
     mean, projection: of the embedding, (384,) and (384, d). support, scales: the kernel machine's examples as int8,
-    and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slope, offset: from its
-    score to a probability. kind_weights, kind_bias: which risk, in the order of RISKS. patterns: names of the wording features.
+    and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slope, wording_slopes,
+    offset: from its score and the wording to a probability. kind_weights, kind_bias: which risk, in the order of RISKS. patterns: names of the wording features.
     """
 
     mean: NDArray[np.float32]
@@ -30,6 +30,7 @@ class Classifier(NamedTuple):
     bias: NDArray[np.float32]
     gamma: NDArray[np.float32]
     slope: NDArray[np.float32]
+    wording_slopes: NDArray[np.float32]
     offset: NDArray[np.float32]
     kind_weights: NDArray[np.float32]
     kind_bias: NDArray[np.float32]
@@ -45,7 +46,8 @@ class Classifier(NamedTuple):
         support = self.support.astype(np.float64) * self.scales
         squared = (rows**2).sum(1)[:, None] + (support**2).sum(1)[None] - 2 * rows @ support.T
         score = np.exp(-self.gamma * np.maximum(squared, 0)) @ self.weights + self.bias
-        risk = 1 / (1 + np.exp(-(self.slope * score + self.offset)))
+        wording = features[:, len(self.mean) :] @ self.wording_slopes
+        risk = 1 / (1 + np.exp(-(self.slope * score + wording + self.offset)))
         kind = rows @ self.kind_weights.T + self.kind_bias
         kind = np.exp(kind - kind.max(axis=1, keepdims=True))
         shares: NDArray[np.float64] = risk[:, None] * kind / kind.sum(axis=1, keepdims=True)

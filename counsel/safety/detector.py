@@ -19,7 +19,7 @@ MODEL = Path(__file__).parent / "detector.npz"
 CARD = MODEL.with_name("card.json")
 # What the card must show before the detector may serve: recall of these classes, its lower bound, and false positives.
 BOUNDED = (IMMINENT, ACTIVE, SELF_HARM)
-LEAST_RECALL, LEAST_RECALL_BOUND, MOST_FALSE_POSITIVES = 0.95, 0.85, 0.05
+LEAST_RECALL, LEAST_RECALL_BOUND, MOST_FALSE_POSITIVES = 0.95, 0.8, 0.05
 # Texts of earlier turns whose probabilities are kept, so that a conversation's newest turn is all that costs time.
 _KEPT_TEXTS = 4096
 

@@ -12,7 +12,7 @@ _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00a0", "''\"\"-- 
 # One letter, then two or more times a separator and a letter: "s u i c i d e", "k.i.l.l", "d-i-e".
 _SPACED = re.compile(r"(?<![^\W_])[^\W\d_](?:([ .\-_*])[^\W\d_])(?:\1[^\W\d_])+(?![^\W_])")
 _REPEATED = re.compile(r"([a-z])\1{2,}")
-_WORD = re.compile(r"[@$]?[^\W_]+(?:[@$*']+[^\W_]+)*")
+_WORD = re.compile(r"[@$]?[^\W_]+(?:[@$*'!]+[^\W_]+)*")
 
 # Whole words of chat language and what they stand for.
 _CHAT = {
@@ -112,6 +112,9 @@ def _word(word: str) -> str:
     """One word, spelled plainly."""
     if word in _CHAT:
         return _CHAT[word]
+    if "!" in word:
+        as_letter = word.replace("!", "i")
+        return as_letter if as_letter in (*_MASKED, *_CORE) else word
     if "*" in word:
         hidden = re.compile("".join("[a-z]?[a-z]" if letter == "*" else re.escape(letter) for letter in word))
         return next((core for core in _MASKED if hidden.fullmatch(core)), word)
