@@ -19,7 +19,8 @@ class Classifier(NamedTuple):
 
     mean, projection: of the embedding, (384,) and (384, d). support, scales: the kernel machine's examples as int8,
     and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slope, wording_slopes,
-    offset: from its score and the wording to a probability. kind_weights, kind_bias: which risk, in the order of RISKS. patterns: names of the wording features.
+    offset: from its score and the wording to a probability. kind_weights, kind_bias: which risk, in the order of
+    RISKS. patterns: names of the wording features.
     """
 
     mean: NDArray[np.float32]
