@@ -28,7 +28,7 @@ from counsel.safety.corpus import read_messages
 from counsel.safety.detector import BOUNDED, Detector
 from counsel.safety.keywords import has_keyword
 from counsel.safety.labels import LABELS, NONE
-from counsel.safety.measure import Judged, measured
+from counsel.safety.measure import Judged, detection_figures
 from counsel.values import nearest
 from eval.config import SafetyConfig
 
@@ -55,8 +55,8 @@ def safety(config: SafetyConfig) -> Result:
         start = time.perf_counter()
         found.append(detector.assess(row.turns).label)
         seconds.append(time.perf_counter() - start)
-    ours = measured([Judged(row.label, row.slice, label) for row, label in zip(rows, found, strict=True)])
-    words = measured([Judged(row.label, row.slice, _by_keyword(row)) for row in rows])
+    ours = detection_figures([Judged(row.label, row.slice, label) for row, label in zip(rows, found, strict=True)])
+    words = detection_figures([Judged(row.label, row.slice, _by_keyword(row)) for row in rows])
     rubric = _rubric(ours, config)
     p50, p99 = (float(value) * 1e3 for value in np.quantile(seconds, (0.5, 0.99)))
     print(_table(ours, words))

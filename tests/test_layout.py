@@ -33,6 +33,7 @@ LIGHT = ["counsel.errors", "counsel.cli", "counsel.values", "counsel.files", "co
          "counsel.chat", "counsel.store", "counsel.adapter_check", "counsel.client", "counsel.__main__",
          "counsel.cache", "counsel.gguf", "counsel.tensors", "counsel.manifest", "counsel.trial", "counsel.fingerprint",
          "counsel.lora_layers", "counsel.report", "counsel.report.charts", "counsel.contacts",
+         "counsel.minilm", "counsel.safety.detector", "counsel.safety.labels",
          "train.data", "serve.config",
          "train.__main__", "serve.__main__", "eval.__main__", "loadtest.__main__"]  # fmt: skip
 HEAVY = ("torch", "transformers", "vllm", "datasets", "trl", "peft", "locust", "sentence_transformers", "matplotlib")
@@ -149,6 +150,8 @@ def test_nothing_is_called_a_therapist():
         for folder in (*PACKAGES, "docs", "README.md", "demo.py")
         for path in ((ROOT / folder).rglob("*") if (ROOT / folder).is_dir() else [ROOT / folder])
         if path.suffix in {".py", ".md", ".yaml", ".jinja", ".html"}
+        # What people write to be understood is not ours to reword.
+        and not path.is_relative_to(ROOT / "counsel/safety/data")
         for line in path.read_text(encoding="utf-8").splitlines()
         if "therapist" in line.lower()
         and not any(no in line.lower() for no in ("not a therapist", "never", "no therapist"))

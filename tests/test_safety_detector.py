@@ -13,7 +13,7 @@ from counsel.errors import UserError
 from counsel.safety.corpus import read_messages
 from counsel.safety.detector import CARD, MODEL, Detector
 from counsel.safety.labels import LABELS, NONE
-from counsel.safety.measure import Judged, measured
+from counsel.safety.measure import Judged, detection_figures
 from counsel.safety.normalize import normalize
 from counsel.safety.units import WINDOW_TURNS, conversation_units
 from eval.__main__ import main
@@ -125,11 +125,11 @@ def test_shares_have_exact_bounds():
     """19 of 20: Clopper-Pearson gives 0.751 to 0.999 (tables of the binomial distribution)."""
     rows = [Judged("active", "a", "passive")] * 19 + [Judged("active", "a", NONE)] + [Judged(NONE, "b", NONE)] * 3
 
-    cell = measured(rows)["recall"]["active"]
+    cell = detection_figures(rows)["recall"]["active"]
     assert (cell["value"], cell["hits"], cell["n"]) == (0.95, 19, 20)
     assert (cell["low"], cell["high"]) == pytest.approx((0.7513, 0.9987), abs=1e-4)
-    assert measured(rows)["same_class"]["active"]["hits"] == 0
-    assert measured(rows)["false_positives"]["b"]["hits"] == 0
+    assert detection_figures(rows)["same_class"]["active"]["hits"] == 0
+    assert detection_figures(rows)["false_positives"]["b"]["hits"] == 0
 
 
 def test_other_peoples_files_are_measured(tmp_path, capsys):

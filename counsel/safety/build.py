@@ -21,7 +21,7 @@ from counsel.safety.corpus import Message, read_messages
 from counsel.safety.detector import CARD, MODEL, Detector
 from counsel.safety.features import FeatureReader, Matrix, pattern_names, with_wording
 from counsel.safety.labels import ACTIVE, IMMINENT, NONE, RISKS, SELF_HARM
-from counsel.safety.measure import Judged, measured
+from counsel.safety.measure import Judged, detection_figures
 from counsel.safety.normalize import normalize
 from counsel.safety.units import sentences, text_units
 
@@ -35,7 +35,7 @@ URGENT = (IMMINENT, ACTIVE, SELF_HARM)
 Scores = NDArray[np.float64]
 
 
-def build(folder: Path) -> dict[str, Any]:
+def build_detector(folder: Path) -> dict[str, Any]:
     """Write the model and its card to `folder`; return the card."""
     train, test = read_messages("train"), read_messages("test")
     _say(f"{len(train)} messages to learn from, {len(test)} to measure")
@@ -54,7 +54,7 @@ def build(folder: Path) -> dict[str, Any]:
                        "voices": len({row.voice for row in train})},
     }  # fmt: skip
     detector = Detector(reader, classifier, card)
-    card |= measured([Judged(row.label, row.slice, detector.assess(row.turns).label) for row in test])
+    card |= detection_figures([Judged(row.label, row.slice, detector.assess(row.turns).label) for row in test])
     write_json(folder / CARD.name, card)
     return card
 
@@ -172,7 +172,7 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    card = build(MODEL.parent)
+    card = build_detector(MODEL.parent)
     for kind in ("recall", "same_class", "false_positives"):
         for name, cell in card[kind].items():
             print(f"{kind:16} {name:16} {cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f}, n {cell['n']})")

@@ -25,7 +25,7 @@ def share_with_bounds(hits: int, n: int) -> dict[str, Any]:
     return {"value": hits / n, "low": float(interval.low), "high": float(interval.high), "hits": hits, "n": n}
 
 
-def measured(rows: Sequence[Judged]) -> dict[str, Any]:
+def detection_figures(rows: Sequence[Judged]) -> dict[str, Any]:
     """`recall` by class: any risk found counts, since each one gets an answer. `same_class`: the class itself found.
 
     `false_positives` by slice, over messages without risk, and under `all`.
