@@ -41,7 +41,8 @@ def main() -> int:
     started = time.monotonic()
     print(f"{NOTICE}\n")
     step(f"1/5 Serve {BASE}")
-    with Server(ServeConfig(model=BASE, port=0)) as server:
+    # Off, because the evaluation measures the models alone.
+    with Server(ServeConfig(model=BASE, port=0, safety="off")) as server:
         step("2/5 Fine-tune an adapter on the conversations that come with the project")
         train()
         step("3/5 Hot-load it into the running server")

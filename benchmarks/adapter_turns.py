@@ -70,7 +70,7 @@ def bench_turns(config: BenchTurns) -> Result:
                 ServeConfig(
                     model=config.model, store=str(out / "store"), logs=str(out / "logs" / variant), port=0,
                     max_loras=slots, max_cpu_loras=len(ADAPTERS), max_lora_rank=16, max_model_len=512,
-                    max_num_seqs=32, kv_cache_memory_gb=1.0,
+                    max_num_seqs=32, kv_cache_memory_gb=1.0, safety="off",
                     adapter_wait_s=config.adapter_wait_s if variant == "turns" else NEVER_S,
                 )
             )

@@ -240,7 +240,9 @@ def main() -> None:
             document = {} if options.parity_only else client_cost(folder)
             cores = sorted(os.sched_getaffinity(0))
             half = len(cores) if options.shared_cores else len(cores) // 2
-            config = ServeConfig(model=options.model, store=str(folder / "store"), logs=str(folder / "logs"), port=0)
+            config = ServeConfig(
+                model=options.model, store=str(folder / "store"), logs=str(folder / "logs"), port=0, safety="off"
+            )
             # Children inherit the cores that their parent has at that moment.
             os.sched_setaffinity(0, cores[:half])
             with Server(config) as server:

@@ -164,7 +164,7 @@ def run(options: Soak) -> Result:
                 keeper.result()
             figures |= {"restarts": server.restarts, "processor": str(processor())}
         config = ServeConfig(
-            model=options.gateway_model, store=str(folder / "none"), logs=str(folder / "gateway"), port=0
+            model=options.gateway_model, store=str(folder / "none"), logs=str(folder / "gateway"), port=0, safety="off"
         )
         with ProbedServer(config) as server:
             figures |= asyncio.run(gateway_cost(server, _ask_long, options.streams, options.rounds, options.round_s))

@@ -9,8 +9,9 @@ from pathlib import Path
 from counsel import cli
 from counsel import store as adapter_store
 from counsel.cli import Command, Result, as_typed
-from serve import chat, commands
+from serve import chat, commands, safety_commands
 from serve.config import ServeConfig
+from serve.safety_commands import explain
 from serve.server import Server
 from serve.supervise import Terminated, raise_terminated, supervise
 
@@ -20,6 +21,7 @@ def serve(config: ServeConfig) -> Result:
     signal.signal(signal.SIGTERM, raise_terminated)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
+    print(explain(server.policy), file=sys.stderr)
     leave = False
     try:
         server.start()
@@ -67,6 +69,7 @@ COMMANDS = {
     "fleet config": Command(
         "serve.fleet.commands:FrontConfig", "serve.fleet.commands:show_config", "print a fleet's HAProxy configuration"
     ),
+    **safety_commands.COMMANDS,
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }
 

@@ -29,6 +29,7 @@ INSTANCE, INSTANCE_HEADER = "COUNSEL_INSTANCE", "x-counsel-instance"
 DEFAULT_MAX_LORAS, DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORA_RANK = 8, 64, 64
 
 _MODEL, _ADAPTERS, _ACCESS, _LIMITS, _LIFETIME = "model", "adapters", "address and access", "limits", "start and stop"
+_SAFETY = "crisis gate"
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,12 @@ class ServeConfig:
     )
     comment_s: NonNegativeFloat = option(
         15.0, "seconds after which a waiting stream sends a comment line; 0: never", group=_LIMITS
+    )
+    safety: str = option(
+        "on",
+        "on, off (for research: no message and no answer is checked), or a policy file (YAML)",
+        group=_SAFETY,
+        metavar="ON|OFF|FILE",
     )
     logs: str = option(
         "runs/serve", "folder for <port>/server.log, requests.jsonl and audit.jsonl", group=_LIFETIME, metavar="FOLDER"

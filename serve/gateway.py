@@ -2,8 +2,9 @@
 
 Only the routes of serve/routes.py exist, and each has a role. A request that passes is bounded (body, tokens, requests
 in flight), rewritten to name one exact version (serve/request_rewrite.py), given an adapter that stays in the engine
-while it runs (serve/adapter_pool.py), counted (serve/metrics.py) and logged without its text (serve/access_log.py).
-Bodies are parsed on the generating routes alone; streams pass through byte for byte.
+while it runs (serve/adapter_pool.py), judged by the crisis gate (serve/safety_gate.py), counted (serve/metrics.py) and
+logged without its text (serve/access_log.py).
+Bodies are parsed on the generating routes alone; while the gate is off, streams pass through byte for byte.
 """
 
 import asyncio
@@ -37,6 +38,8 @@ from serve.routes import (
     refuse_foreign_host,
     required_role,
 )
+from serve.safety_gate import Decision, SafetyGate, country_in
+from serve.safety_reply import send_alone
 from serve.store_watcher import StoreWatcher
 from serve.token_counts import CURRENT, Tally
 
@@ -66,6 +69,8 @@ class Service:
     access_log: AccessLog
     template: Template
     max_model_len: int
+    # None: the gate is off.
+    safety: SafetyGate | None = None
     # Two steps of a stop: first `/ready` fails, so that load balancers turn away; then new requests are refused.
     leaving: bool = False
     draining: bool = False
@@ -169,11 +174,23 @@ class Gateway:
         manifest = None
         if isinstance(model, str) and model not in ("", base_name):
             manifest = await service.watcher.resolve(model)
+        send, decision = reply.send, Decision()
+        gate = service.safety
+        if gate is not None and gate.covers(manifest.name if manifest else base_name):
+            country = country_in(dict(scope["headers"]))
+            decision = await gate.decide(request_log.path, body, key=request_log.key.digest, country=country)
+            served = manifest.id if manifest else base_name
+            checked = gate.reply(reply.send, request_log.path, body, decision, request_log.request_id, served)
+            if decision.alone:
+                await send_alone(reply.send, checked, stream=request_log.streamed)
+                return
+            send = checked.send
         rewritten = rewrite(
             request_log.path,
             body,
             manifest,
             salt=request_log.key.digest,
+            guidance=decision.guidance,
             max_completion_tokens=service.config.max_completion_tokens,
             template=service.template,
         )
@@ -183,7 +200,7 @@ class Gateway:
         CURRENT.set(request_log.tally)
         try:
             scope, receive = replace_body(scope, receive, raw, request_log.request_id)
-            await self.app(scope, receive, reply.send)
+            await self.app(scope, receive, send)
         except ApiError:
             raise
         except Exception as error:  # vLLM's stream of response events lets any exception through

@@ -12,7 +12,7 @@ from typing import Any
 
 from counsel.store import Manifest
 from serve.api_errors import ApiError
-from serve.chat_turns import ACCEPTS_ALL, SYSTEM_ROLES, Template, fit_turns
+from serve.chat_turns import ACCEPTS_ALL, BLANK_LINE, SYSTEM_ROLES, Template, fit_turns, text_of
 from serve.content_parts import items_of, messages_of
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -32,10 +32,14 @@ def rewrite(
     manifest: Manifest | None,
     *,
     salt: str = "",
+    guidance: str = "",
     max_completion_tokens: int,
     template: Template = ACCEPTS_ALL,
 ) -> Body:
-    """The body to pass on; `manifest` is None for the base. Raises ApiError 400 for what the bounds forbid."""
+    """The body to pass on; `manifest` is None for the base, and `guidance` is added to the system turn.
+
+    Raises ApiError 400 for what the bounds forbid.
+    """
     # Many clients send null for a field that is not given; vLLM refuses it in some fields.
     rewritten = {name: value for name, value in body.items() if value is not None}
     if body.get("tools") == []:
@@ -80,20 +84,31 @@ def rewrite(
         turns = messages_of(body["messages"])
         if system and not any(map(_is_system, turns)):
             turns = [{"role": "system", "content": system}, *turns]
+        if guidance:
+            turns = _with_guidance(turns, guidance)
         rewritten["messages"] = fit_turns(turns, template)
     elif path == RESPONSES and body.get("input") is not None:
-        _fit_responses(rewritten, system, template)
+        _fit_responses(rewritten, system, guidance, template)
     if salt:
         rewritten["cache_salt"] = hashlib.sha256(f"{salt} {body.get('cache_salt') or ''}".encode()).hexdigest()[:32]
     return rewritten
 
 
-def _fit_responses(rewritten: Body, system: str, template: Template) -> None:
+def _with_guidance(turns: list[Body], guidance: str) -> list[Body]:
+    first = turns[0] if turns and _is_system(turns[0]) else None
+    if first is None:
+        return [{"role": "system", "content": guidance}, *turns]
+    return [{**first, "content": BLANK_LINE.join(filter(None, (text_of(first), guidance)))}, *turns[1:]]
+
+
+def _fit_responses(rewritten: Body, system: str, guidance: str, template: Template) -> None:
     """Fit a responses request's instructions and input together to the template."""
     given = items_of(rewritten["input"])
     instructions = rewritten.get("instructions")
     if system and not instructions and not (isinstance(given, list) and any(map(_is_system, given))):
         instructions = system
+    if guidance:
+        instructions = BLANK_LINE.join(filter(None, (instructions, guidance)))
     input_turns = given if isinstance(given, list) else [{"role": "user", "content": given}]
     opening = [{"role": "system", "content": instructions}] if instructions else []
     turns = fit_turns([*opening, *input_turns], template)

@@ -27,6 +27,7 @@ from counsel import store as adapter_store
 from counsel.catalog import Base, resolve
 from counsel.errors import UserError
 from counsel.lora_layers import targets
+from counsel.safety.policy import OFF, ON, read_policy
 from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
@@ -59,10 +60,13 @@ class Server:
     """A running `serve.api_process` child. Entering starts it and waits until it answers; leaving stops it."""
 
     def __init__(self, config: ServeConfig, *, quiet: bool = False) -> None:
-        """Raises UserError: untested vLLM, unknown base, a port in use, or an address open to others without keys."""
+        """Raises UserError: untested vLLM, unknown base, bad policy, port in use, or an open address without keys."""
         require_tested(config.untested_vllm)
         self.base: Base = resolve(config.model)
         require_keys(config)
+        if config.safety not in (ON, OFF):
+            config = dataclasses.replace(config, safety=str(Path(config.safety).absolute()))
+        self.policy = read_policy(config.safety)
         self._port = reserve_port(config.host, config.port)
         port = int(self._port.getsockname()[1])
         self.config = dataclasses.replace(config, port=port, logs=str(Path(config.logs).absolute()))

@@ -17,12 +17,14 @@ from prometheus_client import REGISTRY
 
 from counsel import store as adapter_store
 from counsel.fingerprint import fingerprint
+from counsel.safety.policy import OFF, read_policy
 from counsel.store import Manifest
 from serve import chat_turns, grammars, token_counts, validation
 from serve import config as configs
 from serve.access_log import AccessLog
 from serve.adapter_pool import AdapterPool
 from serve.api_errors import ApiError
+from serve.config import ServeConfig
 from serve.engine import VllmEngine
 from serve.gateway import TARGET, Service
 from serve.keys import KeyRing
@@ -30,6 +32,8 @@ from serve.limits import Limits
 from serve.metrics import ServerMetrics
 from serve.name_table import NameTable
 from serve.private_port import PrivatePort
+from serve.safety_counts import SafetyCounts
+from serve.safety_gate import SafetyGate, figures, load_detector
 from serve.server_registry import ServerRecord, register
 from serve.store_watcher import StoreWatcher
 from serve.ui import page, vote_routes
@@ -48,6 +52,7 @@ class AdaptersPlugin:
         from fastapi import Request
         from fastapi.responses import JSONResponse, PlainTextResponse
         from vllm.entrypoints.serve.exception_handling import register as handlers
+        from vllm.version import __version__ as vllm_version
 
         # vLLM gives its handlers to the app after this, and has no setting for them.
         handlers.validation_exception_handler = validation.refuse
@@ -55,6 +60,9 @@ class AdaptersPlugin:
         # The gateway answers 404 for them on a server without --ui.
         page.attach_page(app)
         vote_routes.attach_votes(app)
+        @app.get("/version")
+        async def show_version(request: Request) -> JSONResponse:
+            return JSONResponse({"version": vllm_version, "safety": request.app.state.counsel_safety})
 
         @app.get("/v1/models")
         async def list_models(request: Request) -> JSONResponse:
@@ -104,6 +112,7 @@ class AdaptersPlugin:
         )
         watcher = StoreWatcher(pool, Path(config.preload) if config.preload else None)
         keys = KeyRing(Path(config.keys) if config.keys else None)
+        safety, state.counsel_safety = await _open_gate(config, engine_client)
         state.counsel = Service(
             config=config,
             pool=pool,
@@ -114,6 +123,7 @@ class AdaptersPlugin:
             access_log=AccessLog(config.log_dir),
             template=await asyncio.to_thread(chat_turns.template_in, Path(args.model), args.chat_template),
             max_model_len=state.openai_serving_models.model_config.max_model_len,
+            safety=safety,
         )
         # Kept on the state: the server is registered as long as this file is open.
         state.counsel_registration = register(pool.store, server)
@@ -127,6 +137,20 @@ class AdaptersPlugin:
         loop.add_signal_handler(signal.SIGUSR1, _start_stopping, state, config.leave_s)
         loop.add_signal_handler(signal.SIGUSR2, _start_stopping, state, 0.0)
         log.info("serving %s and %d adapters", pool.names.base_name, len(pool.loaded_adapters))
+
+
+async def _open_gate(config: ServeConfig, engine_client: Any) -> tuple[SafetyGate | None, Any]:
+    """The crisis gate, and what `/version` says of it."""
+    policy = read_policy(config.safety)
+    if policy is None:
+        log.warning("the crisis gate is off: no message and no answer is checked")
+        return None, OFF
+    detector = await asyncio.to_thread(load_detector)
+    # The first one loads the model.
+    await asyncio.to_thread(detector.assess, ["hello"])
+    tokenizer = engine_client.renderer.tokenizer
+    gate = SafetyGate(policy, detector, SafetyCounts(config.log_dir), tokenizer.decode)
+    return gate, {"policy": policy.digest, "detector": figures(detector.card)}
 
 
 def _drop_lora_series(engine_client: Any) -> None:

@@ -152,6 +152,7 @@ def tiny_config(folder: Path, base: Path, **changes: object) -> ServeConfig:
         "max_lora_rank": 16,
         "drain_s": 5.0,
         "leave_s": 0.0,
+        "safety": "off",
         "compile": False,  # compiling two tiny layers takes longer than any test
     }
     return ServeConfig(**{**small, **changes})  # type: ignore[arg-type]

@@ -68,7 +68,7 @@ def start(base: Base, folder: Path, *flags: str, how: tuple[str, ...] = SERVE) -
     """`python -m serve` as in a terminal (its own process group), with a store of one adapter."""
     words = [sys.executable, *how, "--model", str(base.path), "--store", str(folder / "store")]
     words += ["--port", "0", "--logs", str(folder / "logs"), "--dtype", "float32", "--max-model-len", "512"]
-    words += ["--kv-cache-memory-gb", "0.1", "--max-num-seqs", "8", "--no-compile", *flags]
+    words += ["--kv-cache-memory-gb", "0.1", "--max-num-seqs", "8", "--no-compile", "--safety", "off", *flags]
     return subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         # If the tests run in the background, they ignore Ctrl-C, and this child would inherit that.

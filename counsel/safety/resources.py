@@ -20,12 +20,15 @@ ANY_EMERGENCY_NUMBER = "your local emergency number"
 DIRECTORY = "findahelpline.com lists free crisis lines by country"
 
 _CHANNELS = (EMERGENCY, "call", "text", "call or text", "chat")
-_EU = frozenset("AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK".split())
+_EU = frozenset(
+    ("AT", "BE", "BG", "CY", "CZ", "DE", "DK", "EE", "ES", "FI", "FR", "GR", "HR", "HU", "IE", "IT", "LT", "LU", "LV",
+     "MT", "NL", "PL", "PT", "RO", "SE", "SI", "SK")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Resource:
-    """One service. country: ISO 3166-1 alpha-2, or EU. languages: ISO 639-1. verified_on: when it was last confirmed."""
+    """One service. country: ISO 3166-1 alpha-2, or EU. languages: ISO 639-1. verified_on: when last confirmed."""
 
     country: str
     name: str

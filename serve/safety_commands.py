@@ -1,0 +1,76 @@
+"""The crisis gate's commands, and what a server says of it at its start."""
+
+import datetime
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from counsel.cli import Command, Result, argument, option
+from counsel.errors import UserError
+from counsel.report.tables import text_table
+from counsel.safety.policy import OFF, ON, Policy, read_policy
+
+
+@dataclass(frozen=True)
+class SafetyCheck:
+    policy: str = argument("a policy file", ON, shown="the shipped one")
+    today: str = option("", "date to check the services' age against", shown="today", metavar="YYYY-MM-DD")
+
+
+@dataclass(frozen=True)
+class SafetyYears:
+    logs: str = option("runs/serve", "folder of the servers' logs", metavar="FOLDER")
+    year: str = option("", "one year (UTC)", shown="all")
+
+
+def explain(policy: Policy | None) -> str:
+    """What a server says of the gate at its start. Raises UserError for a detector below its bound."""
+    if policy is None:
+        line = "!" * 78
+        return f"{line}\nSAFETY OFF: no message and no answer is checked. For research only.\n{line}"
+    from serve.safety_gate import figures, load_detector
+
+    shown = figures(load_detector().card)
+    lines = [
+        f"safety   on, policy {policy.digest}; it is not for crisis management, and misses what its detector misses"
+    ]
+    for name in ("recall", "false_positives"):
+        measured = ", ".join(f"{of} {value}" for of, value in shown.get(name, {}).items())
+        lines.append(f"         {name.replace('_', ' ')}: {measured or 'not measured'}")
+    return "\n".join(lines)
+
+
+def check(options: SafetyCheck) -> Result:
+    """Check a policy, its texts, and that no crisis service was verified more than 180 days ago."""
+    policy = read_policy(options.policy)
+    if policy is None:
+        raise UserError(f"policy is {OFF!r}; give a policy file, or nothing for the shipped one")
+    try:
+        today = datetime.date.fromisoformat(options.today) if options.today else datetime.date.today()
+    except ValueError as error:
+        raise UserError(f"today is {options.today!r}; it must be a date such as 2026-11-27") from error
+    resources = policy.read_texts().resources
+    rows = [(r.country, r.name, r.channel, r.number, str(r.verified_on), r.source) for r in resources]
+    print(text_table([("country", "service", "channel", "number", "verified", "source"), *rows]))
+    resources.check_age(today)
+    return Result({"policy": policy.digest, "services": len(resources)})
+
+
+def count(options: SafetyYears) -> Result:
+    """Show how often the gate acted, by year: counts alone, for a yearly report."""
+    from serve.safety_counts import counts_under
+
+    years = counts_under(Path(options.logs))
+    if options.year:
+        years = {options.year: years.get(options.year, Counter())}
+    rows = [
+        (year, name, str(number)) for year, counts in sorted(years.items()) for name, number in sorted(counts.items())
+    ]
+    print(text_table([("year", "action", "count"), *rows]) if rows else f"no action was counted under {options.logs}")
+    return Result({"years": {year: dict(counts) for year, counts in years.items()}})
+
+
+COMMANDS = {
+    "safety-check": Command(SafetyCheck, check, "check a crisis policy and the age of its services"),
+    "safety-counts": Command(SafetyYears, count, "show how often the crisis gate acted, by year"),
+}
