@@ -39,7 +39,7 @@ from serve.routes import (
     required_role,
 )
 from serve.safety_gate import Decision, SafetyGate, country_in
-from serve.safety_reply import send_alone
+from serve.safety_reply import CheckedReply, send_alone
 from serve.store_watcher import StoreWatcher
 from serve.token_counts import CURRENT, Tally
 
@@ -175,12 +175,10 @@ class Gateway:
         if isinstance(model, str) and model not in ("", base_name):
             manifest = await service.watcher.resolve(model)
         send, decision = reply.send, Decision()
-        gate = service.safety
-        if gate is not None and gate.covers(manifest.name if manifest else base_name):
-            country = country_in(dict(scope["headers"]))
-            decision = await gate.decide(request_log.path, body, key=request_log.key.digest, country=country)
-            served = manifest.id if manifest else base_name
-            checked = gate.reply(reply.send, request_log.path, body, decision, request_log.request_id, served)
+        if service.safety is not None and service.safety.covers(manifest.name if manifest else base_name):
+            decision, checked = await _judge(
+                service.safety, request_log, body, scope, reply, manifest.id if manifest else base_name
+            )
             if decision.alone:
                 await send_alone(reply.send, checked, stream=request_log.streamed)
                 return
@@ -208,6 +206,21 @@ class Gateway:
         finally:
             if loaded is not None:
                 pool.release(loaded)
+
+
+async def _judge(
+    gate: SafetyGate, request_log: RequestLog, body: Body, scope: Scope, reply: Reply, model: str
+) -> tuple[Decision, CheckedReply]:
+    """The crisis gate's decision about a request, and the output check of its reply."""
+    path = request_log.path
+    try:
+        country = country_in(dict(scope["headers"]))
+        decision = await gate.decide(path, body, key=request_log.key.digest, country=country)
+        return decision, gate.reply(reply.send, path, body, decision, request_log.request_id, model)
+    except ApiError:
+        raise
+    except Exception as error:  # not even a text of ours can be made: nothing is answered
+        raise _as_api_error(error, request_log.request_id) from error
 
 
 async def _send_comments(reply: Reply, every_s: float) -> None:

@@ -23,7 +23,7 @@ class SafetyYears:
     year: str = option("", "one year (UTC)", shown="all")
 
 
-def explain(policy: Policy | None) -> str:
+def safety_lines(policy: Policy | None) -> str:
     """What a server says of the gate at its start. Raises UserError for a detector below its bound."""
     if policy is None:
         line = "!" * 78
@@ -40,7 +40,7 @@ def explain(policy: Policy | None) -> str:
     return "\n".join(lines)
 
 
-def check(options: SafetyCheck) -> Result:
+def check_policy(options: SafetyCheck) -> Result:
     """Check a policy, its texts, and that no crisis service was verified more than 180 days ago."""
     policy = read_policy(options.policy)
     if policy is None:
@@ -56,7 +56,7 @@ def check(options: SafetyCheck) -> Result:
     return Result({"policy": policy.digest, "services": len(resources)})
 
 
-def count(options: SafetyYears) -> Result:
+def show_counts(options: SafetyYears) -> Result:
     """Show how often the gate acted, by year: counts alone, for a yearly report."""
     from serve.safety_counts import counts_under
 
@@ -71,6 +71,6 @@ def count(options: SafetyYears) -> Result:
 
 
 COMMANDS = {
-    "safety-check": Command(SafetyCheck, check, "check a crisis policy and the age of its services"),
-    "safety-counts": Command(SafetyYears, count, "show how often the crisis gate acted, by year"),
+    "safety-check": Command(SafetyCheck, check_policy, "check a crisis policy and the age of its services"),
+    "safety-counts": Command(SafetyYears, show_counts, "show how often the crisis gate acted, by year"),
 }

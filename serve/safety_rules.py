@@ -24,7 +24,7 @@ _SENTENCE_END = regex.compile(r"[.!?]+[\"'”’)*_]*(?=\s)|\n")
 _GONE = "…"
 
 
-class Rule(NamedTuple):
+class OutputRule(NamedTuple):
     """name: also the name of its text. ends: whether nothing more of the answer leaves after it.
 
     after, unless: what the text before the match must, or must not, end in.
@@ -44,9 +44,9 @@ class Rule(NamedTuple):
         return self.unless is None or not self.unless.search(before, timeout=SEARCH_S)
 
 
-def _rule(name: str, *patterns: str, after: str = "", unless: str = "", ends: bool = False) -> Rule:
+def _rule(name: str, *patterns: str, after: str = "", unless: str = "", ends: bool = False) -> OutputRule:
     text = "|".join(f"(?:{pattern})" for pattern in patterns)
-    return Rule(
+    return OutputRule(
         name, ends, _compiled(text), _compiled(f"(?:{after})$") if after else None,
         _compiled(f"(?:{unless})$") if unless else None,
     )  # fmt: skip
@@ -257,7 +257,7 @@ class TextCheck:
     def _step(self, out: list[str], last: bool) -> bool:
         """Decide on more of the text; True if a rule matched, and there may be more to decide."""
         start, hold = self.decided, len(self.raw)
-        first: tuple[int, int, Rule] | None = None
+        first: tuple[int, int, OutputRule] | None = None
         for rule in RULES:
             begin, end, partial = self._find(rule, start, last)
             if len(self.raw) - end < _AHEAD_CHARS and not last:
@@ -276,7 +276,7 @@ class TextCheck:
         self.decided, self.ended, self._skipping = end, rule.ends, not rule.ends
         return True
 
-    def _find(self, rule: Rule, start: int, last: bool) -> tuple[int, int, bool]:
+    def _find(self, rule: OutputRule, start: int, last: bool) -> tuple[int, int, bool]:
         """Where the rule first matches, or may when more text comes: begin, end, and whether it only may."""
         place, n = start, len(self.raw)
         while place < n:
@@ -292,14 +292,14 @@ class TextCheck:
             place = match.start() + 1
         return n, n, False
 
-    def _earlier_partial(self, rule: Rule, start: int, stop: int) -> regex.Match[str] | None:
+    def _earlier_partial(self, rule: OutputRule, start: int, stop: int) -> regex.Match[str] | None:
         for place in range(start, stop):
             match = rule.pattern.match(self.raw, place, partial=True, timeout=SEARCH_S)
             if match is not None and match.partial and rule.applies(self.raw, place):
                 return match
         return None
 
-    def _instead(self, rule: Rule, before: str) -> str:
+    def _instead(self, rule: OutputRule, before: str) -> str:
         """The reviewed text in a paragraph of its own; once per answer."""
         if rule.name in self.fired:
             return f"{_GONE} "

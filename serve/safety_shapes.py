@@ -77,11 +77,11 @@ def head_of(path: str, request_id: str, model: str) -> Body:
     return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def chunk(path: str, head: Body, index: int, text: str, finish: str | None = None, **more: Any) -> bytes:
-    """One event of a chat or completions stream. `more`: further top-level fields."""
+def chunk(path: str, head: Body, index: int, text: str, finish: str | None = None, *, field: Body) -> bytes:
+    """One event of a chat or completions stream, with the reply's field `counsel_safety`."""
     said: Body = {"delta": {"role": "assistant", "content": text}} if path == CHAT else {"text": text}
     choice = {"index": index, **said, "logprobs": None, "finish_reason": finish}
-    return event({**head, "choices": [choice], **more})
+    return event({**head, "choices": [choice], FIELD: field})
 
 
 def event(data: Any, kind: str = "") -> bytes:

@@ -1,8 +1,8 @@
 """The output check of a chat or completions stream: events leave as they came, once their words may.
 
 Each event waits until every word in it is decided (serve/safety_rules.py); then it leaves byte for byte, with its
-log-probabilities. When a rule matches, the rest of that answer is written anew, without them. Tool calls, and answers of
-a required form, leave when their answer is complete. Anything that is not understood raises ValueError.
+log-probabilities. When a rule matches, the rest of that answer is written anew, without them. Tool calls, and answers
+of a required form, leave when their answer is complete. Anything that is not understood raises ValueError.
 """
 
 import json
@@ -76,8 +76,8 @@ class StreamCheck:
     def failed(self, text: str) -> list[bytes]:
         """The stream's end after a fault: `text` in every answer that has not ended."""
         open_answers = [index for index, answer in self._answers.items() if not answer.finished]
-        more: Body = {FIELD: self.verdict.field()}
-        return [*(chunk(self.path, self.head, index, text, FILTERED, **more) for index in open_answers), DONE]
+        field = self.verdict.field()
+        return [*(chunk(self.path, self.head, index, text, FILTERED, field=field) for index in open_answers), DONE]
 
 
 class _Answer:
@@ -134,8 +134,8 @@ class _Answer:
     def _opening(self, raw: bytes, pieces: dict[Place, str]) -> list[bytes]:
         if not self.stream.prefix:
             return []
-        prefix = chunk(self.stream.path, self.stream.head, self.index, self.stream.prefix,
-                       **{FIELD: self.stream.verdict.field()})  # fmt: skip
+        stream = self.stream
+        prefix = chunk(stream.path, stream.head, self.index, stream.prefix, field=stream.verdict.field())
         # A chat's first event only names the role.
         return [raw, prefix] if not pieces and b'"role"' in raw else [prefix]
 

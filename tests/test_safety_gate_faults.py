@@ -1,0 +1,173 @@
+"""The crisis gate fails closed: a fault at any of its calls and awaits lets no unchecked word leave."""
+
+import collections
+import json
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import serve.safety_gate
+from serve.safety_rules import check_text
+from tests.gated import (
+    CHAT,
+    COMPLETIONS,
+    HEAD,
+    RESPONSES,
+    Gated,
+    Reply,
+    body_of,
+    chat_events,
+    completion_events,
+    response_events,
+    sse,
+)
+from tests.test_safety_gate import body_for
+
+FOLDER = Path(serve.safety_gate.__file__).parent
+STREAMS = {CHAT: chat_events, COMPLETIONS: completion_events, RESPONSES: response_events}
+PIECES = ["Rest", " well. I'm", " a licensed", " psycho", "logist. I", " care."]
+FORBIDDEN = (b"psycho", b"logist")
+
+
+class InjectedError(Exception):
+    """The fault."""
+
+
+class Faults:
+    """Raises at the `number`th call or resumed await in the gate's modules, calls into C included."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.raised_in = ""
+
+    def __call__(self, frame: FrameType, kind: str, what: Any) -> None:
+        if kind not in ("call", "c_call"):
+            return
+        path = Path(frame.f_code.co_filename)
+        if path.parent != FOLDER or not path.name.startswith("safety_"):
+            return
+        if frame.f_code.co_name == "<genexpr>":
+            # Closing one is a call too, in which Python swallows what is raised.
+            return
+        self.left -= 1
+        if self.left < 0 and not self.raised_in:
+            self.raised_in = frame.f_code.co_name
+            raise InjectedError
+
+
+def run(folder: Path, number: int, path: str, answer: Any, text: str, stream: bool) -> tuple[Gated, Faults]:
+    gated, faults = Gated(folder), Faults(number)
+    sys.setprofile(faults)
+    try:
+        gated.ask(path, answer, **body_for(path, text, stream=stream))
+    except InjectedError:
+        assert faults.raised_in
+    finally:
+        sys.setprofile(None)
+    return gated, faults
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_fault_lets_an_unchecked_word_leave(tmp_path, path, stream):
+    """One request per call or await of the gate, with a fault at exactly that one.
+
+    Each ends in the answer as checked, in the safe text with an alarm, or in an error without any word of the model.
+    """
+    answer = STREAMS[path](PIECES) if stream else body_of(path, "".join(PIECES))
+    outcomes: collections.Counter[str] = collections.Counter()
+    number = 0
+    while True:
+        gated, faults = run(tmp_path / str(number), number, path, answer, "#active", stream)
+        if not faults.raised_in:
+            break
+        texts = gated.gate.texts
+        rules = {name: texts.render(name, "") for name in ("clinician", "human", "diagnosis", "medication", "method",
+                                                           "encouragement")}  # fmt: skip
+        allowed, safe = check_text("".join(PIECES), rules).left, texts.render("unchecked", "")
+        raw = b"".join(m.get("body", b"") for m in gated.messages)
+        assert not any(word in raw for word in FORBIDDEN), (number, faults.raised_in)
+        outcomes[_outcome(gated, raw, safe, allowed)] += 1
+        number += 1
+    assert outcomes["safe text"] > 0.5 * number, outcomes
+    assert number > 50
+
+
+def _outcome(gated: Gated, raw: bytes, safe: str, allowed: str) -> str:
+    status = next((m["status"] for m in gated.messages if m["type"] == "http.response.start"), None)
+    if status is None or status >= 500:
+        assert b"Rest" not in raw
+        return "error"
+    said = Reply(gated.messages).said() if raw else ""
+    crisis = gated.gate.texts.render("active", "") + "\n\n"
+    rest = said.removeprefix(crisis)
+    alarms = sum(
+        sample.value for metric in gated.registry.collect() for sample in metric.samples
+        if sample.name == "counsel_safety_alarms_total"
+    )  # fmt: skip
+    if safe in rest:
+        assert allowed.startswith(rest.removesuffix(safe)), rest
+        assert alarms >= 1
+        return "safe text"
+    assert allowed.startswith(rest), rest
+    return "as checked" if rest == allowed else "cut"
+
+
+@pytest.mark.parametrize("fails", [ValueError("canary"), MemoryError(), TimeoutError(), KeyError("canary")])
+def test_a_detector_that_raises_gives_the_safe_text_alone(tmp_path, fails, caplog):
+    """Whatever it raises; the model is not asked, and the log does not quote it."""
+    gated = Gated(tmp_path)
+
+    def fail() -> None:
+        raise fails
+
+    gated.detector.fails = fail
+    for path, make in STREAMS.items():
+        for stream in (True, False):
+            answer = make(PIECES) if stream else body_of(path, "".join(PIECES))
+            reply = gated.ask(path, answer, **body_for(path, "canary", stream=stream))
+            assert reply.said() == gated.gate.texts.render("unchecked", "")
+            assert reply.headers[b"x-counsel-safety"] == b"unchecked"
+    assert gated.asked == []
+    assert "canary" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"data: {\n\n",
+        b'data: {"choices": 5}\n\n',
+        b"junk\n\n",
+        sse({**HEAD, "choices": [{"index": 7, "delta": {"content": "SECRET"}, "finish_reason": None}]}),
+        sse({**HEAD, "choices": [{"index": 0, "delta": {}, "secret": "SECRET", "finish_reason": None}]}),
+        b'data: {"choices": [{"delta": {"content": "SECRET"',
+    ],
+)
+def test_an_event_that_is_not_understood_ends_the_stream(tmp_path, broken):
+    """With the safe text, an end for each answer and [DONE]; nothing after it leaves."""
+    gated = Gated(tmp_path)
+    events = [*chat_events(["Hello there.", " And so on."])[:2], broken, *chat_events(["SECRET"])[1:]]
+    reply = gated.ask(CHAT, events, **body_for(CHAT, "x", stream=True))
+    safe = gated.gate.texts.render("unchecked", "")
+    assert reply.said().endswith(safe)
+    assert b"SECRET" not in reply.raw
+    assert reply.finishes() == ["content_filter"]
+    assert reply.raw.count(b"[DONE]") == 1
+    assert reply.ended
+    assert gated.count("alarms", checker="output", reason="error") == 1
+
+
+def test_a_rule_that_takes_too_long_ends_the_answer(tmp_path, monkeypatch):
+    """`regex` raises TimeoutError; the alarm says so."""
+
+    def slow(*given: object, **named: object) -> None:
+        raise TimeoutError
+
+    gated = Gated(tmp_path)
+    monkeypatch.setattr("serve.safety_rules.TextCheck._find", slow)
+    reply = gated.ask(CHAT, body_of(CHAT, "SECRET"), **body_for(CHAT, "x"))
+    assert json.loads(reply.raw)["choices"][0]["message"]["content"] == gated.gate.texts.render("unchecked", "")
+    assert gated.count("alarms", checker="output", reason="timeout") == 1
