@@ -35,7 +35,11 @@ def safety_lines(policy: Policy | None) -> str:
         f"safety   on, policy {policy.digest}; it is not for crisis management, and misses what its detector misses"
     ]
     for name in ("recall", "false_positives"):
-        measured = ", ".join(f"{of} {value}" for of, value in shown.get(name, {}).items())
+        cells = shown.get(name, {})
+        measured = ", ".join(
+            f"{of} {cell['value']:.2f} ({cell['low']:.2f} to {cell['high']:.2f}, n {cell['n']})"
+            for of, cell in cells.items()
+        )
         lines.append(f"         {name.replace('_', ' ')}: {measured or 'not measured'}")
     return "\n".join(lines)
 

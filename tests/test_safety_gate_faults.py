@@ -3,14 +3,13 @@
 import collections
 import json
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
 import serve.safety_gate
-from serve.safety_rules import check_text
+from serve.safety_rules import RULES, check_text
 from tests.gated import (
     CHAT,
     COMPLETIONS,
@@ -26,7 +25,7 @@ from tests.gated import (
 )
 from tests.test_safety_gate import body_for
 
-FOLDER = Path(serve.safety_gate.__file__).parent
+MODULES = serve.safety_gate.__file__.removesuffix("gate.py")
 STREAMS = {CHAT: chat_events, COMPLETIONS: completion_events, RESPONSES: response_events}
 PIECES = ["Rest", " well. I'm", " a licensed", " psycho", "logist. I", " care."]
 FORBIDDEN = (b"psycho", b"logist")
@@ -37,63 +36,72 @@ class InjectedError(Exception):
 
 
 class Faults:
-    """Raises at the `number`th call or resumed await in the gate's modules, calls into C included."""
+    """Raises at the `number`th call or resumed await in the gate's modules, calls into C included; None: at none.
 
-    def __init__(self, number: int) -> None:
-        self.left = number
-        self.raised_in = ""
+    sites: where each of them was, in order.
+    """
+
+    def __init__(self, number: int | None) -> None:
+        self.number, self.sites, self.raised = number, [], False  # type: ignore[var-annotated]
 
     def __call__(self, frame: FrameType, kind: str, what: Any) -> None:
         if kind not in ("call", "c_call"):
             return
-        path = Path(frame.f_code.co_filename)
-        if path.parent != FOLDER or not path.name.startswith("safety_"):
+        file = frame.f_code.co_filename
+        if not file.startswith(MODULES):
             return
         if frame.f_code.co_name == "<genexpr>":
             # Closing one is a call too, in which Python swallows what is raised.
             return
-        self.left -= 1
-        if self.left < 0 and not self.raised_in:
-            self.raised_in = frame.f_code.co_name
+        self.sites.append((file, frame.f_lineno, frame.f_lasti, kind))
+        if len(self.sites) - 1 == self.number:
+            self.raised = True
             raise InjectedError
 
 
-def run(folder: Path, number: int, path: str, answer: Any, text: str, stream: bool) -> tuple[Gated, Faults]:
-    gated, faults = Gated(folder), Faults(number)
+def run(gated: Gated, number: int | None, path: str, answer: Any, stream: bool) -> Faults:
+    faults = Faults(number)
     sys.setprofile(faults)
     try:
-        gated.ask(path, answer, **body_for(path, text, stream=stream))
+        gated.ask(path, answer, **body_for(path, "#active", stream=stream))
     except InjectedError:
-        assert faults.raised_in
+        assert faults.raised
     finally:
         sys.setprofile(None)
-    return gated, faults
+    return faults
 
 
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize("stream", [True, False])
-def test_no_fault_lets_an_unchecked_word_leave(tmp_path, path, stream):
-    """One request per call or await of the gate, with a fault at exactly that one.
+@pytest.mark.parametrize("every", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_no_fault_lets_an_unchecked_word_leave(tmp_path, path, stream, every):
+    """One request per call or await of the gate, with a fault at exactly that one: at every, or the last of each place.
 
     Each ends in the answer as checked, in the safe text with an alarm, or in an error without any word of the model.
     """
+    gated = Gated(tmp_path)
     answer = STREAMS[path](PIECES) if stream else body_of(path, "".join(PIECES))
+    texts = gated.gate.texts
+    rules = {rule.name: texts.render(rule.name, "") for rule in RULES}
+    allowed, safe = check_text("".join(PIECES), rules).left, texts.render("unchecked", "")
+    sites = run(gated, None, path, answer, stream).sites
+    numbers = range(len(sites)) if every else sorted({site: n for n, site in enumerate(sites)}.values())
     outcomes: collections.Counter[str] = collections.Counter()
-    number = 0
-    while True:
-        gated, faults = run(tmp_path / str(number), number, path, answer, "#active", stream)
-        if not faults.raised_in:
-            break
-        texts = gated.gate.texts
-        rules = {name: texts.render(name, "") for name in ("clinician", "human", "diagnosis", "medication", "method",
-                                                           "encouragement")}  # fmt: skip
-        allowed, safe = check_text("".join(PIECES), rules).left, texts.render("unchecked", "")
+    for number in numbers:
+        alarms = _alarms(gated)
+        assert run(gated, number, path, answer, stream).raised
         raw = b"".join(m.get("body", b"") for m in gated.messages)
-        assert not any(word in raw for word in FORBIDDEN), (number, faults.raised_in)
-        outcomes[_outcome(gated, raw, safe, allowed)] += 1
-        number += 1
-    assert outcomes["safe text"] > 0.5 * number, outcomes
-    assert number > 50
+        assert not any(word in raw for word in FORBIDDEN), sites[number]
+        outcome = _outcome(gated, raw, safe, allowed)
+        outcomes[outcome] += 1
+        assert outcome != "safe text" or _alarms(gated) > alarms, sites[number]
+    assert len(numbers) > 50
+    assert outcomes["safe text"] > len(numbers) / 2, outcomes
+
+
+def _alarms(gated: Gated) -> float:
+    samples = [sample for metric in gated.registry.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples if sample.name == "counsel_safety_alarms_total")
 
 
 def _outcome(gated: Gated, raw: bytes, safe: str, allowed: str) -> str:
@@ -102,15 +110,9 @@ def _outcome(gated: Gated, raw: bytes, safe: str, allowed: str) -> str:
         assert b"Rest" not in raw
         return "error"
     said = Reply(gated.messages).said() if raw else ""
-    crisis = gated.gate.texts.render("active", "") + "\n\n"
-    rest = said.removeprefix(crisis)
-    alarms = sum(
-        sample.value for metric in gated.registry.collect() for sample in metric.samples
-        if sample.name == "counsel_safety_alarms_total"
-    )  # fmt: skip
+    rest = said.removeprefix(gated.gate.texts.render("active", "") + "\n\n")
     if safe in rest:
         assert allowed.startswith(rest.removesuffix(safe)), rest
-        assert alarms >= 1
         return "safe text"
     assert allowed.startswith(rest), rest
     return "as checked" if rest == allowed else "cut"
