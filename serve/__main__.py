@@ -11,7 +11,7 @@ from counsel import store as adapter_store
 from counsel.cli import Command, Result, as_typed
 from serve import chat, commands, safety_commands
 from serve.config import ServeConfig
-from serve.safety_commands import safety_lines
+from serve.safety_commands import OFF_LINES, safety_lines
 from serve.server import Server
 from serve.supervise import Terminated, raise_terminated, supervise
 
@@ -21,10 +21,13 @@ def serve(config: ServeConfig) -> Result:
     signal.signal(signal.SIGTERM, raise_terminated)
     server = Server(config)
     print(server.plan().explain(), file=sys.stderr)
-    print(safety_lines(server.policy), file=sys.stderr)
+    if server.policy is None:
+        print(OFF_LINES, file=sys.stderr)
     leave = False
     try:
         server.start()
+        if server.policy is not None:
+            print(safety_lines(server.config.log_dir), file=sys.stderr)
         print(_welcome(server), file=sys.stderr, flush=True)
         supervise(server, threading.Event())
     except KeyboardInterrupt as signalled:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 from counsel.cli import Command, Result, argument, option
 from counsel.errors import UserError
+from counsel.files import read_json
 from counsel.report.tables import text_table
-from counsel.safety.policy import OFF, ON, Policy, read_policy
+from counsel.safety.policy import OFF, ON, read_policy
+
+# What a server with the gate on writes to its logs, and `/version` shows.
+SHOWN = "safety.json"
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,17 @@ class SafetyYears:
     year: str = option("", "one year (UTC)", shown="all")
 
 
-def safety_lines(policy: Policy | None) -> str:
-    """What a server says of the gate at its start. Raises UserError for a detector below its bound."""
-    if policy is None:
-        line = "!" * 78
-        return f"{line}\nSAFETY OFF: no message and no answer is checked. For research only.\n{line}"
-    from serve.safety_gate import figures, load_detector
+OFF_LINES = "\n".join(("!" * 78, "SAFETY OFF: no message and no answer is checked. For research only.", "!" * 78))
 
-    shown = figures(load_detector().card)
-    lines = [
-        f"safety   on, policy {policy.digest}; it is not for crisis management, and misses what its detector misses"
-    ]
+
+def safety_lines(log_dir: Path) -> str:
+    """What a started server says of its gate: the policy, and the detector's measured figures, from `log_dir`."""
+    shown = read_json(log_dir / SHOWN)
+    lines = [f"safety   on, policy {shown['policy']}; not for crisis management: it misses what its detector misses"]
     for name in ("recall", "false_positives"):
-        cells = shown.get(name, {})
         measured = ", ".join(
             f"{of} {cell['value']:.2f} ({cell['low']:.2f} to {cell['high']:.2f}, n {cell['n']})"
-            for of, cell in cells.items()
+            for of, cell in shown["detector"].get(name, {}).items()
         )
         lines.append(f"         {name.replace('_', ' ')}: {measured or 'not measured'}")
     return "\n".join(lines)

@@ -114,7 +114,7 @@ def response_of(head: Body, status: str, output: list[Body]) -> Body:
 
 def message_item(head: Body, text: str) -> Body:
     """An output item of ours in a response."""
-    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+    part: Body = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
     return {
         "id": f"msg_safety_{head['id']}", "type": "message", "role": "assistant", "status": "completed",
         "content": [part],

@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import REGISTRY
 
 from counsel import store as adapter_store
+from counsel.files import write_json
 from counsel.fingerprint import fingerprint
 from counsel.safety.policy import OFF, read_policy
 from counsel.store import Manifest
@@ -32,6 +33,7 @@ from serve.limits import Limits
 from serve.metrics import ServerMetrics
 from serve.name_table import NameTable
 from serve.private_port import PrivatePort
+from serve.safety_commands import SHOWN
 from serve.safety_counts import SafetyCounts
 from serve.safety_gate import SafetyGate, figures, load_detector
 from serve.server_registry import ServerRecord, register
@@ -60,6 +62,7 @@ class AdaptersPlugin:
         # The gateway answers 404 for them on a server without --ui.
         page.attach_page(app)
         vote_routes.attach_votes(app)
+
         @app.get("/version")
         async def show_version(request: Request) -> JSONResponse:
             return JSONResponse({"version": vllm_version, "safety": request.app.state.counsel_safety})
@@ -150,7 +153,9 @@ async def _open_gate(config: ServeConfig, engine_client: Any) -> tuple[SafetyGat
     await asyncio.to_thread(detector.assess, ["hello"])
     tokenizer = engine_client.renderer.tokenizer
     gate = SafetyGate(policy, detector, SafetyCounts(config.log_dir), tokenizer.decode)
-    return gate, {"policy": policy.digest, "detector": figures(detector.card)}
+    shown = {"policy": policy.digest, "detector": figures(detector.card)}
+    await asyncio.to_thread(write_json, config.log_dir / SHOWN, shown)
+    return gate, shown
 
 
 def _drop_lora_series(engine_client: Any) -> None:

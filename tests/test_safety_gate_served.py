@@ -7,6 +7,7 @@ import pytest
 
 from counsel.client import make_client
 from counsel.safety.policy import read_policy
+from serve.safety_commands import safety_lines
 from serve.server import Server
 from tests.conftest import tiny_config
 
@@ -29,7 +30,7 @@ def shown_before(text: str) -> set[str]:
 @pytest.mark.parametrize("ask", [CRISIS, CALM])
 @pytest.mark.parametrize("n", [1, 3])
 def test_chat_and_completions(gated, ask, n):
-    """The client reads every chunk; a crisis is answered with services first, in each of n answers, and then goes on."""
+    """The client reads every chunk; in a crisis, services come first in each of n answers, which then go on."""
     client = make_client(gated.base_url)
     more = {"n": n, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     chat = {"model": gated.base.name, "messages": [{"role": "user", "content": ask}], **more}
@@ -70,6 +71,7 @@ def test_responses(gated, ask):
 
 def test_version_and_headers_say_that_it_is_on(gated):
     root = gated.base_url.removesuffix("/v1")
+    assert read_policy("on").digest in safety_lines(gated.config.log_dir)
     version = httpx.get(f"{root}/version").json()
     assert version["safety"]["policy"] == read_policy("on").digest
     body = {"model": gated.base.name, "messages": [{"role": "user", "content": CALM}], "max_tokens": 2}
