@@ -11,7 +11,7 @@ import fnmatch
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from counsel.safety.detector import Assessment, Detector
@@ -135,7 +135,10 @@ class SafetyGate:
         if decision.disclosure:
             self.counts.action(DISCLOSED, decision.disclosure)
         if decision.prefix and is_structured(body):
-            raise _refusal(decision)
+            if decision.action in (CRISIS, UNCHECKED):
+                raise _refusal(decision)
+            # A disclosure alone: the header has it.
+            decision = replace(decision, prefix="")
         return decision
 
     def reply(self, send: Send, path: str, body: Body, decision: Decision, request_id: str, model: str) -> CheckedReply:

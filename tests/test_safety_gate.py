@@ -254,6 +254,8 @@ def test_a_required_form_passes_or_is_refused_in_one_line(tmp_path, stream):
     answer = chat_events(list(text)) if stream else body_of(CHAT, text)
     reply = gated.ask(CHAT, answer, **body_for(CHAT, "hello", **form))
     assert reply.raw == (b"".join(answer) if stream else json.dumps(answer).encode())
+    asked = gated.ask(CHAT, answer, **body_for(CHAT, "are you human?", **form))
+    assert (asked.raw, asked.headers[b"x-counsel-disclosure"]) == (reply.raw, b"asked")
     harmful = '{"a": "you should kill\\nyourself"}'
     answer = chat_events(list(harmful)) if stream else body_of(CHAT, harmful)
     reply = gated.ask(CHAT, answer, **body_for(CHAT, "hello", **form))
