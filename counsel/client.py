@@ -6,16 +6,15 @@ Retries are off: a measurement or a test must see every failure.
 import contextlib
 import json
 import os
-import urllib.parse
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import openai
 
 from counsel.errors import UserError
+from counsel.values import BASE_URL, checked_url
 
 API_KEY = "COUNSEL_API_KEY"
-BASE_URL = "http://127.0.0.1:8000/v1"
 
 # A server that takes longer than this for its list of models is not ready.
 _LIST_TIMEOUT_S = 10.0
@@ -57,18 +56,6 @@ def make_async_client(base_url: str = BASE_URL, api_key: str = "", timeout_s: fl
     return openai.AsyncOpenAI(
         base_url=checked_url(base_url), api_key=_key(api_key), max_retries=0, timeout=_timeout(timeout_s)
     )
-
-
-def checked_url(url: str) -> str:
-    """`url`, if a client can call it; raises UserError otherwise."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        callable_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        callable_url = False
-    if not callable_url:
-        raise UserError(f"url is {url!r}; it must be like {BASE_URL}")
-    return url
 
 
 def list_models(client: openai.OpenAI) -> ServerModels:

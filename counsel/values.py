@@ -13,12 +13,15 @@ import math
 import operator
 import types
 import typing
+import urllib.parse
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from counsel.errors import UserError
+
+BASE_URL = "http://127.0.0.1:8000/v1"
 
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
@@ -164,3 +167,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     known = list(allowed)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def checked_url(url: str) -> str:
+    """`url`, if a client can call it; raises UserError otherwise."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        callable_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        callable_url = False
+    if not callable_url:
+        raise UserError(f"url is {url!r}; it must be like {BASE_URL}")
+    return url

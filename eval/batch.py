@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from counsel.cli import Result, load_config
-from counsel.client import BASE_URL, make_async_client
+from counsel.client import make_async_client
 from counsel.errors import UserError
 from counsel.files import read_jsonl, write_jsonl
+from counsel.values import BASE_URL
 from eval.config import BatchConfig
 from eval.requests import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog, read_rows

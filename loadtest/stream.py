@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, cast
 import httpx2
 import openai
 
-from counsel.client import API_KEY, checked_url
+from counsel.client import API_KEY
+from counsel.values import checked_url
 from loadtest.records import COMPLETE, RequestRecord
 from loadtest.scenario import Scenario
 

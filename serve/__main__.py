@@ -9,9 +9,10 @@ from pathlib import Path
 from counsel import cli
 from counsel import store as adapter_store
 from counsel.cli import Command, Result, as_typed
-from serve import chat, commands, safety_commands
+from serve import chat, commands
 from serve.config import ServeConfig
-from serve.safety_commands import OFF_LINES, safety_lines
+from serve.safety import commands as safety_commands
+from serve.safety.commands import OFF_LINES, safety_lines
 from serve.server import Server
 from serve.supervise import Terminated, raise_terminated, supervise
 

@@ -2,7 +2,7 @@
 
 Only the routes of serve/routes.py exist, and each has a role. A request that passes is bounded (body, tokens, requests
 in flight), rewritten to name one exact version (serve/request_rewrite.py), given an adapter that stays in the engine
-while it runs (serve/adapter_pool.py), judged by the crisis gate (serve/safety_gate.py), counted (serve/metrics.py) and
+while it runs (serve/adapter_pool.py), judged by the crisis gate (serve/safety/gate.py), counted (serve/metrics.py) and
 logged without its text (serve/access_log.py).
 Bodies are parsed on the generating routes alone; while the gate is off, streams pass through byte for byte.
 """
@@ -38,8 +38,8 @@ from serve.routes import (
     refuse_foreign_host,
     required_role,
 )
-from serve.safety_gate import Decision, SafetyGate, country_in
-from serve.safety_reply import CheckedReply, send_alone
+from serve.safety.gate import Decision, SafetyGate, country_in
+from serve.safety.reply import CheckedReply, send_alone
 from serve.store_watcher import StoreWatcher
 from serve.token_counts import CURRENT, Tally
 

@@ -33,9 +33,9 @@ from serve.limits import Limits
 from serve.metrics import ServerMetrics
 from serve.name_table import NameTable
 from serve.private_port import PrivatePort
-from serve.safety_commands import SHOWN
-from serve.safety_counts import SafetyCounts
-from serve.safety_gate import SafetyGate, figures, load_detector
+from serve.safety.commands import SHOWN
+from serve.safety.counts import SafetyCounts
+from serve.safety.gate import SafetyGate, figures, load_detector
 from serve.server_registry import ServerRecord, register
 from serve.store_watcher import StoreWatcher
 from serve.ui import page, vote_routes

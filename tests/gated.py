@@ -18,8 +18,8 @@ from serve.config import ServeConfig
 from serve.gateway import Gateway, Service
 from serve.keys import KeyRing
 from serve.limits import Limits
-from serve.safety_counts import SafetyCounts
-from serve.safety_gate import SafetyGate
+from serve.safety.counts import SafetyCounts
+from serve.safety.gate import SafetyGate
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "base"}

@@ -46,7 +46,7 @@ def test_a_request_leaves_the_limits_however_it_ends(messages, runs_before, in_f
         service = SimpleNamespace(
             draining=False, limits=limits, pool=SimpleNamespace(names=SimpleNamespace(base_name="tiny")),
             config=SimpleNamespace(max_body_kb=64, max_completion_tokens=16, comment_s=60.0), template=ACCEPTS_ALL,
-            metrics=SimpleNamespace(in_flight=gauge, answered=lambda *_: None), max_model_len=64,
+            metrics=SimpleNamespace(in_flight=gauge, answered=lambda *_: None), max_model_len=64, safety=None,
         )  # fmt: skip
         request_log = RequestLog("1", "POST", "/v1/chat/completions", SimpleNamespace(name="key", digest=""))
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from counsel.safety.labels import RISKS
-from serve.safety_rules import RULES, TextCheck, check_text
+from serve.safety.rules import RULES, TextCheck, check_text
 from tests.gated import (
     CHAT,
     COMPLETIONS,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import serve.safety_gate
-from serve.safety_rules import RULES, check_text
+import serve.safety.gate
+from serve.safety.rules import RULES, check_text
 from tests.gated import (
     CHAT,
     COMPLETIONS,
@@ -25,7 +25,7 @@ from tests.gated import (
 )
 from tests.test_safety_gate import body_for
 
-MODULES = serve.safety_gate.__file__.removesuffix("gate.py")
+MODULES = serve.safety.gate.__file__.removesuffix("gate.py")
 STREAMS = {CHAT: chat_events, COMPLETIONS: completion_events, RESPONSES: response_events}
 PIECES = ["Rest", " well. I'm", " a licensed", " psycho", "logist. I", " care."]
 FORBIDDEN = (b"psycho", b"logist")
@@ -169,7 +169,7 @@ def test_a_rule_that_takes_too_long_ends_the_answer(tmp_path, monkeypatch):
         raise TimeoutError
 
     gated = Gated(tmp_path)
-    monkeypatch.setattr("serve.safety_rules.TextCheck._find", slow)
+    monkeypatch.setattr("serve.safety.rules.TextCheck._find", slow)
     reply = gated.ask(CHAT, body_of(CHAT, "SECRET"), **body_for(CHAT, "x"))
     assert json.loads(reply.raw)["choices"][0]["message"]["content"] == gated.gate.texts.render("unchecked", "")
     assert gated.count("alarms", checker="output", reason="timeout") == 1

@@ -7,7 +7,7 @@ import pytest
 
 from counsel.client import make_client
 from counsel.safety.policy import read_policy
-from serve.safety_commands import safety_lines
+from serve.safety.commands import safety_lines
 from serve.server import Server
 from tests.conftest import tiny_config
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from counsel.cli import load_config, option
-from counsel.client import checked_url
 from counsel.errors import UserError
 from counsel.safety.labels import RISKS
 from counsel.safety.resources import SHIPPED as SHIPPED_RESOURCES
 from counsel.safety.resources import read_resources
 from counsel.safety.texts import Texts, read_texts
-from counsel.values import NonNegativeFloat, PositiveFloat, PositiveInt, Share, check_bounds
+from counsel.values import NonNegativeFloat, PositiveFloat, PositiveInt, Share, check_bounds, checked_url
 
 ON, OFF = "on", "off"
 _SCOPE, _DETECTION, _GUARD = "scope", "detection", "guard model"

@@ -22,14 +22,14 @@ from serve.chat_turns import SYSTEM_ROLES, text_of
 from serve.content_parts import items_of, messages_of
 from serve.reply import Send
 from serve.request_rewrite import CHAT, COMPLETIONS, RESPONSES, Body
-from serve.safety_counts import SafetyCounts
-from serve.safety_disclosure import ASKED, Disclosures
-from serve.safety_guard import Guard
-from serve.safety_reply import HEADER, CheckedReply, Headers
-from serve.safety_rules import RULES
-from serve.safety_shapes import head_of, is_structured, number_of_choices
-from serve.safety_stream import Verdict
-from serve.safety_webhook import Webhook
+from serve.safety.counts import SafetyCounts
+from serve.safety.disclosure import ASKED, Disclosures
+from serve.safety.guard import Guard
+from serve.safety.reply import HEADER, CheckedReply, Headers
+from serve.safety.rules import RULES
+from serve.safety.shapes import head_of, is_structured, number_of_choices
+from serve.safety.stream import Verdict
+from serve.safety.webhook import Webhook
 
 log = logging.getLogger("vllm.counsel")
 

@@ -1,4 +1,4 @@
-"""The output check of a /v1/responses stream: the same as serve/safety_stream.py, in that API's events.
+"""The output check of a /v1/responses stream: the same as serve/safety/stream.py, in that API's events.
 
 A text before the answer is an output item of its own, in front of the model's. Events that repeat a text when it is
 done repeat what has left of it.
@@ -9,8 +9,8 @@ from collections import deque
 from typing import Any
 
 from serve.request_rewrite import Body
-from serve.safety_rules import TextCheck, WholeCheck, check_text
-from serve.safety_shapes import (
+from serve.safety.rules import TextCheck, WholeCheck, check_text
+from serve.safety.shapes import (
     FIELD,
     FILTERED,
     Place,
@@ -21,7 +21,7 @@ from serve.safety_shapes import (
     words_in,
     words_replaced,
 )
-from serve.safety_stream import Verdict
+from serve.safety.stream import Verdict
 
 _OPENING = ("response.created", "response.queued", "response.in_progress")
 _SPOKEN = ("response.output_text", "response.reasoning_text", "response.reasoning_summary_text", "response.refusal",

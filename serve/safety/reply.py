@@ -11,9 +11,9 @@ from typing import Any
 
 from serve.reply import Message, Send
 from serve.request_rewrite import RESPONSES, Body
-from serve.safety_responses import ResponsesCheck
-from serve.safety_shapes import FIELD, FILTERED, message_item, whole_body, words_in, words_replaced
-from serve.safety_stream import StreamCheck, Verdict
+from serve.safety.responses import ResponsesCheck
+from serve.safety.shapes import FIELD, FILTERED, message_item, whole_body, words_in, words_replaced
+from serve.safety.stream import StreamCheck, Verdict
 
 log = logging.getLogger("vllm.counsel")
 

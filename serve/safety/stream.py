@@ -1,6 +1,6 @@
 """The output check of a chat or completions stream: events leave as they came, once their words may.
 
-Each event waits until every word in it is decided (serve/safety_rules.py); then it leaves byte for byte, with its
+Each event waits until every word in it is decided (serve/safety/rules.py); then it leaves byte for byte, with its
 log-probabilities. When a rule matches, the rest of that answer is written anew, without them. Tool calls, and answers
 of a required form, leave when their answer is complete. Anything that is not understood raises ValueError.
 """
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from serve.request_rewrite import Body
-from serve.safety_rules import TextCheck, WholeCheck
-from serve.safety_shapes import DONE, FIELD, FILTERED, SPOKEN, Place, chunk, event, words_in
+from serve.safety.rules import TextCheck, WholeCheck
+from serve.safety.shapes import DONE, FIELD, FILTERED, SPOKEN, Place, chunk, event, words_in
 
 
 class Verdict:

@@ -61,7 +61,7 @@ def check_policy(options: SafetyCheck) -> Result:
 
 def show_counts(options: SafetyYears) -> Result:
     """Show how often the gate acted, by year: counts alone, for a yearly report."""
-    from serve.safety_counts import counts_under
+    from serve.safety.counts import counts_under
 
     years = counts_under(Path(options.logs))
     if options.year:
