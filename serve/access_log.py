@@ -33,6 +33,11 @@ class AccessLog:
         """Log an admin action, or an attempt at one."""
         _write(self._audit, row)
 
+    def close(self) -> None:
+        """Close both files."""
+        self._requests.close()
+        self._audit.close()
+
 
 def _write(handler: logging.FileHandler, row: dict[str, Any]) -> None:
     path = Path(handler.baseFilename)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ class Gated:
         self.folder = folder
         self.asked: list[dict[str, Any]] = []
         self.access_log = AccessLog(folder)
+        weakref.finalize(self, self.access_log.close)
         # What was sent of the last reply.
         self.messages: list[Any] = []
         self.policy = Policy(**policy)

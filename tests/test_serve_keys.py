@@ -115,7 +115,9 @@ def test_a_file_that_is_not_a_key_file_is_an_error(tmp_path):
 
 def test_an_admin_action_is_logged_whatever_its_target(tmp_path):
     """An unpaired surrogate in a name must not keep a row out of the audit log."""
-    AccessLog(tmp_path).audit(target="\ud800")
+    log = AccessLog(tmp_path)
+    log.audit(target="\ud800")
+    log.close()
     assert json.loads((tmp_path / "audit.jsonl").read_text())["target"] == "\ud800"
 
 
@@ -126,6 +128,7 @@ def test_a_row_is_written_after_its_folder_was_deleted(tmp_path):
     shutil.rmtree(tmp_path / "logs")
     log.request(number=2)
     log.audit(number=3)
+    log.close()
     numbers = [
         json.loads((tmp_path / "logs" / name).read_text())["number"] for name in ("requests.jsonl", "audit.jsonl")
     ]
@@ -141,6 +144,7 @@ def test_callers_without_a_key_cannot_fill_the_disk(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.glob("requests*")) == ["requests.jsonl", "requests.jsonl.1"]
     assert all(path.stat().st_size <= 10_000 for path in tmp_path.glob("requests*"))
     assert json.loads((tmp_path / "requests.jsonl").read_text().splitlines()[-1])["number"] == 999
+    log.close()
 
 
 @pytest.mark.parametrize(
