@@ -21,6 +21,7 @@ OURS = re.compile(rf"^(?:counsel|python -m|\.venv/bin/counsel) ({'|'.join(FOLDER
 OTHERS = {
     "--block-size", "--enable-auto-tool-choice", "--tool-call-parser", "--distributed-executor-backend", "--worker-cls",
     "--config_file", "--num_processes", "--no-stream", "--version", "--help", "--scheduler-cls", "--model-impl",
+    "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port", "--no-build-isolation",
 }  # fmt: skip
 # Files that a run or a user makes, and folders of other programs.
 MADE = ("runs/", "store/", "org/", "base/", "data/", "~/", "<", "v1/")

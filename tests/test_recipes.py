@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import Gemma2Config, LlamaConfig
 
 from counsel.cli import load_config
 from counsel.errors import UserError
 from counsel.lora_layers import Layers, served_layers
 from tests.tiny import tiny_base, tiny_gpt2
 from train.checklist import Finding
-from train.hardware import TrainHardware, choose_precision, detect_training_hardware
+from train.hardware import TrainHardware, attention_for, choose_precision, detect_training_hardware
 from train.lora import needed_rank
 from train.preflight import check_recipe
 from train.recipe import RECIPES, Recipe
@@ -21,6 +22,7 @@ from train.recipe import RECIPES, Recipe
 SHIPPED = sorted(RECIPES.glob("*.yaml"), key=lambda path: path.stem)
 CPU = TrainHardware("cpu", "two cores", bf16=True, memory_bytes=24 << 30)
 GPU = TrainHardware("cuda", "a GPU", bf16=True, memory_bytes=24 << 30)
+FLASH_GPU = replace(GPU, flash_attention=True)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -314,6 +316,43 @@ def test_sdpa_is_refused_for_gemma_2(tmp_path):
 
     assert "eager" in findings(base, tmp_path, attn_implementation="sdpa")["attention"].seen
     assert findings(base, tmp_path, attn_implementation="eager")["attention"].ok
+
+
+def test_packing_without_flash_attention_is_refused_where_asked_for_and_downgraded_where_missing(llama, tmp_path):
+    """A recipe that packs with sdpa is wrong on every machine. One that asks for FlashAttention runs, padded."""
+    for attention in ("sdpa", "eager"):
+        refused = findings(llama, tmp_path, packing=True, attn_implementation=attention)["attention"]
+        assert not refused.ok
+        assert f"packing with {attention} costs loss; use attn_implementation: flash_attention_2" in refused.seen
+    wanted = {"packing": True, "attn_implementation": "flash_attention_2"}
+    assert findings(llama, tmp_path, **wanted)["attention"].seen == "sdpa"
+    assert findings(llama, tmp_path, hardware=FLASH_GPU, **wanted)["attention"].seen == "flash_attention_2, rows packed"
+    with pytest.raises(UserError, match="--strict: asked flash_attention_2, used sdpa"):
+        choose_precision(Recipe(**wanted, strict=True), GPU)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "why"),
+    [
+        (GPU, "the package flash-attn is not installed"),
+        (replace(FLASH_GPU, bf16=False), "FlashAttention needs a CUDA card with bfloat16"),
+        (CPU, "FlashAttention needs a CUDA card with bfloat16"),
+    ],
+)
+def test_where_flash_attention_is_missing_each_base_gets_an_attention_that_is_right_for_it(hardware, why):
+    """sdpa, but eager for Gemma 2, whose cap sdpa drops; what was asked for otherwise stays."""
+    capped, plain = Gemma2Config(), LlamaConfig()
+    packed = Recipe(attn_implementation="flash_attention_2", packing=True)
+    precision = choose_precision(packed, hardware)
+
+    assert (attention_for(precision, capped), attention_for(precision, plain)) == ("eager", "sdpa")
+    assert [(d.asked, d.because) for d in precision.downgrades if d.asked == "flash_attention_2"] == [
+        ("flash_attention_2", why)
+    ]
+    assert not precision.packing
+    whole = choose_precision(packed, FLASH_GPU)
+    assert (attention_for(whole, capped), whole.packing, whole.downgrades) == ("flash_attention_2", True, ())
+    assert attention_for(choose_precision(Recipe(attn_implementation="eager"), FLASH_GPU), plain) == "eager"
 
 
 def test_a_template_that_breaks_the_prompt_is_refused(tmp_path):

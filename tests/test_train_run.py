@@ -11,7 +11,7 @@ from counsel.errors import UserError
 from counsel.files import read_json, read_jsonl, write_jsonl
 from counsel.store import find
 from tests.tiny import tiny_base
-from tests.train_runs import finished_run, flags_of, recipe_for, run_command
+from tests.train_runs import finished_run, flags_of, losses, recipe_for, run_command
 from train.recipe import Recipe
 
 
@@ -138,6 +138,7 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     from counsel.run import Run
     from train.data import evenly_spaced
     from train.prompts import examples
+    from train.sft import train
 
     # Seven validation rows in batches of three: two processes would fill the last round with five repeated rows.
     recipe = recipe_for(base, tmp_path, samples=0, max_val_rows=7, val_share=0.2)
@@ -158,6 +159,11 @@ def test_two_processes_train_one_adapter(base, tmp_path):
     assert len(rows) == 7
     expected = mean_answer_loss(plain, AutoTokenizer.from_pretrained(base), rows, recipe.max_length)
     assert document["val_loss_base"] == pytest.approx(expected, rel=1.5e-3)  # bfloat16
+    # Two processes with a batch each make the steps of one process with two batches.
+    one = replace(recipe, runs=str(tmp_path / "one"), store="", gradient_accumulation_steps=2)
+    assert train(one)["val_loss"] == pytest.approx(document["val_loss"], rel=0.01)
+    shared, alone = ([loss for _, loss, *_ in losses(each) if loss is not None] for each in (recipe, one))
+    assert shared == pytest.approx(alone, rel=0.01)
 
 
 def test_a_base_whose_layers_mix_rows_is_trained_by_trl(base, tmp_path, capsys):

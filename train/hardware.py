@@ -2,18 +2,18 @@
 
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from counsel.errors import UserError
 from counsel.processor import processor
-from train.recipe import Recipe
+from train.recipe import FLASH, Recipe
 
 
 @dataclass(frozen=True)
 class TrainHardware:
     """What training can use here. memory_bytes: of the GPU, or of the machine on a CPU.
 
-    sharded: accelerate launched this process with FSDP.
+    sharded: accelerate launched this process with FSDP. flash_attention: the package flash-attn works here.
     """
 
     device: str
@@ -22,6 +22,7 @@ class TrainHardware:
     memory_bytes: int
     processes: int = 1
     sharded: bool = False
+    flash_attention: bool = False
 
 
 class Downgrade(NamedTuple):
@@ -43,19 +44,25 @@ class Precision:
     dtype: str
     load_in_4bit: bool
     optimizer: str
+    attention: str
+    packing: bool
     downgrades: tuple[Downgrade, ...]
 
 
 def detect_training_hardware() -> TrainHardware:
     """This machine as torch sees it."""
     import torch
+    from transformers.utils import is_flash_attn_2_available
 
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        bf16 = torch.cuda.is_bf16_supported()
-        return TrainHardware("cuda", properties.name, bf16, properties.total_memory, processes, sharded)
+        # Emulated, which is what older cards answer otherwise, it is slower than float32.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return TrainHardware(
+            "cuda", properties.name, bf16, properties.total_memory, processes, sharded, is_flash_attn_2_available()
+        )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # The same choice as the server's, so that an adapter is trained in the precision in which it is served.
     cpu = processor()
@@ -87,8 +94,33 @@ def choose_precision(recipe: Recipe, hardware: TrainHardware) -> Precision:
         if ("paged" in optimizer or "8bit" in optimizer) and not recipe.force_4bit:
             optimizer = "adamw_torch_fused"
             downgrades.append(Downgrade(recipe.optim, optimizer, "paging and 8-bit states save CUDA memory only"))
+    attention, packing = recipe.attn_implementation, recipe.packing
+    if attention == FLASH and not (hardware.flash_attention and dtype == "bfloat16"):
+        attention = "sdpa"
+        why = (
+            "FlashAttention needs a CUDA card with bfloat16"
+            if hardware.device != "cuda" or dtype != "bfloat16"
+            else "the package flash-attn is not installed"
+        )
+        downgrades.append(Downgrade(FLASH, "sdpa, or eager where the base caps its attention scores", why))
+        if packing:
+            packing = False
+            because = (
+                "packing without FlashAttention costs loss; a step has fewer rows: raise gradient_accumulation_steps"
+            )
+            downgrades.append(Downgrade("packing", "padded batches", because))
     if recipe.strict and downgrades:
         raise UserError(
             f"--strict: {'; '.join(map(str, downgrades))}; run on a CUDA machine, change the recipe, or drop --strict"
         )
-    return Precision(hardware.device, dtype, load_in_4bit, optimizer, tuple(downgrades))
+    return Precision(hardware.device, dtype, load_in_4bit, optimizer, attention, packing, tuple(downgrades))
+
+
+def score_cap(config: Any) -> float | None:
+    """At what a base caps its attention scores, as Gemma 2 does; None if it does not."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def attention_for(precision: Precision, config: Any) -> str:
+    """The attention that a base gets. sdpa drops a cap on the scores, so where sdpa only stands in, eager does."""
+    return "eager" if precision.attention == "sdpa" and score_cap(config) else precision.attention

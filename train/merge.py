@@ -11,6 +11,7 @@ from counsel.files import read_json, replaced_directory, write_json
 from counsel.run import open_run
 from train.card import card_text
 from train.postflight import PROBE
+from train.recipe import FLASH
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def merge(config: Merge) -> dict[str, Any]:
     base = catalog.resolve(recipe["base"])
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     # Added in fp32 whatever the final dtype, to round once instead of twice.
-    plain = AutoModelForCausalLM.from_pretrained(
-        base.path, dtype=torch.float32, attn_implementation=recipe["attn_implementation"]
-    )
+    # FlashAttention takes no float32; eager computes the same on every base.
+    attention = "eager" if recipe["attn_implementation"] == FLASH else recipe["attn_implementation"]
+    plain = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, attn_implementation=attention)
     adapted = PeftModel.from_pretrained(plain, str(run.adapter))
     before = next_logits(adapted, tokenizer, recipe["system"])
     merged = adapted.merge_and_unload().to(getattr(torch, config.dtype))
@@ -54,7 +55,7 @@ def merge(config: Merge) -> dict[str, Any]:
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card_text(run, merged=True), encoding="utf-8")
         # Measured on the saved folder, as others will load it.
-        written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=recipe["attn_implementation"])
+        written = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
         after = next_logits(written, tokenizer, recipe["system"])
         document |= {
             "same_next_token": bool(before.argmax() == after.argmax()),

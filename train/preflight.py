@@ -25,10 +25,11 @@ from counsel.run import Run
 from train import data, init_adapter
 from train.checklist import Checklist, Finding
 from train.disk import check_disk, check_writable
-from train.hardware import Precision, TrainHardware
+from train.hardware import Precision, TrainHardware, attention_for, score_cap
 from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config, needed_rank
+from train.memory import estimate_memory
 from train.prompts import TrainRows, encode, marks_replies
-from train.recipe import Recipe
+from train.recipe import FLASH, Recipe
 
 # A row whose prompt alone fills max_length teaches nothing. A few are left out; more means that max_length is wrong.
 MAX_LEFT_OUT_SHARE = 0.01
@@ -92,7 +93,7 @@ def check_recipe(
         checks.run("served", check_served, recipe, base.path, layers)
         if recipe.init_adapter:
             checks.run("from", check_init_adapter, recipe, base, layers, prepared_data)
-    checks.run("attention", check_attention, recipe, config)
+    checks.run("attention", check_attention, recipe, precision, config)
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     checks.run("template", check_template, recipe, base.path, tokenizer)
     if prepared_data is not None:
@@ -245,12 +246,21 @@ def check_init_adapter(
     return f"{details}; it was trained on {len(trained & held_out)} of {len(held_out)} held-out questions"
 
 
-def check_attention(recipe: Recipe, config: Any) -> str:
-    """sdpa is not used on a model that caps its attention scores: transformers would silently drop the cap."""
-    cap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+def check_attention(recipe: Recipe, precision: Precision, config: Any) -> str:
+    """Neither sdpa on a base that caps its scores, since it drops the cap, nor packing without FlashAttention.
+
+    Rows packed with sdpa or eager were measured to end at a higher loss: https://github.com/huggingface/trl/issues/3910
+    """
+    cap = score_cap(config)
     if cap and recipe.attn_implementation == "sdpa":
-        raise UserError(f"the base caps attention scores at {cap}, which sdpa drops; use attn_implementation: eager")
-    return recipe.attn_implementation
+        raise UserError(
+            f"the base caps attention scores at {cap}, which sdpa drops; use attn_implementation: eager, or {FLASH}"
+        )
+    if recipe.packing and recipe.attn_implementation != FLASH:
+        raise UserError(
+            f"packing with {recipe.attn_implementation} costs loss; use attn_implementation: {FLASH}, or packing: false"
+        )
+    return attention_for(precision, config) + (", rows packed" if precision.packing else "")
 
 
 def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
@@ -344,26 +354,14 @@ def check_memory(
     longest: int,
 ) -> str:
     """A rough estimate of training's peak memory fits in the machine's."""
-    config = config.get_text_config()
-    weights = sum(file.stat().st_size for file in catalog.weight_files(base))
-    if precision.dtype == "float32":
-        weights *= 2
-    if precision.load_in_4bit:
-        weights = round(weights * 0.28) + config.vocab_size * config.hidden_size * 2
-    trainable = count_parameters(recipe, layers)
-    # fp32 weight, gradient and two moments; 8-bit moments are a quarter of that.
-    optimizer = trainable * (8 + (2 if "8bit" in precision.optimizer else 8))
-    tokens = recipe.batch_size * min(longest, recipe.max_length)
-    # Kept per layer for the backward pass, in rows of the model's width at 2 bytes: about 34, or 2 with checkpointing.
-    kept = 2 if recipe.gradient_checkpointing else 34
-    width = 2 if precision.dtype == "bfloat16" else 4
-    activations = tokens * config.hidden_size * config.num_hidden_layers * kept * width
-    total = weights + optimizer + activations + (1 << 30)
+    weight_bytes = sum(file.stat().st_size for file in catalog.weight_files(base))
+    needed = estimate_memory(recipe, precision, weight_bytes, config, layers, longest)
     details = (
-        f"about {_gib(total)}: weights {_gib(weights)}, optimizer {_gib(optimizer)} for {trainable:,} parameters, "
-        f"activations {_gib(activations)}, libraries 1.0 GiB; the {hardware.device} has {_gib(hardware.memory_bytes)}"
+        f"about {_gib(needed.total)}: weights {_gib(needed.weights)}, optimizer {_gib(needed.optimizer)} for "
+        f"{needed.trainable:,} parameters, activations {_gib(needed.activations)}, libraries {_gib(needed.libraries)}; "
+        f"the {hardware.device} has {_gib(hardware.memory_bytes)}"
     )
-    if total > hardware.memory_bytes:
+    if needed.total > hardware.memory_bytes:
         raise UserError(f"{details}; lower batch_size or max_length, or set gradient_checkpointing")
     return details
 

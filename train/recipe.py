@@ -22,6 +22,7 @@ from counsel.values import (
 from train.data import DataConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+FLASH = "flash_attention_2"
 
 # What may differ between a run and its --resume: these say how to start, not what to train.
 START_FIELDS = ("resume", "overwrite", "strict", "seeds")
@@ -123,8 +124,15 @@ class Recipe:
 
     load_in_4bit: bool = option(False, "load the base in NF4 with double quantization (QLoRA)", group=_MEMORY)
     force_4bit: bool = option(False, "keep the 4-bit base and optimizer without CUDA: slow, for checks", group=_MEMORY)
-    attn_implementation: Literal["sdpa", "eager"] = option(
-        "sdpa", "attention; Gemma 2 needs eager, since sdpa drops its soft-capping", group=_MEMORY
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa",
+        "attention; Gemma 2 needs eager or flash_attention_2 (package flash-attn), since sdpa drops its soft-capping",
+        group=_MEMORY,
+    )
+    packing: bool = option(
+        False,
+        "fill each sequence up to --max-length with whole rows, which do not see each other; needs flash_attention_2",
+        group=_MEMORY,
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: slower, less memory", group=_MEMORY

@@ -24,7 +24,7 @@ from counsel.run import Run, how_to_continue, provenance
 from train import init_adapter
 from train.card import card_text
 from train.data import evenly_spaced
-from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
+from train.hardware import Precision, TrainHardware, attention_for, choose_precision, detect_training_hardware
 from train.lora import lora_config
 from train.preflight import Prepared, preflight
 from train.prompts import TrainRows, encode, rendered_prompts
@@ -182,6 +182,8 @@ def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any
 
     if not recipe.fast_cpu:
         return "fast_cpu is off"
+    if precision.packing:
+        return "packing is on"
     if recipe.gradient_checkpointing:
         return "gradient_checkpointing is on"
     return unsupported_reason(model, precision.device) or mismatch(model, lora)
@@ -190,7 +192,7 @@ def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any
 def load_base(recipe: Recipe, precision: Precision, base: catalog.Base) -> Any:
     """The base model in the chosen precision."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = None
     if precision.load_in_4bit:
@@ -203,7 +205,7 @@ def load_base(recipe: Recipe, precision: Precision, base: catalog.Base) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
         dtype=getattr(torch, precision.dtype),
-        attn_implementation=recipe.attn_implementation,
+        attn_implementation=attention_for(precision, AutoConfig.from_pretrained(base.path)),
         quantization_config=quantization,
     )
     if precision.load_in_4bit and precision.device == "cpu":
@@ -235,7 +237,8 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.batch_size,
+        # Packed, the collator joins a batch to one sequence, in which AnswerTrainer could not tell repeated rows.
+        per_device_eval_batch_size=1 if precision.packing else recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
@@ -244,7 +247,9 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
         max_grad_norm=recipe.max_grad_norm,
         optim=precision.optimizer,
         max_length=recipe.max_length,
-        train_sampling_strategy="group_by_length" if recipe.group_by_length else "random",
+        packing=precision.packing,
+        eval_packing=False,
+        train_sampling_strategy="group_by_length" if recipe.group_by_length and not precision.packing else "random",
         bf16=precision.dtype == "bfloat16",
         use_cpu=precision.device == "cpu",
         gradient_checkpointing=recipe.gradient_checkpointing,
