@@ -6,7 +6,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The tests that use vLLM.
 NEXT_TESTS := $(wildcard $(addprefix tests/test_,upstream.py vllm_api.py launch.py scheduler.py log_privacy.py lora_layers.py \
 	cpu_*.py engine.py offline.py chat_turns.py gateway*.py serve*.py))
-.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet check-deploy
+.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet gpu-proof check-deploy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against t
 
 bench-fleet: setup  ## a fleet's front, adapter loads against other routings, requests lost per fault; stand-in engines (an hour; QUICK=1: 10 minutes)
 	@$(BIN)/python -m benchmarks.fleet $(if $(QUICK),--quick)
+
+gpu-proof: setup  ## does all of it work on this machine's NVIDIA GPU, and how fast? 8 minutes, one JSON, one page (TINY=1: on a CPU)
+	@$(BIN)/python -m benchmarks.gpu_proof $(if $(TINY),--tiny)
 
 check-deploy: setup  ## lint deploy/ with each format's own linter, as far as they are here or in the package index
 	@sh deploy/check.sh

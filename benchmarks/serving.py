@@ -32,7 +32,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from benchmarks import llama_cpp
 from counsel.catalog import Base, resolve, weight_files
@@ -121,6 +121,15 @@ FULL = (
     ),
     *CHATS,
 )
+
+
+class Target(Protocol):
+    """A server to load: its address without /v1, and the fields that a request for a model needs besides OpenAI's."""
+
+    @property
+    def url(self) -> str: ...
+
+    def extra_body(self, model: str) -> dict[str, Any]: ...
 
 
 class BenchServer:
@@ -238,7 +247,7 @@ def _measure(
             if turn == 0 and name in ("stock", "tuned"):
                 cell = cell._replace(load="warm-up")
             server.resume()
-            tokens_s = asyncio.run(_tokens_per_s(server, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
+            tokens_s = asyncio.run(tokens_per_s(server, cell, base, seed=turn, at_least_s=MEASURED_S if turn else 0.0))
             server.pause()
             if turn:
                 rows.append({"arm": name, "rank": rank, "cell": cell.name, "round": turn, "tokens_s": tokens_s})
@@ -246,7 +255,7 @@ def _measure(
     return rows
 
 
-async def _tokens_per_s(server: BenchServer, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
+async def tokens_per_s(server: Target, cell: Cell, base: str, seed: int, at_least_s: float) -> float:
     """New tokens per second over the whole load; for the prefill load, prompt tokens."""
     # Prompts differ between rounds and cells, so that a prefix cache holds only their opening.
     words, load = random.Random(f"{cell.name} {seed}"), LOADS[cell.load]

@@ -181,8 +181,8 @@ def run_trainer(config: BenchTraining) -> dict[str, Any]:
     set_seed(config.seed)
     with tempfile.TemporaryDirectory() as scratch:
         if config.trainer == "trl":
-            trainer = _trl_trainer(recipe, base.path, examples(rows, recipe.system), Path(scratch))
-            step_times_s = _time_steps(trainer)
+            trainer = trl_trainer(recipe, base.path, examples(rows, recipe.system), Path(scratch))
+            step_times_s = time_steps(trainer)
             trainer.train()
         else:
             encoded = encode(tokenizer, rows, recipe.system, recipe.max_length, recipe.train_on_turns)
@@ -226,7 +226,8 @@ def _peak_memory() -> int:
     return peak_memory("cpu")
 
 
-def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], scratch: Path) -> Any:
+def trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], scratch: Path, device: str = "cpu") -> Any:
+    """Plain TRL's trainer with its defaults, and the recipe's LoRA config, batch size and learning rate."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -235,6 +236,7 @@ def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], scrat
     arguments = SFTConfig(
         output_dir=str(scratch),
         num_train_epochs=1,
+        max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.lr_scheduler_type,
@@ -242,7 +244,7 @@ def _trl_trainer(recipe: Recipe, folder: Path, rows: list[dict[str, Any]], scrat
         seed=recipe.seed,
         save_strategy="no",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=device == "cpu",
     )
     # The recipe's own LoRA config for both, so that plain TRL trains the same parameters.
     return SFTTrainer(
@@ -279,12 +281,12 @@ def _train_ours(recipe: Recipe, base: Any, encoded: Any, scratch: Path) -> tuple
         peft_config=lora,
         fast=True,
     )
-    step_times_s = _time_steps(trainer)
+    step_times_s = time_steps(trainer)
     trainer.train()
     return trainer, step_times_s
 
 
-def _time_steps(trainer: Any) -> list[float]:
+def time_steps(trainer: Any) -> list[float]:
     """Return a list to which each optimizer step adds its seconds."""
     from transformers import TrainerCallback
 
