@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from counsel.errors import UserError
 from counsel.processor import processor
-from train.recipe import FLASH, Recipe
+from train.recipe import FLASH
+from train.settings import RunSettings
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def detect_training_hardware() -> TrainHardware:
     return TrainHardware("cpu", f"{cpu}, {torch.get_num_threads()} threads", cpu.bf16, memory, processes, sharded)
 
 
-def choose_precision(recipe: Recipe, hardware: TrainHardware) -> Precision:
+def choose_precision(recipe: RunSettings, hardware: TrainHardware) -> Precision:
     """Fit `recipe` to `hardware`. With `strict`, raise UserError instead of downgrading.
 
     On a CPU a 4-bit base is slower and less exact than bf16, so bf16 replaces it; force_4bit keeps it. Raises UserError

@@ -12,6 +12,7 @@ from counsel.files import read_json, sha256_of
 from counsel.fingerprint import fingerprint
 from train.lora import lora_config
 from train.recipe import Recipe
+from train.settings import RunSettings
 
 # What the scale and the shape of an update depend on: key of PEFT's config -> key of the recipe.
 _SAME = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
@@ -21,13 +22,15 @@ _SAME = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 class InitAdapter:
     """An adapter to continue from.
 
-    name: `name@version`, or a folder's name without its path. base_fingerprint, run: what the store knows about it.
+    name: `name@version`, or a folder's name without its path. base_fingerprint, run, system: what the store knows
+    about it.
     """
 
     name: str
     folder: Path
     base_fingerprint: str | None = None
     run: str | None = None
+    system: str = ""
 
     def document(self) -> dict[str, Any]:
         """What provenance.json says about it."""
@@ -42,7 +45,7 @@ def pinned(recipe: Recipe) -> Recipe:
     return recipe if found.base_fingerprint is None else replace(recipe, init_adapter=found.name)
 
 
-def find_init_adapter(recipe: Recipe) -> InitAdapter:
+def find_init_adapter(recipe: RunSettings) -> InitAdapter:
     """What a recipe with an init_adapter continues from. Raises UserError if there is no such adapter."""
     given = recipe.init_adapter
     folder = Path(given)
@@ -55,16 +58,21 @@ def find_init_adapter(recipe: Recipe) -> InitAdapter:
     if reason := store.damage(Path(recipe.store), manifest):
         raise UserError(f"init_adapter is {manifest.id}, which is damaged: {reason}")
     place = store.version_dir(Path(recipe.store), manifest)
-    return InitAdapter(manifest.id, place, manifest.base["fingerprint"], manifest.run)
+    return InitAdapter(manifest.id, place, manifest.base["fingerprint"], manifest.run, manifest.prompt["system"])
 
 
-def check_fits(found: InitAdapter, recipe: Recipe, base: Base, layers: Iterable[str]) -> str:
-    """The adapter is sound, for this base, and of the recipe's LoRA shape. Raises UserError that says what to set."""
+def check_sound(found: InitAdapter, base: Base) -> adapter_check.Facts:
+    """The adapter is whole and for this base. Raises UserError if it is not."""
     if found.base_fingerprint not in (None, fingerprint(base.path)):
         raise UserError(
             f"{found.name} was trained on another base than {base.name}; choose that base, or another --from"
         )
-    facts = adapter_check.check(found.folder, base.path, served=False)
+    return adapter_check.check(found.folder, base.path, served=False)
+
+
+def check_fits(found: InitAdapter, recipe: Recipe, base: Base, layers: Iterable[str]) -> str:
+    """The adapter is sound, for this base, and of the recipe's LoRA shape. Raises UserError that says what to set."""
+    facts = check_sound(found, base)
     config = read_json(found.folder / adapter_check.CONFIG)
     for pattern in ("rank_pattern", "alpha_pattern"):
         if config.get(pattern):

@@ -8,12 +8,12 @@ from counsel.catalog import Base
 from counsel.chat import prompt_messages
 from counsel.errors import UserError
 from counsel.tensors import tensor_shapes
-from train.recipe import Recipe
+from train.settings import RunSettings
 
 PROBE = "I feel overwhelmed at work and I cannot sleep. What could help?"
 
 
-def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: Recipe) -> dict[str, Any]:
+def check_trained(folder: Path, base: Base, model: Any, tokenizer: Any, recipe: RunSettings) -> dict[str, Any]:
     """Check a saved adapter against the store's rules and the model in memory. Raises UserError at the first failure.
 
     Returns the rank, the number of adapted modules, and the largest change of a logit on a probe question.

@@ -5,7 +5,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from counsel.errors import UserError
 from counsel.files import new_directory, read_json, replaced_directory, sha256_of, write_json
 from counsel.run import Run
 from train import data
-from train.recipe import Recipe
+from train.settings import RunSettings
 
 # Written into a checkpoint after its other files reached the disk: the SHA-256 of each of them.
 SEAL = "whole.json"
 
 
-def check_run_directory(recipe: Recipe) -> None:
+def check_run_directory(recipe: RunSettings) -> None:
     """Raise UserError, before anything is written, if the run exists or --resume would not continue the same run."""
     run = Run(recipe.run_path)
     if not recipe.resume:
@@ -38,7 +38,7 @@ def check_run_directory(recipe: Recipe) -> None:
     check_same_settings(recipe)
 
 
-def check_same_settings(recipe: Recipe) -> None:
+def check_same_settings(recipe: RunSettings) -> None:
     """Raise UserError if the run at the recipe's path was started with other settings."""
     before, now = Run(recipe.run_path).config(), as_json(recipe.document())
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -50,7 +50,7 @@ def check_same_settings(recipe: Recipe) -> None:
         )
 
 
-def check_replaceable(recipe: Recipe, required: tuple[str, ...]) -> None:
+def check_replaceable(recipe: RunSettings, required: tuple[str, ...]) -> None:
     """Raise UserError unless --overwrite may remove the folder at the recipe's path.
 
     It must hold the `required` files, as every folder of its kind does, and nothing that the new training reads.
@@ -74,22 +74,35 @@ def check_replaceable(recipe: Recipe, required: tuple[str, ...]) -> None:
 
 
 @contextlib.contextmanager
-def opened_run(recipe: Recipe, prepared: tuple[data.Splits, data.Report] | None) -> Iterator[None]:
+def opened_run(recipe: RunSettings, prepared: tuple[data.Splits, data.Report] | None) -> Iterator[None]:
+    """`opened_folder` for a run on conversations. prepared: the data of a new run; None keeps what a run has."""
+
+    def write(folder: Path) -> None:
+        if prepared is not None:
+            data.write(folder, *prepared)
+
+    with opened_folder(recipe, write if prepared else None):
+        if prepared is not None:
+            print(prepared[1])
+        yield
+
+
+@contextlib.contextmanager
+def opened_folder(recipe: RunSettings, write_data: Callable[[Path], None] | None) -> Iterator[None]:
     """Make the run's directory with its config and data, and lock it against other processes until the block ends.
 
-    prepared: the data of a new run; None keeps what a resumed run has. Raises UserError if another process trains it.
+    write_data: writes the data of a new run into its folder; None keeps what a resumed run has. Raises UserError if
+    another process trains it.
     """
     path = recipe.run_path
     with contextlib.ExitStack() as stack:
         if path.exists():
             stack.enter_context(_lock(path, recipe.name))
-        if prepared is not None:
-            splits, report = prepared
+        if write_data is not None:
             with (replaced_directory if recipe.overwrite else new_directory)(path) as folder:
                 stack.enter_context(_lock(folder, recipe.name))
                 write_json(folder / "config.json", recipe.document())
-                data.write(folder, splits, report)
-            print(report)
+                write_data(folder)
         yield
 
 

@@ -30,6 +30,7 @@ from train.preflight import Prepared, preflight
 from train.prompts import TrainRows, encode, rendered_prompts
 from train.recipe import Recipe
 from train.resume import check_run_directory, last_checkpoint, opened_run
+from train.settings import RunSettings
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -55,18 +56,18 @@ def train(recipe: Recipe) -> dict[str, Any]:
             if processes.is_main_process:
                 new_data = (prepared.splits, prepared.report) if prepared else None
                 stack.enter_context(opened_run(recipe, new_data))
-                write_json(recipe.run_path / "provenance.json", _provenance(recipe, hardware, precision, base))
-                _print_start(precision, hardware, base)
+                write_json(recipe.run_path / "provenance.json", run_provenance(recipe, hardware, precision, base))
+                print_start(precision, hardware, base)
         run = Run(recipe.run_path)
         trainer, progress = build(recipe, precision, base, run, prepared)
-        _run_steps(recipe, run, trainer, progress, processes)
+        run_steps(recipe, run, trainer, progress, processes, recipe.patience)
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return {}
         return finish_run(recipe, precision, base, run, trainer, progress, time.monotonic() - started)
 
 
-def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes: Any) -> None:
+def run_steps(recipe: RunSettings, run: Run, trainer: Any, progress: Any, processes: Any, patience: int = 0) -> None:
     """Train to the end; with --resume, from the last complete checkpoint. Raises KeyboardInterrupt after Ctrl-C."""
     from train.stop import StopAfterStep
 
@@ -74,7 +75,7 @@ def _run_steps(recipe: Recipe, run: Run, trainer: Any, progress: Any, processes:
     if recipe.resume:
         with processes.main_process_first():
             checkpoint = last_checkpoint(run)
-    if checkpoint and trainer.had_ended_at(checkpoint, recipe.patience):
+    if checkpoint and trainer.had_ended_at(checkpoint, patience):
         progress.on_train_begin(trainer.args, trainer.state, trainer.control)
         return
     trainer.args.eval_on_start = trainer.args.eval_on_start and checkpoint is None
@@ -95,18 +96,13 @@ def build(
 
     prepared: what the checks loaded; None on --resume, and in every process but the first.
     """
-    # On import, bitsandbytes warns that a hub kernel is missing. We use none.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_libraries()
     import transformers
-    from datasets.utils.logging import disable_progress_bar
 
     from train.cpu.loss import keep_freed_memory
     from train.progress import TrainingProgress
     from train.trainer import AnswerTrainer
 
-    disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(recipe.seed)
     tokenizer = prepared.tokenizer if prepared else transformers.AutoTokenizer.from_pretrained(base.path)
     model = load_base(recipe, precision, base)
@@ -156,6 +152,18 @@ def build(
     return trainer, progress
 
 
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and remarks off stderr, before a trainer is built."""
+    # On import, bitsandbytes warns that a hub kernel is missing. We use none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _print_lost(kind: str, encoded: TrainRows, max_length: int) -> None:
     """Say how many rows and replies were lost because cutting at max_length left none of their tokens."""
     if n := encoded.rows_left_out:
@@ -189,7 +197,7 @@ def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any
     return unsupported_reason(model, precision.device) or mismatch(model, lora)
 
 
-def load_base(recipe: Recipe, precision: Precision, base: catalog.Base) -> Any:
+def load_base(recipe: RunSettings, precision: Precision, base: catalog.Base) -> Any:
     """The base model in the chosen precision."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -231,46 +239,55 @@ def trainer_arguments(recipe: Recipe, precision: Precision, run: Run, validate: 
     """The recipe as TRL's SFTConfig."""
     from trl import SFTConfig
 
-    every = "steps" if validate else "no"
     return SFTConfig(
-        output_dir=str(run.path / "checkpoints"),
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        # Packed, the collator joins a batch to one sequence, in which AnswerTrainer could not tell repeated rows.
-        per_device_eval_batch_size=1 if precision.packing else recipe.batch_size,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler_type,
-        warmup_steps=recipe.warmup_ratio,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=precision.optimizer,
-        max_length=recipe.max_length,
+        **(
+            common_arguments(recipe, precision, run)
+            # Packed, the collator joins a batch to one sequence, in which AnswerTrainer could not tell repeated rows.
+            | {"per_device_eval_batch_size": 1 if precision.packing else recipe.batch_size}
+        ),
         packing=precision.packing,
         eval_packing=False,
         train_sampling_strategy="group_by_length" if recipe.group_by_length and not precision.packing else "random",
-        bf16=precision.dtype == "bfloat16",
-        use_cpu=precision.device == "cpu",
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        eval_strategy=every,
+        eval_strategy="steps" if validate else "no",
         eval_on_start=validate,
-        save_strategy="steps",
-        save_total_limit=2,
         load_best_model_at_end=validate,
         metric_for_best_model="eval_loss" if validate else None,
         greater_is_better=False if validate else None,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        disable_tqdm=True,
-        report_to=list(recipe.report_to),
-        run_name=recipe.name,
-        project="counsel-stack",
-        dataloader_pin_memory=precision.device == "cuda",
     )
+
+
+def common_arguments(recipe: RunSettings, precision: Precision, run: Run) -> dict[str, Any]:
+    """What the config of each of TRL's trainers takes from a run's settings."""
+    return {
+        "output_dir": str(run.path / "checkpoints"),
+        "num_train_epochs": recipe.epochs,
+        "max_steps": recipe.max_steps or -1,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_ratio,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optim": precision.optimizer,
+        "max_length": recipe.max_length,
+        "bf16": precision.dtype == "bfloat16",
+        "use_cpu": precision.device == "cpu",
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "disable_tqdm": True,
+        "report_to": list(recipe.report_to),
+        "run_name": recipe.name,
+        "project": "counsel-stack",
+        "dataloader_pin_memory": precision.device == "cuda",
+    }
 
 
 def finish_run(
@@ -358,7 +375,10 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _provenance(recipe: Recipe, hardware: TrainHardware, precision: Precision, base: catalog.Base) -> dict[str, Any]:
+def run_provenance(
+    recipe: RunSettings, hardware: TrainHardware, precision: Precision, base: catalog.Base
+) -> dict[str, Any]:
+    """What provenance.json holds."""
     report = read_json(recipe.run_path / "data" / "report.json")
     return provenance() | {
         "seed": recipe.seed,
@@ -371,7 +391,8 @@ def _provenance(recipe: Recipe, hardware: TrainHardware, precision: Precision, b
     }
 
 
-def _print_start(precision: Precision, hardware: TrainHardware, base: catalog.Base) -> None:
+def print_start(precision: Precision, hardware: TrainHardware, base: catalog.Base) -> None:
+    """Say on stderr what is trained, in which precision, and what the machine lacks."""
     where = f"{hardware.device} ({hardware.name})"
     print(f"base         {base.hub_id} ({base.license}), {precision.dtype}, on {where}", file=sys.stderr)
     for item in precision.downgrades:

@@ -1,22 +1,15 @@
 """TRL's SFTTrainer with three changes: an exact validation loss, a row order that resumes, and a fast path on CPUs."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
-from transformers import TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-from counsel.errors import UserError
+from train.checkpoints import SealedCheckpoints
 from train.cpu.proof import fast_loss, speed_up
 from train.prompts import TrainRows
-from train.resume import seal
-
-# Message of the plain RuntimeError that torch's checkpoint writer raises; it has no exception class.
-TORCH_WRITER_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 class EpochLengthSampler(LengthGroupedSampler):
@@ -39,7 +32,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class AnswerTrainer(SFTTrainer):
+class AnswerTrainer(SealedCheckpoints, SFTTrainer):
     """SFTTrainer whose `eval_loss` is the mean over answer tokens, independent of batches and processes.
 
     The Trainer's own averages over batches, so it depends on which rows share a batch, and with several processes it
@@ -77,38 +70,6 @@ class AnswerTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER_ERRORS):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            step = self.state.global_step
-            raise UserError(
-                f"cannot write the checkpoint of step {step} ({reason}); free some space, then continue with --resume"
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
-
-    def had_ended_at(self, checkpoint: Path, patience: int) -> bool:
-        """Whether training had ended at `checkpoint`, by its steps or by early stopping. If so, load the best adapter.
-
-        If it resumed there, the Trainer would keep training.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {}).get("attributes", {})
-        stopped_early = 0 < patience <= stopping.get("early_stopping_patience_counter", 0)
-        if state.global_step < state.max_steps and not stopped_early:
-            return False
-        self.state = state
-        if self.args.load_best_model_at_end:
-            self._load_best_model()
-        else:
-            self._load_from_checkpoint(str(checkpoint))
-        return True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
