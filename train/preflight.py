@@ -30,6 +30,7 @@ from train.lora import LayerSizes, adapted_layers, count_parameters, lora_config
 from train.memory import estimate_memory
 from train.prompts import TrainRows, encode, marks_replies
 from train.recipe import FLASH, Recipe
+from train.settings import RunSettings
 
 # A row whose prompt alone fills max_length teaches nothing. A few are left out; more means that max_length is wrong.
 MAX_LEFT_OUT_SHARE = 0.01
@@ -116,7 +117,7 @@ def check_run_name(recipe: Recipe) -> str:
     return f"{', '.join(map(repr, names))}, allowed as an adapter name"
 
 
-def check_system(recipe: Recipe) -> str:
+def check_system(recipe: RunSettings) -> str:
     if recipe.store and len(recipe.system) > store.MAX_SYSTEM_CHARS:
         raise UserError(
             f"the system prompt has {len(recipe.system):,} characters, but an adapter is published with at most "
@@ -125,7 +126,7 @@ def check_system(recipe: Recipe) -> str:
     return f"{len(recipe.system):,} characters" if recipe.system else "no system prompt"
 
 
-def check_optimizer(recipe: Recipe, precision: Precision) -> str:
+def check_optimizer(recipe: RunSettings, precision: Precision) -> str:
     """transformers has the optimizer, and the packages that it needs are installed."""
     from transformers import Trainer, TrainingArguments
     from transformers.training_args import OptimizerNames
@@ -149,7 +150,7 @@ def check_optimizer(recipe: Recipe, precision: Precision) -> str:
     return precision.optimizer
 
 
-def check_trackers(recipe: Recipe) -> str:
+def check_trackers(recipe: RunSettings) -> str:
     """The package of each experiment tracker is installed."""
     from transformers.integrations import get_available_reporting_integrations
 
@@ -170,7 +171,7 @@ def _most_similar(word: str, names: list[str]) -> str:
     return max(names, key=similarity)
 
 
-def find_base(recipe: Recipe) -> tuple[catalog.Base, str]:
+def find_base(recipe: RunSettings) -> tuple[catalog.Base, str]:
     base = catalog.resolve(recipe.base)
     if recipe.store and recipe.name == base.name:
         raise UserError(f"name is {recipe.name!r}, the name under which the base is served; choose another --name")
@@ -246,7 +247,7 @@ def check_init_adapter(
     return f"{details}; it was trained on {len(trained & held_out)} of {len(held_out)} held-out questions"
 
 
-def check_attention(recipe: Recipe, precision: Precision, config: Any) -> str:
+def check_attention(recipe: RunSettings, precision: Precision, config: Any) -> str:
     """Neither sdpa on a base that caps its scores, since it drops the cap, nor packing without FlashAttention.
 
     Rows packed with sdpa or eager were measured to end at a higher loss: https://github.com/huggingface/trl/issues/3910
@@ -263,7 +264,7 @@ def check_attention(recipe: Recipe, precision: Precision, config: Any) -> str:
     return attention_for(precision, config) + (", rows packed" if precision.packing else "")
 
 
-def check_template(recipe: Recipe, base: Path, tokenizer: Any) -> str:
+def check_template(recipe: RunSettings, base: Path, tokenizer: Any) -> str:
     """The chat template renders, the prompt is a prefix of the whole, the end of turn is trained, one leading BOS."""
     from jinja2 import TemplateError
 

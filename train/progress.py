@@ -8,6 +8,7 @@ metrics.jsonl has one object per line, for each step and each evaluation:
   val_loss      mean over the validation answers' tokens, in nats (evaluations only)
   lr            learning rate of this step (steps only)
   tokens        real tokens (prompt and answer, no padding) trained on so far
+  reward_margin, reward_accuracy  of train dpo: chosen less rejected reward, and the share of pairs where it is above 0
   tokens_per_s  of this step, without evaluation and checkpoints (steps only)
 
 samples.jsonl has one object per line: step, question, answer (greedy, at most 64 tokens).
@@ -29,6 +30,7 @@ from counsel.files import read_jsonl, write_jsonl
 from counsel.run import Run
 
 SAMPLE_TOKENS = 64
+_REWARDS = {"rewards/margins": "reward_margin", "rewards/accuracies": "reward_accuracy"}
 PRINT_EVERY_S = 10.0
 
 
@@ -101,6 +103,7 @@ class TrainingProgress(TrainerCallback):
             step_tokens = int(logs["num_tokens"]) - self.session_tokens
             self.session_tokens += step_tokens
             row |= {"loss": value, "lr": logs["learning_rate"], "tokens": self.tokens}
+            row |= {ours: logs[theirs] for theirs, ours in _REWARDS.items() if theirs in logs}
             row["tokens_per_s"] = round(step_tokens / self._step_s, 1)
         else:
             return
