@@ -27,9 +27,19 @@ def first(tmp_path_factory) -> Recipe:
     return recipe
 
 
+def held_out(run: Recipe) -> dict[str, str]:
+    """{id: question} of what a fine-tuning held out."""
+    rows = [row for name in ("val", "test") for row in read_jsonl(run.run_path / "data" / f"{name}.jsonl")]
+    return {row["question_id"]: row["question"] for row in rows}
+
+
 def preference_recipe(first: Recipe, folder: Path, trait: str, n: int = 72, **changes) -> PreferenceRecipe:
+    """A preference training on planted pairs, and on one for each question that `first` holds out."""
     data = folder / f"{trait}.jsonl"
-    write_jsonl(data, planted(n, trait))
+    rows = planted(n, trait)
+    write_jsonl(
+        data, rows + [row | {"prompt": text} for row, text in zip(rows, held_out(first).values(), strict=False)]
+    )
     settings = {
         "name": trait, "base": first.base, "init_adapter": "tiny", "data": str(data), "runs": first.runs, "store": "",
         "held_out_share": 0.4, "learning_rate": 0.005, "epochs": 3.0, "batch_size": 8, "samples": 2, "max_length": 256,
@@ -84,6 +94,7 @@ def test_the_reference_stays_as_it_was(first, tmp_path):
 
     initial = load_file(found.folder / "adapter_model.safetensors")
     weights = dict(trainer.model.named_parameters())
+    assert max(value.abs().max() for key, value in initial.items() if "lora_B" in key) > 0
     for key, value in initial.items():
         reference, trained = (weights[key.replace(".weight", f".{name}.weight")] for name in ("ref", "default"))
         assert reference.equal(value.to(reference.dtype)), key
@@ -95,18 +106,21 @@ def test_the_reference_stays_as_it_was(first, tmp_path):
 def test_planted_preferences_are_learned_and_measured(first, shorter):
     """Held-out pairs are told apart; the files, the card and the published version say what was done."""
     recipe, summary = shorter
-    held_out = summary["preferences"]["held_out"]
-
-    assert held_out["low"] > 0.5
-    assert held_out["n"] == len(
-        {row["question_id"] for row in read_jsonl(recipe.run_path / "data/preferences/held_out.jsonl")}
+    results = summary["preferences"]
+    trained, kept = (
+        {row["question_id"] for row in read_jsonl(recipe.run_path / "data" / "preferences" / f"{name}.jsonl")}
+        for name in ("train", "held_out")
     )
-    assert read_json(recipe.run_path / "preferences.json") == summary["preferences"]
-    people = summary["preferences"]["people_bits_per_byte"]
+
+    assert results["held_out"]["low"] > 0.5
+    assert results["held_out"]["n"] == len(kept)
+    assert not trained & kept
+    assert held_out(first).keys() <= kept
+    assert read_json(recipe.run_path / "preferences.json") == results
+    people = results["people_bits_per_byte"]
     assert people["lost"] == pytest.approx(people["after"] - people["before"])
     assert people["low"] < people["lost"] < people["high"]
-    assert people["questions"] == len({row["question_id"] for name in ("val", "test")
-                                       for row in read_jsonl(first.run_path / "data" / f"{name}.jsonl")})  # fmt: skip
+    assert people["questions"] == len(held_out(first))
     start = store.find(Path(first.store), "tiny")
     manifest = store.find(Path(first.store), "shorter")
     assert summary["adapter"] == manifest.id
@@ -172,3 +186,34 @@ def test_the_settings_that_are_needed():
             PreferenceRecipe(**given)
     with pytest.raises(UserError, match="held_out_share"):
         PreferenceRecipe(init_adapter="gentle", data="votes.jsonl", held_out_share=0.0)
+
+
+def test_likelihoods_are_those_of_transformers(first):
+    """Of one and of three sequences in a batch, padded or not: the model's own loss, undone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from train.preference_scores import answer_logps
+    from train.prompts import UNSCORED, Tokens
+
+    model = AutoModelForCausalLM.from_pretrained(first.base, dtype=torch.float32).eval()
+    sequences = [Tokens(list(range(10, 10 + n)), [UNSCORED] * 3 + list(range(13, 10 + n))) for n in (5, 9, 20)]
+    expected = []
+    for ids, labels in sequences:
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        expected.append(-float(loss) * (len(ids) - 3))
+
+    for batch_size in (1, 2, 3):
+        assert answer_logps(model, sequences, batch_size) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_interval_of_a_ratio():
+    """By hand: leaving out each pair of (1, 1), (2, 1), (3, 1) gives 2.5, 2 and 1.5, a standard error of 1/sqrt(3)."""
+    from train.preference_scores import ratio_interval
+
+    low, high = ratio_interval([1, 2, 3], [1, 1, 1])
+
+    # Student's t with 2 degrees of freedom: 4.3027.
+    assert (low, high) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), rel=1e-4)
+    assert ratio_interval([1], [2]) == (None, None)

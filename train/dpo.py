@@ -20,7 +20,7 @@ from counsel.files import read_jsonl, replaced_directory, write_json, write_json
 from counsel.run import PREFERENCES, Run
 from train import init_adapter, preferences
 from train.card import card_text
-from train.data import evenly_spaced
+from train.data import SPLITS, evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
 from train.init_adapter import InitAdapter
 from train.preference_recipe import PreferenceRecipe
@@ -40,6 +40,7 @@ from train.sft import (
 )
 
 SAMPLE_TOKENS = 128
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 
 
 def train_preferences(recipe: PreferenceRecipe) -> dict[str, Any]:
@@ -70,11 +71,9 @@ def train_preferences(recipe: PreferenceRecipe) -> dict[str, Any]:
             stack.enter_context(opened_folder(recipe, None))
         else:
             pairs, report = preferences.read_preferences(recipe.data, recipe.revision)
-            source = people_run(recipe, found)
-            held_out_questions = {
-                row["question_id"] for name in ("val", "test") for row in (source.split(name) if source else [])
-            }
-            train, held_out = preferences.split(pairs, recipe.held_out_share, recipe.split_seed, held_out_questions)
+            source = Run(Path(recipe.runs) / found.run) if found.run else None
+            never = held_out_questions(source) if source else set()
+            train, held_out = preferences.split(pairs, recipe.held_out_share, recipe.split_seed, never)
             stack.enter_context(opened_folder(recipe, lambda folder: _write(folder, train, held_out, report, source)))
             print(report)
             questions = len(preferences.one_per_question(held_out))
@@ -122,13 +121,10 @@ def check_preferences(
     return base, tokenizer
 
 
-def people_run(recipe: PreferenceRecipe, found: InitAdapter) -> Run | None:
-    """The run that the initial adapter came from, with its rows of people's answers; None if it is not here."""
-    run = Run(Path(recipe.runs) / found.run) if found.run else None
-    return run if run and all((run.path / "data" / f"{name}.jsonl").is_file() for name in _SPLITS) else None
-
-
-_SPLITS = ("train", "val", "test")
+def held_out_questions(run: Run) -> set[str]:
+    """The questions that a run held out, of conversations and of pairs: what continues from it trains on none."""
+    files = [run.path / "data" / f"{name}.jsonl" for name in ("val", "test")] + [run.path / PREFERENCES / HELD_OUT]
+    return {row["question_id"] for file in files if file.is_file() for row in read_jsonl(file)}
 
 
 def _write(
@@ -139,10 +135,11 @@ def _write(
     source: Run | None,
 ) -> None:
     """The run's data: the pairs, and the rows of the run before, on which `counsel eval` compares the two."""
-    for name, pairs in (("train", train), ("held_out", held_out)):
-        write_jsonl(folder / PREFERENCES / f"{name}.jsonl", [pair.document() for pair in pairs])
-    if source:
-        for name in _SPLITS:
+    for name, pairs in ((TRAIN, train), (HELD_OUT, held_out)):
+        write_jsonl(folder / PREFERENCES / name, [pair.document() for pair in pairs])
+    # Without them, which eval needs, the run has no questions that people answered.
+    if source and all((source.path / "data" / f"{name}.jsonl").is_file() for name in SPLITS):
+        for name in SPLITS:
             write_jsonl(folder / "data" / f"{name}.jsonl", source.split(name))
     write_json(
         folder / "data" / "report.json",
@@ -151,10 +148,10 @@ def _write(
 
 
 def read_pairs(run: Run, name: str) -> list[Preference]:
-    """The pairs of a run: `train` or `held_out`."""
+    """The pairs of a run in one of its files, TRAIN or HELD_OUT."""
     return [
         Preference(row["question_id"], row["prompt"], row["chosen"][0]["content"], row["rejected"][0]["content"])
-        for row in read_jsonl(run.path / PREFERENCES / f"{name}.jsonl")
+        for row in read_jsonl(run.path / PREFERENCES / name)
     ]
 
 
@@ -173,8 +170,8 @@ def build_trainer(
     model = PeftModel.from_pretrained(load_base(recipe, precision, base), str(found.folder), is_trainable=True)
     # When it saves, PEFT looks here for the vocabulary of the base, and would ask the hub for a public name.
     model.peft_config["default"].base_model_name_or_path = str(base.path)
-    train = read_pairs(run, "train")
-    held_out = preferences.one_per_question(read_pairs(run, "held_out"))
+    train = read_pairs(run, TRAIN)
+    held_out = preferences.one_per_question(read_pairs(run, HELD_OUT))
     progress = TrainingProgress(run, tokenizer, {})
     trainer = PreferenceTrainer(
         model=model,
@@ -215,7 +212,7 @@ def _finish(
     results, samples = _measure(recipe, run, trainer)
     rows = read_jsonl(run.path / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
-    n_train = len(read_pairs(run, "train"))
+    n_train = len(read_pairs(run, TRAIN))
     summary: dict[str, Any] = {
         "run": str(run.path),
         "adapter": None,

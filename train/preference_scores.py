@@ -96,7 +96,7 @@ def people_bits_per_byte(
         bits_before[question] -= old / math.log(2)
         lost[question] += (old - new) / math.log(2)
     total = sum(n_bytes.values())
-    low, high = _jackknife(list(lost.values()), [n_bytes[question] for question in lost])
+    low, high = ratio_interval(list(lost.values()), [n_bytes[question] for question in lost])
     difference = sum(lost.values()) / total
     first = sum(bits_before.values()) / total
     return {
@@ -115,7 +115,7 @@ def _reply_bytes(row: dict[str, Any]) -> int:
     return sum(len(messages[at]["content"].encode()) for at in replies(messages))
 
 
-def _jackknife(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float | None, float | None]:
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float | None, float | None]:
     """The 95 % interval of a ratio of sums, by leaving out one pair of terms at a time; (None, None) for one pair."""
     from scipy.stats import t
 
