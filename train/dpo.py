@@ -108,7 +108,7 @@ def check_preferences(
     config = AutoConfig.from_pretrained(base.path)
     check_system(recipe)
     check_optimizer(recipe, precision)
-    check_attention(recipe, config)
+    check_attention(recipe, precision, config)
     check_template(recipe, base.path, tokenizer)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if recipe.max_length > positions:

@@ -131,6 +131,11 @@ class PreferenceRecipe:
             raise UserError(f"report_to is {', '.join(self.report_to) or 'empty'}; give none alone, or trackers")
 
     @property
+    def packing(self) -> bool:
+        """Pairs are never packed."""
+        return False
+
+    @property
     def run_path(self) -> Path:
         return Path(self.runs) / self.name
 

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from counsel.chat import Message
+from counsel.contacts import mask
 from counsel.errors import UserError
 from train.cleaning import question_id
-from train.contacts import mask
 from train.sources import load
 
 
