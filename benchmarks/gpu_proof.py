@@ -27,7 +27,6 @@ Writes <out>/proof.json (processor, device, figures by step, ratios), <out>/proo
 """
 
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -170,8 +169,6 @@ def run_one(config: GpuProof, out: Path, rows: Rows, device: str) -> None:
 
     def set_up() -> None:
         rows.run("set_up", lambda: against_lock((LOCKS / f"{device}.txt").read_text(encoding="utf-8")))
-        shutil.rmtree(work)
-        work.mkdir()
         rows.run("models", lambda: gpu_models.make_models(work, tiny))
 
     stages: dict[str, Callable[[], None]] = {

@@ -188,20 +188,20 @@ def first_token(url: str, base: str, load: Load) -> Figures:
 
 
 def drain(server: Server, base: str, streams: int) -> Figures:
-    """Stop the server while answers are written: each must arrive whole."""
+    """Stop the server while answers are written: each must arrive whole. Not judged if all had ended by then."""
     url = server.base_url.removesuffix("/v1")
     models = Cell(SERVED, streams).models(base)
-    whole = asyncio.run(_stop_during(server, url, models))
-    return {"ok": whole == streams, "streams": streams, "whole": whole}
+    running, whole = asyncio.run(_stop_during(server, url, models))
+    return {"ok": whole == streams if running else None, "streams": streams, "running": running, "whole": whole}
 
 
-async def _stop_during(server: Server, url: str, models: Sequence[str]) -> int:
-    """Stop the server once each stream has its first token; how many streams then end as they should."""
+async def _stop_during(server: Server, url: str, models: Sequence[str]) -> tuple[int, int]:
+    """Stop the server once each stream has its first token; how many still run then, and how many end whole."""
     began = [asyncio.Event() for _ in models]
 
     async def stream(client: openai.AsyncOpenAI, model: str, started: asyncio.Event) -> bool:
         chunks: Any = await client.completions.create(
-            model=model, prompt=PROMPTS[0], max_tokens=200, temperature=0, stream=True, extra_body=EXACT
+            model=model, prompt=PROMPTS[0], max_tokens=1000, temperature=0, stream=True, extra_body=EXACT
         )
         finished = False
         async for chunk in chunks:
@@ -212,10 +212,11 @@ async def _stop_during(server: Server, url: str, models: Sequence[str]) -> int:
     async with make_async_client(f"{url}/v1") as client:
         asked = [asyncio.create_task(stream(client, *pair)) for pair in zip(models, began, strict=True)]
         await asyncio.gather(*(event.wait() for event in began))
+        running = sum(not task.done() for task in asked)
         stopping = asyncio.create_task(asyncio.to_thread(server.stop))
         ended = await asyncio.gather(*asked, return_exceptions=True)
         await stopping
-    return sum(end is True for end in ended)
+    return running, sum(end is True for end in ended)
 
 
 async def _stream_at_once(url: str, models: Sequence[str], turn: int) -> list[float]:
