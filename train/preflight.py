@@ -41,6 +41,7 @@ class Prepared:
     """What the checks loaded, for the run to use, so that a training loads each of them once."""
 
     base: catalog.Base
+    config: Any
     tokenizer: Any
     splits: data.Splits
     report: data.Report
@@ -107,7 +108,7 @@ def check_recipe(
         checks.run("store", check_writable, "store", Path(recipe.store))
     if prepared_data is None or not checks.all_ok:
         return None
-    return Prepared(base, tokenizer, *prepared_data)
+    return Prepared(base, config, tokenizer, *prepared_data)
 
 
 def check_run_name(recipe: Recipe) -> str:

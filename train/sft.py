@@ -105,7 +105,7 @@ def build(
 
     transformers.set_seed(recipe.seed)
     tokenizer = prepared.tokenizer if prepared else transformers.AutoTokenizer.from_pretrained(base.path)
-    model = load_base(recipe, precision, base)
+    model = load_base(recipe, precision, base, prepared.config if prepared else None)
     lora = lora_config(recipe)
     slow_reason = slow_path_reason(recipe, precision, model, lora)
     fast = slow_reason is None
@@ -197,8 +197,8 @@ def slow_path_reason(recipe: Recipe, precision: Precision, model: Any, lora: Any
     return unsupported_reason(model, precision.device) or mismatch(model, lora)
 
 
-def load_base(recipe: RunSettings, precision: Precision, base: catalog.Base) -> Any:
-    """The base model in the chosen precision."""
+def load_base(recipe: RunSettings, precision: Precision, base: catalog.Base, config: Any = None) -> Any:
+    """The base model in the chosen precision. config: the base's, if it was read already."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -210,10 +210,12 @@ def load_base(recipe: RunSettings, precision: Precision, base: catalog.Base) -> 
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, precision.dtype),
         )
+    config = config or AutoConfig.from_pretrained(base.path)
     model = AutoModelForCausalLM.from_pretrained(
         base.path,
+        config=config,
         dtype=getattr(torch, precision.dtype),
-        attn_implementation=attention_for(precision, AutoConfig.from_pretrained(base.path)),
+        attn_implementation=attention_for(precision, config),
         quantization_config=quantization,
     )
     if precision.load_in_4bit and precision.device == "cpu":
