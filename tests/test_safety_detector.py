@@ -11,7 +11,7 @@ import pytest
 
 from counsel.errors import UserError
 from counsel.safety.corpus import read_messages
-from counsel.safety.detector import CARD, MODEL, Detector
+from counsel.safety.detector import CARD, MODEL, Detector, flags
 from counsel.safety.labels import LABELS, NONE
 from counsel.safety.measure import Judged, detection_figures
 from counsel.safety.normalize import normalize
@@ -61,7 +61,7 @@ def test_one_sentence_of_a_long_message_is_judged_alone():
     sentence = "I keep thinking about killing myself."
     text = "My boss moved my desk again. " * 40 + sentence + " The printer is broken too." * 40
 
-    assert normalize(sentence) in [unit.text for unit in conversation_units([text])]
+    assert normalize(sentence) in [unit.part.text for unit in conversation_units([text])]
 
 
 @pytest.mark.parametrize("turns", [[], [""], [" \n "], ["?!"], ["\u200b"], ["🙂"], ["x" * 100_000], ["hm. " * 20_000]])
@@ -94,6 +94,27 @@ def test_the_shipped_detector_may_serve_and_is_small(detector):
     assert MODEL.stat().st_size < 600_000
 
 
+def test_the_wider_the_sum_the_surer_it_must_be():
+    thresholds = {"urgent": 0.3, "own": 0.5, "any": 0.7}
+    rows = [
+        [0.1, 0.1, 0.1, 0.0, 0.0],
+        [0.0, 0.0, 0.29, 0.1, 0.1],
+        [0.1, 0.0, 0.1, 0.3, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.6],
+        [0.0, 0.0, 0.0, 0.0, 0.7],
+    ]
+
+    assert flags(np.array(rows), thresholds).tolist() == [True, False, True, False, True]
+
+
+def test_a_sentence_stands_in_its_passage_and_knows_how_many_were_judged():
+    text = "My boss moved my desk again. I can't go on. The printer is broken too."
+    units = conversation_units([text])
+
+    passage = normalize(text)
+    assert [unit.part for unit in units] == [(passage, passage, 2), ("i can't go on.", passage, 2)]
+
+
 def test_a_card_below_its_bound_refuses(detector):
     for part, name, change in [
         ("recall", "active", {"value": 0.9}),
@@ -114,6 +135,10 @@ def test_a_model_that_the_card_was_not_measured_on_is_refused(tmp_path):
     card = json.loads(CARD.read_text())
     (tmp_path / CARD.name).write_text(json.dumps(card | {"model_sha256": "0" * 64}))
     with pytest.raises(UserError, match="another model"):
+        Detector.load(tmp_path)
+
+    (tmp_path / CARD.name).write_text(json.dumps(card | {"encoder_sha256": "0" * 64}))
+    with pytest.raises(UserError, match="another MiniLM encoder"):
         Detector.load(tmp_path)
 
     (tmp_path / MODEL.name).write_bytes(b"not a model")

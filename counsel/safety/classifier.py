@@ -1,6 +1,7 @@
 """The trained classifier as plain arrays: a kernel machine for "any risk", and a linear one for which risk it is."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from counsel.errors import UserError
 from counsel.safety.features import Matrix, pattern_names
 from counsel.safety.labels import RISKS
 
+Scores = NDArray[np.float64]
 REBUILD = "build it again: python -m counsel.safety.build"
 
 
@@ -18,9 +20,9 @@ class Classifier(NamedTuple):
     """All that judging needs. Rows of features are (384 + p), projected to (d + p).
 
     mean, projection: of the embedding, (384,) and (384, d). support, scales: the kernel machine's examples as int8,
-    and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slope, wording_slopes,
-    offset: from its score and the wording to a probability. kind_weights, kind_bias: which risk, in the order of
-    RISKS. patterns: names of the wording features.
+    and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slopes, offset: from the
+    columns of `evidence` to a probability. kind_weights, kind_bias: which risk, in the order of RISKS. patterns: names
+    of the wording features. explicit: which of them say something of death or harm in so many words.
     """
 
     mean: NDArray[np.float32]
@@ -30,29 +32,58 @@ class Classifier(NamedTuple):
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
     gamma: NDArray[np.float32]
-    slope: NDArray[np.float32]
-    wording_slopes: NDArray[np.float32]
+    slopes: NDArray[np.float32]
     offset: NDArray[np.float32]
     kind_weights: NDArray[np.float32]
     kind_bias: NDArray[np.float32]
     patterns: NDArray[np.str_]
+    explicit: NDArray[np.int64]
 
-    def project(self, features: Matrix) -> Matrix:
-        """(n, 384 + p) to (n, d + p)."""
-        return project(features, self.mean, self.projection)
-
-    def probabilities(self, features: Matrix) -> NDArray[np.float64]:
-        """Of each risk, in the order of RISKS: (n, 5). What is missing to 1 is that of no risk."""
-        rows = self.project(features).astype(np.float64)
+    def readings(self, features: Matrix) -> "Readings":
+        """What each text says alone; features are (n, 384 + p)."""
+        rows = project(features, self.mean, self.projection).astype(np.float64)
         support = self.support.astype(np.float64) * self.scales
         squared = (rows**2).sum(1)[:, None] + (support**2).sum(1)[None] - 2 * rows @ support.T
         score = np.exp(-self.gamma * np.maximum(squared, 0)) @ self.weights + self.bias
-        wording = features[:, len(self.mean) :] @ self.wording_slopes
-        risk = 1 / (1 + np.exp(-(self.slope * score + wording + self.offset)))
         kind = rows @ self.kind_weights.T + self.kind_bias
         kind = np.exp(kind - kind.max(axis=1, keepdims=True))
-        shares: NDArray[np.float64] = risk[:, None] * kind / kind.sum(axis=1, keepdims=True)
+        return Readings(score, features[:, len(self.mean) :], kind / kind.sum(axis=1, keepdims=True))
+
+    def probabilities(self, readings: "Readings", passage: Scores, siblings: Sequence[int]) -> Scores:
+        """Of each risk, in the order of RISKS: (n, 5). What is missing to 1 is that of no risk.
+
+        passage: the score of the passage that each text stands in. siblings: into how many texts its message is cut.
+        """
+        columns = evidence(readings.score, readings.wording, passage, siblings, self.explicit)
+        risk = 1 / (1 + np.exp(-(columns @ self.slopes + self.offset)))
+        shares: Scores = risk[:, None] * readings.kind
         return shares
+
+
+class Readings(NamedTuple):
+    """Of n texts: the kernel machine's score (n,), the wording features (n, p), the share of each risk (n, 5)."""
+
+    score: Scores
+    wording: Matrix
+    kind: Scores
+
+
+def evidence(
+    score: Scores,
+    wording: Matrix,
+    passage: Scores,
+    siblings: Sequence[int] | NDArray[np.int64],
+    explicit: Sequence[int] | NDArray[np.int64],
+) -> Scores:
+    """The columns that a probability is made of, (n, 4 + p).
+
+    They let a sentence count for less where its passage reads harmless, where many were looked at to find it, and more
+    so where no wording is explicit.
+    """
+    many = np.log(np.asarray(siblings, dtype=np.float64))
+    silent = ~(wording[:, explicit] > 0).any(axis=1)
+    columns: Scores = np.column_stack([score, passage, many, many * silent, wording])
+    return columns
 
 
 def project(features: Matrix, mean: NDArray[np.float32], projection: NDArray[np.float16]) -> Matrix:

@@ -1,11 +1,13 @@
 """The features of a text: its MiniLM embedding beside what its wording says."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from counsel.minilm import WINDOW_TOKENS, load_minilm
+from counsel.files import sha256_of
+from counsel.minilm import WINDOW_TOKENS, load_minilm, minilm_folder
 from counsel.safety.wording import wording_features, wording_patterns
 
 Matrix = NDArray[np.float32]
@@ -39,6 +41,12 @@ class FeatureReader:
                 pooled = (hidden * mask.unsqueeze(-1)).sum(1)
                 rows[batch] = torch.nn.functional.normalize(pooled, dim=1).float().numpy()
         return rows
+
+
+def encoder_sha256() -> str:
+    """Of the encoder's weights, which a model is built on."""
+    weights = sorted(path for path in minilm_folder().iterdir() if path.suffix in {".safetensors", ".bin"})
+    return hashlib.sha256("".join(map(sha256_of, weights)).encode()).hexdigest()
 
 
 def with_wording(embedded: Matrix, texts: Sequence[str]) -> Matrix:

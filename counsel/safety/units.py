@@ -29,10 +29,21 @@ _CUE = re.compile(
 )
 
 
-class Unit(NamedTuple):
-    """A normalized text to judge, and the index of the turn that it (or its end) is from."""
+class Part(NamedTuple):
+    """A text to judge, the passage that it stands in (itself if it is one), and how many texts its message is cut into.
+
+    A weak sentence counts for less if its passage does not agree, or if many were looked at to find it.
+    """
 
     text: str
+    passage: str
+    siblings: int
+
+
+class Unit(NamedTuple):
+    """A part of a normalized turn, and the index of the turn that it (or its end) is from."""
+
+    part: Part
     turn: int
 
 
@@ -40,18 +51,23 @@ def conversation_units(user_turns: Sequence[str]) -> list[Unit]:
     """The distinct texts to judge in the last WINDOW_TURNS turns; empty where there are no words."""
     first = max(0, len(user_turns) - WINDOW_TURNS)
     turns = [normalize(" ".join(turn.split(" ")[:_TURN_WORDS])) for turn in user_turns[first:]]
-    found = [Unit(text, first + at) for at, turn in enumerate(turns) for text in text_units(turn)]
+    found = [Unit(part, first + at) for at, turn in enumerate(turns) for part in text_parts(turn)]
     # "yes" and "tonight" say nothing alone: the last short turns are also read as one.
     joined = "\n".join(turns[-_JOINED_TURNS:])
     if len(turns) > 1 and len(joined.split()) <= _PASSAGE_WORDS:
-        found += [Unit(text, len(user_turns) - 1) for text in passages(joined)]
-    return list({unit.text: unit for unit in reversed(found)}.values())[::-1]
+        found += [Unit(Part(text, text, 1), len(user_turns) - 1) for text in passages(joined)]
+    return list({unit.part.text: unit for unit in reversed(found)}.values())[::-1]
 
 
-def text_units(text: str) -> list[str]:
+def text_parts(text: str) -> list[Part]:
     """Of a normalized text: its passages, and alone each of several sentences that has a cue."""
-    parts = sentences(text)
-    return [*passages(text), *(part for part in parts if len(parts) > 1 and _CUE.search(part))]
+    several = len(sentences(text)) > 1
+    found = {passage: passage for passage in passages(text)}
+    for passage in list(found):
+        for sentence in sentences(passage):
+            if several and _CUE.search(sentence):
+                found.setdefault(sentence, passage)
+    return [Part(text, passage, len(found)) for text, passage in found.items()]
 
 
 def sentences(text: str) -> list[str]:
