@@ -4,7 +4,7 @@ Gemma 2's chat template raises on a system role. The stack gives the Gemma famil
 (`templates/gemma.jinja`), which puts the system text into the first user turn, so the same messages fit every base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,13 @@ def conversation(row: Mapping[str, Any]) -> list[Message]:
     if row.get("messages"):
         return [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def with_system(messages: Sequence[Message], system: str) -> list[Message]:
+    """The messages, which begin with their own system message, or else with `system` unless that is empty."""
+    if not system or messages[0]["role"] == "system":
+        return list(messages)
+    return [{"role": "system", "content": system}, *messages]
 
 
 def template_text(name: str) -> str:

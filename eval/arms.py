@@ -7,7 +7,7 @@ with. A baseline is the base model under such a prompt.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from counsel.chat import Message, prompt_messages
+from counsel.chat import Message, prompt_messages, with_system
 from counsel.client import ServerModels
 from counsel.errors import UserError
 
@@ -66,17 +66,23 @@ def messages(arm: Arm, question: str, system: str, examples: Sequence[dict[str, 
 
     `system` is the run's system prompt, which native arms do not get; `examples` are training rows for few-shot arms.
     """
-    if arm.prompt == NATIVE:
-        return prompt_messages(question, system="")
-    *opening, last = prompt_messages(question, system)
-    if arm.prompt == TUNED:
-        return [*opening, last]
+    return history(arm, prompt_messages(question, system=""), system, examples)
+
+
+def history(
+    arm: Arm, conversation: Sequence[Message], system: str, examples: Sequence[dict[str, Any]]
+) -> list[Message]:
+    """The messages of a conversation as `arm` gets them: see `messages`. A system message of its own always stays."""
+    turns = with_system(conversation, "" if arm.prompt == NATIVE else system)
+    if arm.prompt != FEW_SHOT:
+        return turns
+    n_system = int(turns[0]["role"] == "system")
     example_turns = [
         turn
         for row in examples
         for turn in ({"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]})
     ]
-    return [*opening, *example_turns, last]
+    return [*turns[:n_system], *example_turns, *turns[n_system:]]
 
 
 def few_shot_examples(train_rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import openai
 from counsel.chat import Message
 from counsel.client import ServerModels
 from counsel.errors import UserError
-from eval.arms import Arm, messages
+from eval.arms import Arm, history, messages
 from eval.config import EvalConfig
+from eval.conversations import HeldOutReply
 from eval.likelihood import Renderer, Span, span_nll
 from eval.questions import Question, planned_rows
 from eval.requests import Outcome, Progress, attempt, run_bounded
@@ -24,16 +25,23 @@ NO_CHOICE = "the server's reply has no message"
 
 
 class EvalInputs(NamedTuple):
-    """What every arm is asked: the questions, the run's system prompt, and the examples that few-shot arms see."""
+    """What every arm is asked: the questions, the run's system prompt, and the examples that few-shot arms see.
+
+    replies: those of held-out conversations, whose likelihood is measured too.
+    """
 
     questions: list[Question]
     system: str
     examples: list[dict[str, Any]]
+    replies: list[HeldOutReply]
 
 
 @dataclass(frozen=True)
 class Asker:
-    """Asks one server, and appends a row to `samples` or `likelihoods` per reply."""
+    """Asks one server, and appends a row to `samples`, `likelihoods` or `turns` per reply.
+
+    turns: None where there are no held-out conversations.
+    """
 
     client: openai.AsyncOpenAI
     server_models: ServerModels
@@ -42,6 +50,7 @@ class Asker:
     config: EvalConfig
     samples: RowLog
     likelihoods: RowLog
+    turns: RowLog | None
     progress: Progress
 
     async def ask(self, arm: Arm) -> None:
@@ -56,6 +65,12 @@ class Asker:
             )
             for _, question_id, number in (key for key in keys if key not in log.done)
         ]
+        if self.turns is not None:
+            jobs += [
+                partial(self._turn, self.turns, arm, reply)
+                for reply in self.inputs.replies
+                if reply.key(arm.name) not in self.turns.done
+            ]
         await run_bounded(jobs, config.concurrency)
 
     async def _answer(self, arm: Arm, question: Question, sample: int) -> None:
@@ -76,8 +91,20 @@ class Asker:
         self.progress.step(arm.name)
 
     async def _likelihood(self, arm: Arm, question: Question, index: int) -> None:
-        answer = question.answers[index]
-        span = self.renderer.span(self._messages(arm, question), answer)
+        row: Row = {"arm": arm.name, "question_id": question.question_id, "answer": index}
+        fields = await self._measured(arm, self._messages(arm, question), question.answers[index])
+        self.likelihoods.append(row | fields)
+        self.progress.step(arm.name)
+
+    async def _turn(self, log: RowLog, arm: Arm, reply: HeldOutReply) -> None:
+        row: Row = {"arm": arm.name, "question_id": reply.question_id, "answer": reply.answer, "turn": reply.turn}
+        before = history(arm, reply.history, self.inputs.system, self.inputs.examples)
+        log.append(row | await self._measured(arm, before, reply.text))
+        self.progress.step(arm.name)
+
+    async def _measured(self, arm: Arm, before: list[Message], answer: str) -> Row:
+        """The likelihood of `answer` after these messages: see likelihood_fields."""
+        span = self.renderer.span(before, answer)
         outcome: Outcome | None = None
         limit = self.server_models.max_model_len
         if span is not None and (limit is None or len(span.ids) < limit):
@@ -89,9 +116,7 @@ class Asker:
                     extra_body={"prompt_logprobs": 0},
                 )
             )
-        row: Row = {"arm": arm.name, "question_id": question.question_id, "answer": index}
-        self.likelihoods.append(row | likelihood_fields(answer, span, outcome))
-        self.progress.step(arm.name)
+        return likelihood_fields(answer, span, outcome)
 
     def _messages(self, arm: Arm, question: Question) -> list[Message]:
         return messages(arm, question.question, self.inputs.system, self.inputs.examples)

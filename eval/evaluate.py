@@ -5,6 +5,7 @@ rows, provided that nothing relevant has changed.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import sys
 import time
@@ -22,6 +23,7 @@ from counsel.run import Run, open_run, provenance
 from eval.arms import Arm, choose, few_shot_examples
 from eval.ask import Asker, EvalInputs
 from eval.config import EvalConfig, ReportConfig
+from eval.conversations import TURN_KEY, held_out_replies
 from eval.finish import report
 from eval.folders import folder_for
 from eval.likelihood import Renderer
@@ -36,8 +38,9 @@ def evaluate(config: EvalConfig) -> Result:
     started = time.monotonic()
     run = open_run(config.run)
     recipe = run.config()
+    questions = choose_questions(run, config.questions)
     inputs = EvalInputs(
-        choose_questions(run, config.questions), recipe["system"], few_shot_examples(run.split("train"))
+        questions, recipe["system"], few_shot_examples(run.split("train")), held_out_replies(run, questions)
     )
     folder = asyncio.run(_ask(config, run, inputs, Renderer(resolve(recipe["base"]).path)))
     asked_s = time.monotonic() - started
@@ -58,14 +61,15 @@ async def _ask(config: EvalConfig, run: Run, inputs: EvalInputs, renderer: Rende
         spec = _spec(config, run, inputs, renderer, server_models, arms) | {"server_version": version}
         folder = folder_for(run, spec)
         planned = planned_rows([arm.name for arm in arms], inputs.questions, config.samples, config.references)
-        with (
-            RowLog(folder / "samples.jsonl", SAMPLE_KEY) as samples,
-            RowLog(folder / "likelihood.jsonl", LIKELIHOOD_KEY) as likelihoods,
-        ):
+        with contextlib.ExitStack() as logs:
+            samples = logs.enter_context(RowLog(folder / "samples.jsonl", SAMPLE_KEY))
+            likelihoods = logs.enter_context(RowLog(folder / "likelihood.jsonl", LIKELIHOOD_KEY))
+            turns = logs.enter_context(RowLog(folder / "turns.jsonl", TURN_KEY)) if inputs.replies else None
             progress = Progress(
-                len(planned.samples) + len(planned.likelihoods), len(samples.done) + len(likelihoods.done)
+                len(planned.samples) + len(planned.likelihoods) + len(arms) * len(inputs.replies),
+                len(samples.done) + len(likelihoods.done) + (len(turns.done) if turns else 0),
             )
-            asker = Asker(client, server_models, renderer, inputs, config, samples, likelihoods, progress)
+            asker = Asker(client, server_models, renderer, inputs, config, samples, likelihoods, turns, progress)
             for arm in arms:
                 await asker.ask(arm)
     return folder
@@ -86,5 +90,7 @@ def _spec(
         "system_prompt": inputs.system,
         "test_sha256": sha256_of(run.path / "data" / "test.jsonl"),
         "train_sha256": sha256_of(run.path / "data" / "train.jsonl"),
+        # Single questions leave the same file as before there were conversations.
+        **({"replies": len(inputs.replies)} if inputs.replies else {}),
         "provenance": provenance(),
     }

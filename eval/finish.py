@@ -10,6 +10,7 @@ from counsel.errors import UserError
 from counsel.files import read_json, write_json, write_jsonl, write_text
 from counsel.run import open_run
 from eval.config import ReportConfig
+from eval.conversations import TURN_KEY, HeldOutReply, held_out_replies, turn_findings
 from eval.page import evaluation_page
 from eval.questions import Question, choose_questions, planned_rows
 from eval.report import judged_markdown, markdown, terminal
@@ -46,13 +47,16 @@ def finish(folder: Path) -> dict[str, Any]:
     questions, arms = choose_questions(run, spec["config"]["questions"]), spec["arms"]
     base, seed = spec["base"], spec["config"]["seed"]
     samples, likelihoods = read_rows(folder / "samples.jsonl"), read_rows(folder / "likelihood.jsonl")
-    _refuse_unfinished(folder, questions, spec, samples, likelihoods)
+    # Evaluations of conversations by earlier versions have no rows by turn.
+    replies = held_out_replies(run, questions) if "replies" in spec else []
+    turns = read_rows(folder / "turns.jsonl")
+    _refuse_unfinished(folder, questions, replies, spec, samples, likelihoods, turns)
     train_rows = run.split("train")
     scores = score_rows(samples, questions, train_rows, Encoder(), progress=lambda line: print(line, file=sys.stderr))
     training = Contamination(train_rows)
     reasons = {question.question_id: training.reason(question.question, question.answers) for question in questions}
     contaminated = {key: reason for key, reason in reasons.items() if reason is not None}
-    by_arm = summarize_arms(arms, base, samples, scores, likelihoods, seed)
+    by_arm = summarize_arms(arms, base, samples, scores, likelihoods, seed, turns)
     summary: dict[str, Any] = {
         "format": FORMAT,
         "run": run.name,
@@ -64,7 +68,8 @@ def finish(folder: Path) -> dict[str, Any]:
         "differences": paired(scores, likelihoods, [(arm, base) for arm in arms if arm != base], seed),
         "topics": by_topic(arms, {q.question_id: q.topic for q in questions}, scores, likelihoods, seed),
         "seen": contaminated,
-        "warnings": warnings(by_arm, likelihoods, spec, contaminated),
+        **({"turns": turn_findings(turns, arms, base, seed)} if replies else {}),
+        "warnings": warnings(by_arm, likelihoods, spec, contaminated, turns),
         "spec": spec,
     }
     write_jsonl(folder / "scores.jsonl", scores)
@@ -93,23 +98,27 @@ def _judged(folder: Path) -> dict[str, Any] | None:
 def _refuse_unfinished(
     folder: Path,
     questions: Sequence[Question],
+    replies: Sequence[HeldOutReply],
     spec: dict[str, Any],
     samples: Sequence[Row],
     likelihoods: Sequence[Row],
+    turns: Sequence[Row],
 ) -> None:
     """Raise UserError when a planned row is missing: a summary of part of the rows would look like the whole."""
     config = spec["config"]
     planned = planned_rows(spec["arms"], questions, config["samples"], config["references"])
+    planned_turns = [reply.key(arm) for arm in spec["arms"] for reply in replies]
     missing = sum(
         len(set(keys) - {tuple(row[name] for name in key) for row in rows})
         for keys, key, rows in (
             (planned.samples, SAMPLE_KEY, samples),
             (planned.likelihoods, LIKELIHOOD_KEY, likelihoods),
+            (planned_turns, TURN_KEY, turns),
         )
     )
+    n_planned = len(planned.samples) + len(planned.likelihoods) + len(planned_turns)
     if missing:
         raise UserError(
-            f"{str(folder)!r} lacks {missing} of {len(planned.samples) + len(planned.likelihoods)} rows: it was "
-            f"stopped before it finished; run the same evaluation again (python -m eval --run {config['run']} ...) "
-            "to continue it"
+            f"{str(folder)!r} lacks {missing} of {n_planned} rows: it was stopped before it finished; run the same "
+            f"evaluation again (python -m eval --run {config['run']} ...) to continue it"
         )

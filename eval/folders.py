@@ -2,6 +2,7 @@
 
 config.json       the resolved config and the server it ran against   (written first)
 samples.jsonl     likelihood.jsonl                              (appended as replies arrive; see eval/samples.py)
+turns.jsonl                                     (only with held-out conversations; see eval/conversations.py)
 scores.jsonl      every answer with its scores                  (see eval/scoring.py)
 judgements.jsonl  judge.json                                    (only with a judge; see eval/judge/ask.py)
 report.md         report.html

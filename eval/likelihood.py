@@ -54,11 +54,18 @@ class Renderer:
     def span(self, messages: Sequence[Message], answer: str) -> Span | None:
         """The tokens of `answer` after these messages; None if it cannot be found in what the template renders.
 
+        None also if the template rejects the messages, such as a conversation that the assistant opens.
+
         The ids are those that TRL trains on, without those after the answer. The span covers every token with a
         character of the answer, including tokens shared with the template. Raises UserError if the tokenizer gives
         other ids than in training.
         """
-        whole = self._rendered(messages, answer)
+        from jinja2 import TemplateError
+
+        try:
+            whole = self._rendered(messages, answer)
+        except TemplateError:
+            return None
         # Two answers without a common character show what the template writes around any answer.
         one, other = (self._rendered(messages, letter) for letter in "ab")
         before = _common_prefix(one, other)

@@ -16,9 +16,11 @@ from eval.report import (
     ARMS_NOTE,
     COUNTS_NOTE,
     TEST_NOTE,
+    TURNS_TITLE,
     all_arms,
     base_of,
     beside,
+    by_turn,
     compared,
     counts,
     evaluation_finding,
@@ -27,6 +29,7 @@ from eval.report import (
     label,
     lead,
     result,
+    turns_note,
     with_interval,
 )
 from eval.samples import Row
@@ -56,6 +59,7 @@ def evaluation_page(
         sections=[
             *_comparisons(summary),
             section("Every arm", all_arms(summary), note=ARMS_NOTE),
+            *([section(TURNS_TITLE, by_turn(summary), note=turns_note(summary))] if "turns" in summary else []),
             *_topics(summary, models),
             *_judged(judged),
             *_method(summary),

@@ -9,6 +9,7 @@ from eval.metrics import METRICS, PRIMARY
 from eval.summary import DIVERSITY_WORDS
 
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+TURNS_TITLE = "Conversations by turn"
 TEST_NOTE = (
     "p: paired permutation test over questions. Those of the primary metrics are Holm-corrected together; others are "
     "uncorrected, in parentheses. ↑ and ↓: the better direction."
@@ -59,6 +60,8 @@ def terminal(summary: Mapping[str, Any]) -> str:
     ]
     blocks += [text_table(beside(summary, name)) for name in compared(summary)]
     blocks.append(text_table(all_arms(summary)))
+    if "turns" in summary:
+        blocks += [turns_note(summary), text_table(by_turn(summary))]
     if any(row["p_holm"] is not None for row in summary["differences"]):
         blocks.append(
             f"p: paired permutation test, Holm-corrected over the primary metrics ({', '.join(PRIMARY)}); others are "
@@ -78,6 +81,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for name in compared(summary):
         parts.append(f"## {name} compared with {base_of(summary)}\n\n" + markdown_table(beside(summary, name)))
     parts.append(f"## Every arm\n\n{ARMS_NOTE}\n\n" + markdown_table(all_arms(summary)))
+    if "turns" in summary:
+        parts.append(f"## {TURNS_TITLE}\n\n{turns_note(summary)}\n\n" + markdown_table(by_turn(summary)))
     parts.append(f"## Counts\n\n{COUNTS_NOTE}\n\n" + markdown_table(counts(summary)))
     parts.append(
         "## What each metric does not show\n\n"
@@ -239,6 +244,37 @@ def all_arms(summary: Mapping[str, Any]) -> list[list[str]]:
             [name, *(f"{c['value']:.{METRICS[m].digits}f}" if c else "" for m, c in zip(columns, cells, strict=True))]
         )
     return rows
+
+
+def by_turn(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Bits per byte of held-out conversations: one line per turn; the base, then each arm with its difference."""
+    turns, base = summary["turns"], summary["spec"]["base"]
+    changes = {(row["arm"], row["turn"]): row for row in turns["differences"]}
+    others = [arm for arm in turns["arms"] if arm != base]
+    first = [base] if base in turns["arms"] else []
+    heading = ["turn", "conversations", *first]
+    heading += [cell for arm in others for cell in (arm, *(["difference", "p"] if first else []))]
+    names = list(dict.fromkeys(turn for cells in turns["arms"].values() for turn in cells))
+    rows = [heading]
+    for turn in sorted(names, key=lambda name: int(name) if name.isdigit() else 0):
+        cells = [turn, str(max(each[turn]["n"] for each in turns["arms"].values() if turn in each))]
+        cells += [with_interval(turns["arms"][arm].get(turn), 3) for arm in first]
+        for arm in others:
+            cells.append(with_interval(turns["arms"][arm].get(turn), 3))
+            if first:
+                change = changes.get((arm, turn))
+                cells += [with_interval(change, 3, sign="+"), p_text(change) if change else ""]
+        rows.append(cells)
+    return rows
+
+
+def turns_note(summary: Mapping[str, Any]) -> str:
+    """What `by_turn` shows."""
+    return (
+        f"{summary['turns']['conversations']} held-out conversations: bits per byte of each reply, given what was "
+        "really said before it. Brackets: 95 % intervals over conversations. p: paired permutation test, "
+        "Holm-corrected over the turns."
+    )
 
 
 def counts(summary: Mapping[str, Any]) -> list[list[str]]:

@@ -14,6 +14,7 @@ summary.json
   many more questions there should be, but their rows failed or have no words |
 | `differences` | list of {`arm`, `against`, `metric`, the fields of eval.stats.Difference, `missing`, `p_holm`}; `wins`
   are questions on which `arm` is better; for a metric without a better side, those on which it is higher |
+| `turns` | only with held-out conversations: see eval.conversations.turn_findings |
 | `topics` | topic to arm to metric to {`value`, `low`, `high`, `n`}, where n is at least `MIN_TOPIC` |
 | `seen` | question_id to why training may have seen it (see eval.contamination.Contamination) |
 | `warnings` | what a reader must know before believing a number |
@@ -140,14 +141,20 @@ def shared_likelihoods(likelihoods: Sequence[Row], arms: Sequence[str]) -> list[
 
 
 def summarize_arms(
-    arms: Sequence[str], base: str, samples: Sequence[Row], scores: Sequence[Row], likelihoods: Sequence[Row], seed: int
+    arms: Sequence[str],
+    base: str,
+    samples: Sequence[Row],
+    scores: Sequence[Row],
+    likelihoods: Sequence[Row],
+    seed: int,
+    turns: Sequence[Row] = (),
 ) -> dict[str, Any]:
-    """Counts and intervals of every arm, models first, then yardsticks."""
+    """Counts and intervals of every arm, models first, then yardsticks. Rows of `turns` only add to the counts."""
     table = per_question(scores, likelihoods)
     summaries: dict[str, Any] = {}
     for name in [*arms, *(name for name in YARDSTICKS if name in table)]:
         asked = [row for row in samples if row["arm"] == name]
-        scored = [row for row in likelihoods if row["arm"] == name]
+        scored = [row for row in [*likelihoods, *turns] if row["arm"] == name]
         metrics = {
             metric: interval(as_ratio(cells, sorted(cells)), seed)._asdict()
             | {"missing": len(missing(metric, name, scores, likelihoods))}
@@ -209,7 +216,11 @@ def by_topic(
 
 
 def warnings(
-    arms: Mapping[str, Any], likelihoods: Sequence[Row], spec: Mapping[str, Any], contaminated: Mapping[str, str]
+    arms: Mapping[str, Any],
+    likelihoods: Sequence[Row],
+    spec: Mapping[str, Any],
+    contaminated: Mapping[str, str],
+    turns: Sequence[Row] = (),
 ) -> list[str]:
     """What a reader must know before believing a number.
 
@@ -242,7 +253,7 @@ def warnings(
         if arm["kind"] == "adapter" and _same_likelihoods(likelihoods, name, base):
             lines.append(f"{name} predicts every answer exactly as {base} does: its weights have no effect")
     for reason in FINAL_ERRORS:
-        left_out = sum(row["error"] == reason for row in likelihoods)
+        left_out = sum(row["error"] == reason for row in [*likelihoods, *turns])
         if left_out:
             lines.append(f"{left_out} likelihoods of reference answers are left out: {reason}")
     return lines

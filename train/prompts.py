@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from counsel.chat import Message, conversation, prompt_messages
+from counsel.chat import Message, conversation, prompt_messages, with_system
 from counsel.errors import UserError
 
 UNSCORED = -100
@@ -61,10 +61,7 @@ def examples(rows: Iterable[dict[str, Any]], system: str) -> list[dict[str, Any]
 
 def training_messages(row: dict[str, Any], system: str) -> list[Message]:
     """The conversation of a row. It begins with its own system message, or else with `system` unless that is empty."""
-    messages = conversation(row)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    return with_system(conversation(row), system)
 
 
 def rendered_prompts(tokenizer: Any, rows: Iterable[dict[str, Any]], system: str) -> dict[str, str]:
