@@ -31,8 +31,8 @@ _GAMMA, _PENALTY = 1.0, 4.0
 _FOLDS = 6
 # Of the messages of held-out voices that say imminent, active or self-harm, the share that the thresholds let be found.
 _TARGET_RECALL = 0.95
-# Thresholds of the wider sums. At 0.5 and 0.6, .85 of other-at-risk of held-out voices are found instead of .75, and .164
-# of their messages without risk are flagged instead of .157.
+# Thresholds of the wider sums. At 0.5 and 0.6, .85 of other-at-risk of held-out voices are found instead of .75, and
+# .164 of their messages without risk are flagged instead of .157.
 _OWN, _ANY = 0.6, 0.7
 # Letters with risk, and as many without.
 _LETTERS = 400
