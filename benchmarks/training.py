@@ -258,6 +258,7 @@ def _train_ours(recipe: Recipe, base: Any, encoded: Any, scratch: Path) -> tuple
 
     from counsel.run import Run
     from train import sft
+    from train.arguments import trainer_arguments
     from train.cpu.loss import keep_freed_memory
     from train.hardware import choose_precision, detect_training_hardware
     from train.lora import lora_config
@@ -270,7 +271,7 @@ def _train_ours(recipe: Recipe, base: Any, encoded: Any, scratch: Path) -> tuple
     if reason := sft.slow_path_reason(recipe, precision, model, lora):
         raise UserError(f"the fast path is off, so there is nothing to measure: {reason}")
     keep_freed_memory()
-    arguments = sft.trainer_arguments(recipe, precision, Run(scratch), validate=False)
+    arguments = trainer_arguments(recipe, precision, Run(scratch), validate=False)
     arguments.save_strategy = "no"
     trainer = AnswerTrainer(
         model=model,

@@ -8,11 +8,12 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from counsel.catalog import resolve
 from counsel.run import Run
 from tests.tiny import tiny_base
+from train.arguments import trainer_arguments
 from train.hardware import Precision
 from train.lora import lora_config
 from train.prompts import encode
 from train.recipe import Recipe
-from train.sft import load_base, trainer_arguments
+from train.sft import load_base
 from train.trainer import AnswerTrainer, EpochLengthSampler, own_rows
 
 

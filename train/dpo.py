@@ -19,6 +19,7 @@ from counsel.errors import UserError
 from counsel.files import read_jsonl, replaced_directory, write_json, write_jsonl
 from counsel.run import PREFERENCES, Run
 from train import init_adapter, preferences
+from train.arguments import common_arguments
 from train.card import card_text
 from train.data import SPLITS, evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
@@ -27,7 +28,6 @@ from train.preference_recipe import PreferenceRecipe
 from train.preferences import Preference, PreferenceReport
 from train.resume import check_run_directory, opened_folder
 from train.sft import (
-    common_arguments,
     keep_tensorboard,
     load_base,
     peak_memory,
