@@ -10,7 +10,7 @@ runs/<name>/
   adapter/         adapter_model.safetensors adapter_config.json README.md tokenizer files
   preferences.json preferences.html samples.jsonl added by train dpo: what the preferences changed
   train.json       the summary                    (written last: its presence means complete)
-  eval/<stamp>/    loadtest/<stamp>/              added by the other commands
+  eval/<stamp>/    dialogue/<stamp>/    loadtest/<stamp>/    added by the other commands
 """
 
 import contextlib

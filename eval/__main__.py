@@ -5,7 +5,16 @@ from collections.abc import Sequence
 
 from counsel import cli
 from counsel.cli import Command
-from eval.config import BatchConfig, CompareConfig, EvalConfig, GateConfig, JudgeConfig, ReportConfig, SafetyConfig
+from eval.config import (
+    BatchConfig,
+    CompareConfig,
+    DialogueConfig,
+    EvalConfig,
+    GateConfig,
+    JudgeConfig,
+    ReportConfig,
+    SafetyConfig,
+)
 
 COMMANDS = {
     "": Command(
@@ -16,6 +25,11 @@ COMMANDS = {
     "gate": Command(GateConfig, "eval.gate:gate", "pass or fail an evaluation by rules on its intervals, for CI"),
     "judge": Command(
         JudgeConfig, "eval.judge.ask:judge", "let a model judge two arms' answers, and measure how far to trust it"
+    ),
+    "dialogue": Command(
+        DialogueConfig,
+        "eval.dialogue.command:dialogue",
+        "let base and adapters talk with scripted people, turn by turn",
     ),
     "safety": Command(SafetyConfig, "eval.safety:safety", "measure crisis detection on labelled messages, for CI"),
     "batch": Command(BatchConfig, "eval.batch:batch", "answer an OpenAI Batch file, resuming after an interruption"),

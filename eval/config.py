@@ -15,6 +15,7 @@ _URL = "http://127.0.0.1:8000/v1"
 _SIDE = "RUN or FOLDER, with :ARM if it has several"
 _SEED_OF_BOOTSTRAP = "seed of the bootstrap"
 _QUESTIONS, _SAMPLING, _REQUESTS, _ENGINE = "questions and models", "sampling", "requests", "engine"
+_PERSON = "the person"
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,46 @@ class SafetyConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True)
+class DialogueConfig:
+    """Which models talk with the scripted people, how often, and who plays the person."""
+
+    run: str = option(
+        dataclasses.MISSING, "run whose system prompt is used: a name or a folder", group=_QUESTIONS, metavar="RUN"
+    )
+    url: str = option(_URL, "the OpenAI-compatible server", group=_QUESTIONS, metavar="URL")
+    models: tuple[str, ...] = option(
+        (),
+        "served names, comma-separated; `base` is the base model",
+        group=_QUESTIONS,
+        metavar="NAME,...",
+        shown="the base and the run's own adapter",
+    )
+    dialogues: Annotated[int, Ge(2)] = option(
+        32,
+        "dialogues per model; the people take turns, and a smaller number is always a subset of a larger one",
+        group=_QUESTIONS,
+    )
+    person_model: str = option("", "model that plays the person, by the name that its server lists", group=_PERSON,
+                               metavar="NAME", shown="none: the script alone")  # fmt: skip
+    person_url: str = option(
+        "", "OpenAI-compatible server of that model", group=_PERSON, metavar="URL", shown="the same server"
+    )
+    max_tokens: PositiveInt = option(128, "longest answer, in tokens", group=_SAMPLING)
+    temperature: Annotated[float, Ge(0), Le(2)] = option(0.7, "sampling temperature", group=_SAMPLING)
+    top_p: Annotated[float, Gt(0), Le(1)] = option(0.95, "nucleus sampling", group=_SAMPLING)
+    seed: NonNegativeInt = option(0, "seed of the sampling and of the bootstrap", group=_SAMPLING)
+    concurrency: PositiveInt = option(16, "dialogues at a time", group=_REQUESTS)
+    timeout_s: PositiveFloat = option(120.0, "longest wait for one answer", group=_REQUESTS)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.person_url and not self.person_model:
+            raise UserError(
+                f"person_url is {self.person_url!r}, but no model plays the person: give --person-model too"
+            )
 
 
 @dataclass(frozen=True)

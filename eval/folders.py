@@ -23,12 +23,14 @@ from eval.summary import FORMAT, has_old_rows
 _INCIDENTAL = ("run", "url", "concurrency", "timeout_s")
 
 
-def folder_for(run: Run, spec: dict[str, Any]) -> Path:
+def folder_for(run: Run, spec: dict[str, Any], kind: str = "eval") -> Path:
     """The folder of an unfinished evaluation with the same spec, or a new folder that holds the spec.
+
+    kind: the folder of the run that it is in.
 
     An evaluation with failed rows counts as unfinished: its summary is removed, and those rows are asked again.
     """
-    for folder in sorted((run.path / "eval").glob("*"), reverse=True):
+    for folder in sorted((run.path / kind).glob("*"), reverse=True):
         if not (folder / "config.json").is_file() or _essence(read_json(folder / "config.json")) != _essence(spec):
             continue
         summary = folder / "summary.json"
@@ -36,7 +38,7 @@ def folder_for(run: Run, spec: dict[str, Any]) -> Path:
             summary.unlink(missing_ok=True)
             print(f"continuing {folder}", file=sys.stderr)
             return folder
-    folder = run.path / "eval" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    folder = run.path / kind / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     if folder.exists():
         raise UserError(f"{str(folder)!r} exists: another evaluation started in this second; try again")
     write_json(folder / "config.json", spec)
