@@ -143,7 +143,7 @@ def _chart(summary: Mapping[str, Any]) -> "Markup":
         for panel, (axis, name) in enumerate(zip(axes, DRIFTING, strict=True)):
             for place, arm in enumerate(arms):
                 cells = {int(turn): cell for turn, cell in arms[arm]["metrics"][name].items()}
-                style = {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)]}
+                style: dict[str, Any] = {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)]}
                 axis.plot(list(cells), [cell["value"] for cell in cells.values()], label=arm, **style)
                 bounded = {turn: cell for turn, cell in cells.items() if cell["low"] is not None}
                 axis.vlines(list(bounded), [cell["low"] for cell in bounded.values()],
