@@ -77,21 +77,21 @@ async def server_version(client: openai.AsyncOpenAI) -> str | None:
 
 
 class Progress:
-    """One line on stderr: rows done, the arm being asked, and the time left at the current pace."""
+    """One line on stderr: rows (or other `units`) done, the arm being asked, and the time left at the current pace."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
+    def __init__(self, total: int, done: int, units: str = "rows") -> None:
+        self.total, self.done, self.units = total, done, units
         self._first, self._started, self._printed = done, time.monotonic(), 0.0
         self._live = sys.stderr.isatty()
 
     def step(self, arm: str) -> None:
-        """Count one row of `arm`; print at most once per second on a terminal, every ten seconds elsewhere."""
+        """Count one unit of `arm`; print at most once per second on a terminal, every ten seconds elsewhere."""
         self.done += 1
         now = time.monotonic()
         if now - self._printed < (1 if self._live else 10) and self.done < self.total:
             return
         self._printed = now
         left_s = (now - self._started) / (self.done - self._first) * (self.total - self.done)
-        line = f"{self.done}/{self.total} rows, {left_s:.0f} s left, asking {arm}"
+        line = f"{self.done}/{self.total} {self.units}, {left_s:.0f} s left, asking {arm}"
         end = "\n" if self.done == self.total or not self._live else ""
         print(f"\r{line:<70}" if self._live else line, end=end, file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ from eval.arms import choose
 from eval.config import DialogueConfig
 from eval.dialogue.findings import summarize_dialogues
 from eval.dialogue.page import dialogue_page, dialogue_text
-from eval.dialogue.person import PERSONAS
+from eval.dialogue.person import PERSONAS, TURNS
 from eval.dialogue.play import DIALOGUE_KEY, Talks, planned_dialogues
 from eval.folders import folder_for
 from eval.requests import Progress, server_version
@@ -85,7 +85,7 @@ async def _talk(config: DialogueConfig, run: Run) -> Path:
         }
         folder = folder_for(run, spec, "dialogue")
         with RowLog(folder / "dialogues.jsonl", DIALOGUE_KEY) as log:
-            progress = Progress(len(arms) * config.dialogues, len(log.done))
+            progress = Progress(len(arms) * config.dialogues * TURNS, len(log.done) * TURNS, "turns")
             talks = Talks(client, person, server_models, system, config, log, progress)
             for arm in arms:
                 await talks.talk(arm)

@@ -42,7 +42,10 @@ def planned_dialogues(arm: str, n: int) -> list[Key]:
 
 @dataclass(frozen=True)
 class Talks:
-    """Talks with one server, and appends a row to `log` per dialogue. person: None where the script plays it alone."""
+    """Talks with one server, and appends a row to `log` per dialogue.
+
+    person: None where the script plays it alone. progress: counts turns.
+    """
 
     client: openai.AsyncOpenAI
     person: openai.AsyncOpenAI | None
@@ -94,12 +97,12 @@ class Talks:
             outcome = await self._answer(arm, [*history, {"role": "user", "content": said}], seed)
             fields = sample_fields(outcome)
             turns.append({"state": state if scripted else None, "person": said, **fields})
+            self.progress.step(arm.name)
             if fields["error"] is not None:
                 error = f"turn {turn}: {fields['error']}"
                 break
         row: Row = {"arm": arm.name, "persona": persona.id, "dialogue": number, "fact": persona.fact(number)}
         self.log.append(row | {"turns": turns, "error": error})
-        self.progress.step(arm.name)
 
     async def _answer(self, arm: Arm, messages: Sequence[Message], seed: int) -> Outcome:
         return await attempt(
