@@ -89,8 +89,14 @@ class StoreWatcher:
     async def resolve(self, model: str) -> Manifest:
         """The version that `model` (`name` or `name@version`) means. Raises ApiError: 404 with the nearest names."""
         manifest = self.names.find(model)
-        if manifest is None and await asyncio.to_thread(self._reader.is_new, model.partition("@")[0]):
-            await self.refresh()
+        if manifest is None:
+            if await asyncio.to_thread(self._reader.is_new, model.partition("@")[0]):
+                await self.refresh()
+            elif self._refreshing.locked():
+                # The look that is under way may have read the name; it is known when the look ends. Not read again:
+                # unknown names must cost no more than a wait.
+                async with self._refreshing:
+                    pass
             manifest = self.names.find(model)
         if manifest is None:
             known = [self.names.base_name, *{m.name for m in self.names.servable()}]

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import shutil
+import threading
 
 import pytest
 
@@ -11,6 +12,7 @@ from serve.api_errors import ApiError
 from serve.vllm_plugin import _load, _unload
 from tests.fake_engine import new_watcher, put_in_store, until
 from tests.tiny import tiny_manifest
+from tests.waiting import HANG_S
 
 
 def test_a_new_version_without_room_is_served_once_there_is_room(tmp_path, monkeypatch):
@@ -52,6 +54,37 @@ def test_a_name_first_loaded_on_demand_keeps_its_version_until_the_next_is_loade
         return [(await watcher.resolve(name)).version for name in ("a", "b")]
 
     assert asyncio.run(scene()) == ["0" * 12, "0" * 12]
+
+
+def test_a_request_waits_for_the_look_at_the_store_that_has_read_its_name(tmp_path, monkeypatch):
+    """The look is held between its read of the name and its end. A 404 for a published name would be wrong."""
+    reading, asked = threading.Event(), threading.Event()
+
+    async def scene() -> Manifest:
+        watcher, _ = new_watcher(1, tmp_path)
+        await watcher.start()
+        put_in_store(tmp_path, tiny_manifest("a"))
+        read, is_new = watcher._reader._read, watcher._reader.is_new
+
+        def read_held(*given):
+            reading.set()
+            assert asked.wait(HANG_S)
+            return read(*given)
+
+        def ask(name):
+            found = is_new(name)
+            asked.set()
+            return found
+
+        monkeypatch.setattr(watcher._reader, "_read", read_held)
+        monkeypatch.setattr(watcher._reader, "is_new", ask)
+        look = asyncio.create_task(watcher.refresh())
+        assert await asyncio.to_thread(reading.wait, HANG_S)
+        found = await watcher.resolve("a")
+        await look
+        return found
+
+    assert asyncio.run(scene()).id == tiny_manifest("a").id
 
 
 def test_a_version_rolled_back_to_while_it_drains_stays(tmp_path):
