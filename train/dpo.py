@@ -6,7 +6,6 @@ a model that already has an adapter; with a new adapter, the reference would be 
 
 import contextlib
 import math
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +15,10 @@ from typing import Any
 
 from counsel import catalog, store
 from counsel.errors import UserError
-from counsel.files import read_jsonl, replaced_directory, write_json, write_jsonl
+from counsel.files import read_jsonl, write_json, write_jsonl
 from counsel.run import PREFERENCES, Run
 from train import init_adapter, preferences
 from train.arguments import common_arguments
-from train.card import card_text
 from train.data import SPLITS, evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
 from train.init_adapter import InitAdapter
@@ -35,7 +33,7 @@ from train.sft import (
     quiet_libraries,
     run_provenance,
     run_steps,
-    save_adapter,
+    save_run,
     tokens_per_s,
 )
 
@@ -203,8 +201,6 @@ def _finish(
     n_held_out: int, started: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, save the adapter, check it, publish it, write the report and the summary."""
-    from train.plot import loss_curve
-    from train.postflight import check_trained
     from train.preference_report import preference_page
     from train.preference_scores import REFERENCE
 
@@ -238,21 +234,10 @@ def _finish(
         raise UserError(f"the adapter answers exactly like {recipe.init_adapter}; train longer or with a higher "
                         "learning rate")  # fmt: skip
     trainer.model.delete_adapter(REFERENCE)
-    with replaced_directory(run.adapter) as folder:
-        save_adapter(trainer.model, trainer.processing_class, base, folder)
-        summary["postflight"] = check_trained(folder, base, trainer.model, trainer.processing_class, recipe)
-        (folder / "README.md").write_text(card_text(run, summary=summary), encoding="utf-8")
     write_json(run.path / "preferences.json", results)
     page = preference_page(recipe, results, samples)
     (run.path / "preferences.html").write_text(page, encoding="utf-8")
-    loss_curve(rows, f"{recipe.name} on {base.name}", run.path / "loss.png")
-    if recipe.store:
-        manifest = store.publish(
-            Path(recipe.store), recipe.name, run.adapter, base, system=recipe.system, run=recipe.name
-        )
-        summary |= {"adapter": manifest.id, "version": manifest.version}
-    write_json(run.path / "train.json", summary)
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
+    save_run(recipe, base, run, trainer, rows, summary)
     return summary
 
 

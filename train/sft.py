@@ -242,9 +242,6 @@ def finish_run(
     recipe: Recipe, precision: Precision, base: catalog.Base, run: Run, trainer: Any, progress: Any, wall_s: float
 ) -> dict[str, Any]:
     """Save the adapter, check it, publish it, draw the curve, write the summary."""
-    from train.plot import loss_curve
-    from train.postflight import check_trained
-
     rows = read_jsonl(run.path / "metrics.jsonl")
     losses = [row["loss"] for row in rows if "loss" in row]
     val_losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -276,6 +273,22 @@ def finish_run(
         "fast_loss": trainer.fast,
         "downgrades": [item._asdict() for item in precision.downgrades],
     }
+    save_run(recipe, base, run, trainer, rows, summary)
+    return summary
+
+
+def save_run(
+    recipe: RunSettings,
+    base: catalog.Base,
+    run: Run,
+    trainer: Any,
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+) -> None:
+    """Save the adapter, check and publish it, draw the curve of metrics.jsonl's rows; write the completed summary."""
+    from train.plot import loss_curve
+    from train.postflight import check_trained
+
     with replaced_directory(run.adapter) as folder:
         save_adapter(trainer.model, trainer.processing_class, base, folder)
         summary["postflight"] = check_trained(folder, base, trainer.model, trainer.processing_class, recipe)
@@ -288,7 +301,6 @@ def finish_run(
         summary |= {"adapter": manifest.id, "version": manifest.version}
     write_json(run.path / "train.json", summary)
     shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
-    return summary
 
 
 def tokens_per_s(rows: Sequence[dict[str, Any]]) -> float:
