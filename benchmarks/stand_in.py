@@ -73,7 +73,7 @@ def put_in_store(store: Path, name: str, version: str = "0" * 12, rank: int = 8)
         run=None,
     )
     write_json(store / name / version / "manifest.json", dataclasses.asdict(manifest))
-    adapter_store._make_current(store, manifest)
+    adapter_store.make_current(store, manifest)
     return manifest
 
 

@@ -4,6 +4,7 @@
     store/<name>/current      the version that model="<name>" means; replaced by rename
     store/<name>/history      every version that the name meant, one per line, the current one last; read by rollback
     store/<name>/pinned       present when a server should always keep the current version in memory
+    store/<name>/canary       present while a share of the conversations gets another version (counsel/canary.py)
     store/.servers/           what running servers write about themselves (serve/server_registry.py)
 
 A version is named by the hash of its content and its base, written under a temporary name and renamed when it is
@@ -14,7 +15,6 @@ keys are those of `Manifest`; docs/architecture.md explains them.
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
 import os
 import re
@@ -28,6 +28,7 @@ from typing import Any
 
 from counsel import trial
 from counsel.adapter_check import CARD, CONFIG, WEIGHTS, check, check_files
+from counsel.canary import CANARY, Canary, read_canary
 from counsel.catalog import Base
 from counsel.errors import UserError
 from counsel.files import locked, new_directory, sha256_of, write_json, write_text
@@ -38,15 +39,10 @@ from counsel.values import nearest
 
 CURRENT, HISTORY, PINNED = "current", "history", "pinned"
 SERVERS = ".servers"
-STALE_S = 3600.0
 MAX_SYSTEM_CHARS = 8000
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9a-f]{12}")
-# What a killed command leaves: a publish's scratch folder, a partly written file, a partly removed version.
-_LEFTOVER = re.compile(r"\.(publish\.\w{8}|[a-z0-9][a-z0-9._-]*\.([0-9a-f]{16}|[0-9]{19}))")
-# What a server that was killed at its start leaves in SERVERS.
-_SERVER_LEFTOVER = re.compile(r"\.[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,8 @@ class AdapterVersions:
     """All versions of one name, oldest first; `current` is None while the first one is being published.
 
     history: the versions that the name meant, the current one last.
-    broken: a version, or CURRENT, that cannot be read -> the reason.
+    canary: the one that runs; its version is in `versions` and is not the current one.
+    broken: a version, or CURRENT or CANARY, that cannot be read -> the reason.
     """
 
     name: str
@@ -62,16 +59,25 @@ class AdapterVersions:
     versions: dict[str, Manifest]
     pinned: bool
     history: tuple[str, ...] = ()
+    canary: Canary | None = None
     broken: dict[str, str] = field(default_factory=dict)
 
 
 def publish(
-    store: Path, name: str, adapter_dir: Path, base: Base, *, system: str = "", run: str | None = None
+    store: Path,
+    name: str,
+    adapter_dir: Path,
+    base: Base,
+    *,
+    system: str = "",
+    run: str | None = None,
+    current: bool = True,
 ) -> Manifest:
     """Check the adapter in `adapter_dir` against `base`, copy it into the store and make it what `name` means.
 
-    Publishing the same content again copies nothing, unless the stored version is damaged: then it is replaced. Raises
-    UserError, and leaves nothing behind, when the adapter breaks a rule.
+    current: False leaves what the name means as it is. Publishing the same content again copies nothing, unless the
+    stored version is damaged: then it is replaced. Raises UserError, and leaves nothing behind, when the adapter breaks
+    a rule, or while a canary of the name runs.
     """
     check_name(name)
     if name == base.name:
@@ -79,6 +85,7 @@ def publish(
     if len(system) > MAX_SYSTEM_CHARS:
         raise UserError(f"the system prompt has {len(system)} characters; at most {MAX_SYSTEM_CHARS} are allowed")
     check_files(adapter_dir)
+    _check_no_canary(read_versions(store, name))
     with _scratch(store) as scratch:
         # Check the copy, not the source, which others may write to: what is checked is then what is served.
         copy = _copy(adapter_dir, scratch)
@@ -101,9 +108,19 @@ def publish(
         result = _earlier_trial(store, manifest) or dataclasses.asdict(trial.run(copy, base.path))
         manifest = dataclasses.replace(manifest, trial=result)
         with locked(store):
+            _check_no_canary(read_versions(store, name))
             manifest = _store_version(store, manifest, copy)
-            _make_current(store, manifest)
+            if current:
+                make_current(store, manifest)
     return manifest
+
+
+def _check_no_canary(adapter: AdapterVersions) -> None:
+    if adapter.canary:
+        raise UserError(
+            f"a canary of {adapter.name!r} runs ({adapter.name}@{adapter.canary.version}), and nothing was changed: "
+            f"python -m serve canary promote {adapter.name}, or canary rollback {adapter.name}, ends it"
+        )
 
 
 def _earlier_trial(store: Path, manifest: Manifest) -> dict[str, list[float]] | None:
@@ -127,7 +144,7 @@ def _store_version(store: Path, manifest: Manifest, copy: Path) -> Manifest:
         if not target.is_symlink() and not damage(store, stored):
             return stored
     with contextlib.suppress(FileNotFoundError):
-        _discard(target)
+        discard(target)
     with new_directory(target) as folder:
         for file in manifest.files:
             (copy / file).rename(folder / file)
@@ -167,7 +184,7 @@ def names(store: Path) -> list[str]:
 def read_versions(store: Path, name: str) -> AdapterVersions:
     """What the store holds under `name`. An unknown name has no versions; what cannot be read is in `broken`."""
     folder = store / name
-    written = _read_words(folder / CURRENT)
+    written = read_words(folder / CURRENT)
     manifests: list[Manifest] = []
     broken: dict[str, str] = {}
     if folder.is_dir() and not folder.is_symlink():
@@ -181,20 +198,29 @@ def read_versions(store: Path, name: str) -> AdapterVersions:
     versions = {manifest.version: manifest for manifest in manifests}
     current = written[0] if written and written[0] in versions else None
     if written and current is None and written[0] not in broken:
-        if _read_words(folder / CURRENT) != written:
+        if read_words(folder / CURRENT) != written:
             # Meanwhile another version became current and this one was removed.
             return read_versions(store, name)
         broken[CURRENT] = f"{str(folder / CURRENT)!r} names a version that does not exist; publish again, or roll back"
-    meant = _read_words(folder / HISTORY) or [manifest.version for manifest in manifests]
+    meant = read_words(folder / HISTORY) or [manifest.version for manifest in manifests]
     if current and current in meant:
         meant = meant[: len(meant) - meant[::-1].index(current)]
     elif current:
         meant.append(current)
     history = tuple(version for version in meant if version in versions)
-    return AdapterVersions(name, current, versions, (folder / PINNED).exists(), history, broken)
+    canary = None
+    try:
+        canary = read_canary(folder)
+        if canary and canary.version not in versions:
+            broken[CANARY] = f"{str(folder / CANARY)!r} names a version that does not exist; end the canary"
+    except UserError as error:
+        broken[CANARY] = str(error)
+    if canary and (canary.version == current or CANARY in broken):
+        canary = None
+    return AdapterVersions(name, current, versions, (folder / PINNED).exists(), history, canary, broken)
 
 
-def _read_words(path: Path) -> list[str]:
+def read_words(path: Path) -> list[str]:
     """The words in a small file of the store; empty when it does not exist."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").split()
@@ -202,8 +228,11 @@ def _read_words(path: Path) -> list[str]:
         return []
 
 
-def _make_current(store: Path, manifest: Manifest, history: Sequence[str] | None = None) -> None:
-    """Make the name mean `manifest`. `history`: the versions it meant before, by default its whole history."""
+def make_current(store: Path, manifest: Manifest, history: Sequence[str] | None = None) -> None:
+    """Make the name mean `manifest`, for a caller that holds the lock.
+
+    history: the versions that it meant before; by default its whole history.
+    """
     folder = store / manifest.name
     before = read_versions(store, manifest.name).history if history is None else history
     meant = [*before, *([] if before and before[-1] == manifest.version else [manifest.version])]
@@ -243,7 +272,7 @@ def version_dir(store: Path, manifest: Manifest) -> Path:
 
 def rollback(store: Path, name: str, version: str = "") -> Manifest:
     """Make `name` mean `version`, by default the one it meant before."""
-    with _write_lock(store):
+    with write_lock(store):
         if version:
             manifest = find(store, f"{name}@{version}")
             adapter = read_versions(store, name)
@@ -256,16 +285,17 @@ def rollback(store: Path, name: str, version: str = "") -> Manifest:
             if not earlier:
                 raise UserError(f"adapter {name!r} has no version before {adapter.current}; nothing was changed")
             manifest = adapter.versions[earlier[-1]]
+        _check_no_canary(adapter)
         meant = list(adapter.history)
         if manifest.version in meant:
             meant = meant[: len(meant) - meant[::-1].index(manifest.version)]
-        _make_current(store, manifest, meant)
+        make_current(store, manifest, meant)
     return manifest
 
 
 def pin(store: Path, name: str, pinned: bool) -> Manifest:
     """Set whether a server should always keep the current version of `name` in memory."""
-    with _write_lock(store):
+    with write_lock(store):
         manifest = find(store, name)
         if pinned:
             (store / name / PINNED).touch()
@@ -280,64 +310,22 @@ def remove(store: Path, served_name: str) -> list[str]:
     Damaged versions can be removed too.
     """
     name, version = _split_name(served_name)
-    with _write_lock(store):
+    with write_lock(store):
         adapter = read_versions(store, name)
-        stored = [*adapter.versions, *(broken for broken in adapter.broken if broken != CURRENT)]
+        stored = [*adapter.versions, *(broken for broken in adapter.broken if broken not in (CURRENT, CANARY))]
         if version not in stored and (version or not stored):
             # It raises the error for an unknown adapter or version.
             find(store, served_name)
         if version and version == adapter.current:
             raise UserError(f"{served_name} is the current version of {name!r}; roll back first, or remove {name!r}")
-        _discard(store / name / version if version else store / name)
+        if version and adapter.canary and version == adapter.canary.version:
+            _check_no_canary(adapter)
+        discard(store / name / version if version else store / name)
     return [f"{name}@{removed}" for removed in ([version] if version else stored)]
 
 
-def collect_garbage(store: Path, keep: int) -> list[str]:
-    """Remove all but each name's current version and the `keep` others that it meant last; return what was removed.
-
-    Damaged versions are removed too, except the current one, and so are the leftovers of killed commands and servers.
-    """
-    removed = []
-    with _write_lock(store):
-        hidden = list(store.glob(".*"))
-        for name in names(store):
-            adapter = read_versions(store, name)
-            others = [version for version in adapter.versions if version != adapter.current]
-            last_meant = {version: place for place, version in enumerate(adapter.history, start=1)}
-            others.sort(key=lambda version, last_meant=last_meant: last_meant.get(version, 0))  # type: ignore[misc]
-            current = _read_words(store / name / CURRENT)
-            damaged = [version for version in adapter.broken if version != CURRENT and version not in current]
-            for version in [*others[: max(0, len(others) - keep)], *damaged]:
-                _discard(store / name / version)
-                removed.append(f"{name}@{version}")
-            hidden += (store / name).glob(".*")
-        # Other hidden names are not the store's.
-        leftovers = [path for path in hidden if _LEFTOVER.fullmatch(path.name)]
-        leftovers += (path for path in (store / SERVERS).glob(".*") if _SERVER_LEFTOVER.fullmatch(path.name))
-        for path in leftovers:
-            # A server that is starting renames its file.
-            with contextlib.suppress(FileNotFoundError):
-                # A younger one may belong to a publish or a server start that is still running.
-                if time.time() - path.lstat().st_mtime > STALE_S and not _is_locked(path):
-                    _delete(path)
-                    removed.append(str(path))
-    return removed
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process of this machine, such as a server that is starting, holds a lock on a file."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 @contextlib.contextmanager
-def _write_lock(store: Path) -> Iterator[None]:
+def write_lock(store: Path) -> Iterator[None]:
     """Keep other writers out of the store; a store that does not exist needs no lock."""
     try:
         with locked(store) if store.is_dir() else contextlib.nullcontext():
@@ -379,14 +367,14 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
-def _discard(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Rename, then delete: a reader sees the whole folder or none."""
     hidden = folder.with_name(f".{folder.name}.{time.time_ns()}")
     folder.rename(hidden)
-    _delete(hidden)
+    delete(hidden)
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

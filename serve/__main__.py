@@ -10,6 +10,7 @@ from counsel import cli
 from counsel import store as adapter_store
 from counsel.cli import Command, Result, as_typed
 from serve import chat, commands
+from serve.canary import commands as canary_commands
 from serve.config import ServeConfig
 from serve.safety import commands as safety_commands
 from serve.safety.commands import OFF_LINES, safety_lines
@@ -73,6 +74,7 @@ COMMANDS = {
     "fleet config": Command(
         "serve.fleet.commands:FrontConfig", "serve.fleet.commands:show_config", "print a fleet's HAProxy configuration"
     ),
+    **canary_commands.COMMANDS,
     **safety_commands.COMMANDS,
     "chat": Command(chat.Chat, chat.chat, "talk to a running server in the terminal"),
 }

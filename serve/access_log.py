@@ -1,7 +1,8 @@
 """What the server logs: one JSON object per line, never what anyone wrote.
 
 requests.jsonl: time_utc request_id key method path adapter status code streamed prompt_tokens completion_tokens ttft_s
-duration_s. audit.jsonl, for admin actions: time_utc request_id key method path status target.
+duration_s; where a canary chose the version, also canary and unit (counsel/canary.py). audit.jsonl, for admin actions:
+time_utc request_id key method path status target.
 
 requests.jsonl also holds requests without a valid key, so it is bounded: at 64 MiB it is renamed to requests.jsonl.1,
 which replaces the one before. audit.jsonl holds only requests with a key, and is kept whole.

@@ -133,8 +133,11 @@ class AdapterPool:
                 await asyncio.sleep(0.05)
             if self.loaded_adapters.get(served_id) is not loaded:
                 return
-            # A rollback may have made its name mean it again while it drained.
-            if not self.names.means(loaded.manifest) or self.names.unservable_reason(loaded.manifest) is not None:
+            # A rollback, or a canary, may have made its name mean it again while it drained.
+            if (
+                not self.names.answers_with(loaded.manifest)
+                or self.names.unservable_reason(loaded.manifest) is not None
+            ):
                 await self._unload(loaded, "unload")
         finally:
             loaded.draining = False

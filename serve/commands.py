@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from counsel import rollout
 from counsel import store as adapter_store
 from counsel.catalog import resolve
 from counsel.chat import SYSTEM_PROMPT
@@ -12,8 +13,10 @@ from counsel.cli import Command, Result, argument, as_typed, option
 from counsel.errors import UserError
 from counsel.report.tables import text_table
 from counsel.run import open_run
-from counsel.store import Manifest
-from counsel.values import NonNegativeInt
+from counsel.store import AdapterVersions, Manifest
+from counsel.store_garbage import collect_garbage
+from counsel.values import NonNegativeInt, ShareBelowOne
+from serve.canary.commands import print_started
 from serve.keys import USER, add_key
 from serve.server_registry import registered_servers
 
@@ -29,6 +32,12 @@ class Publish:
         SYSTEM_PROMPT,
         "system prompt for requests that have none; empty for none",
         shown="the built-in supportive prompt",
+    )
+    canary: ShareBelowOne = option(
+        0.0,
+        "let only this share of conversations get it, beside the current version",
+        metavar="SHARE",
+        shown="everybody",
     )
     store: str = option(STORE, "adapter store")
 
@@ -80,11 +89,17 @@ class NewKey:
 def publish(options: Publish) -> Result:
     """Check an adapter and copy it into the store; a running server loads it within 2 s."""
     folder, name, model, run = _source(options)
-    manifest = adapter_store.publish(Path(options.store), name, folder, resolve(model), system=options.system, run=run)
+    store = Path(options.store)
+    manifest = adapter_store.publish(
+        store, name, folder, resolve(model), system=options.system, run=run, current=not options.canary
+    )
     print(f"published {manifest.id}: rank {manifest.rank}, {_size(manifest)}, for {manifest.base['name']}")
-    _print_unserved(Path(options.store), [manifest])
+    if options.canary:
+        print_started(store, rollout.start_canary(store, manifest.id, options.canary))
+    else:
+        _print_unserved(store, [manifest])
     return Result(
-        {"adapter": manifest.id, "path": str(adapter_store.version_dir(Path(options.store), manifest))},
+        {"adapter": manifest.id, "path": str(adapter_store.version_dir(store, manifest))},
         next=f"a server on this store serves it within 2 s; ask it with python -m serve chat {name}",
     )
 
@@ -99,7 +114,7 @@ def list_all(options: List) -> Result:
         (
             adapter.name,
             manifest.version,
-            ("current pinned" if adapter.pinned else "current") if adapter.current == manifest.version else "",
+            _place(adapter, manifest),
             manifest.base["name"],
             str(manifest.rank),
             _size(manifest),
@@ -160,7 +175,7 @@ def pin(options: Pin) -> Result:
 
 def collect(options: Collect) -> Result:
     """Remove old versions, and what killed commands left behind."""
-    removed = adapter_store.collect_garbage(Path(options.store), options.keep)
+    removed = collect_garbage(Path(options.store), options.keep)
     print(f"removed {', '.join(removed) or 'nothing'}")
     return Result({"removed": removed})
 
@@ -199,6 +214,15 @@ def _print_unserved(store: Path, current: Sequence[Manifest]) -> None:
         for manifest in current:
             if reason := server.unservable_reason(manifest):
                 print(f"{server.url} does not serve {manifest.id}: {reason}")
+
+
+def _place(adapter: AdapterVersions, manifest: Manifest) -> str:
+    """What a version is to its name."""
+    if adapter.canary and adapter.canary.version == manifest.version:
+        return f"canary {adapter.canary.share:.1%}"
+    if adapter.current != manifest.version:
+        return ""
+    return "current pinned" if adapter.pinned else "current"
 
 
 def _size(manifest: Manifest) -> str:

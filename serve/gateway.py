@@ -17,14 +17,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from counsel.store import Manifest
 from serve.access_log import AccessLog
 from serve.adapter_pool import AdapterPool
 from serve.api_errors import ApiError
+from serve.canary.choice import opening_of
 from serve.chat_turns import Template
 from serve.config import INSTANCE, INSTANCE_HEADER, ServeConfig
 from serve.keys import ADMIN, Key, KeyRing
 from serve.limits import Limits
 from serve.metrics import ServerMetrics
+from serve.name_table import NameTable
 from serve.reply import Reply, Send
 from serve.request_body import Receive, Scope, encode_body, parse_body, read_body, replace_body
 from serve.request_rewrite import RESPONSES, Body, rewrite, weight
@@ -85,6 +88,9 @@ class RequestLog:
     path: str
     key: Key = ANONYMOUS
     adapter: str = ""
+    # The canary that chose the version, and what it chose it for.
+    canary: str = ""
+    unit: str = ""
     streamed: bool = False
     tally: Tally = field(default_factory=Tally)
     started_s: float = field(default_factory=time.monotonic)
@@ -173,7 +179,7 @@ class Gateway:
         model = body.get("model")
         manifest = None
         if isinstance(model, str) and model not in ("", base_name):
-            manifest = await service.watcher.resolve(model)
+            manifest = _side(pool.names, await service.watcher.resolve(model), request_log, body)
         send, decision = reply.send, Decision()
         if service.safety is not None and service.safety.covers(manifest.name if manifest else base_name):
             decision, checked = await _judge(
@@ -206,6 +212,17 @@ class Gateway:
         finally:
             if loaded is not None:
                 pool.release(loaded)
+
+
+def _side(names: NameTable, manifest: Manifest, request_log: RequestLog, body: Body) -> Manifest:
+    """The version that answers a request whose model resolved to `manifest`: a canary's, for a share of them."""
+    new = names.canary_version(manifest.name)
+    canary = names.published[manifest.name].canary
+    if new is None or canary is None or body["model"] != manifest.name:
+        return manifest
+    request_log.canary = canary.id
+    request_log.unit = canary.unit(request_log.key.digest, opening_of(request_log.path, body))
+    return new if canary.chooses(request_log.unit) else manifest
 
 
 async def _judge(
@@ -296,6 +313,7 @@ def _write_log(service: Service, request_log: RequestLog, reply: Reply, target: 
     if request_log.path in GENERATING:
         row |= {
             "adapter": request_log.adapter,
+            **({"canary": request_log.canary, "unit": request_log.unit} if request_log.canary else {}),
             "streamed": request_log.streamed,
             "prompt_tokens": request_log.tally.prompt_tokens,
             "completion_tokens": request_log.tally.completion_tokens,

@@ -62,10 +62,22 @@ class NameTable:
         usable = (m for m in candidates if m.id in self.unloaded_by_admin or self.unservable_reason(m) is None)
         return next(usable, current)
 
+    def canary_version(self, name: str) -> Manifest | None:
+        """The version that a canary of `name` gives a share of requests; None without one that can be served."""
+        adapter = self.published.get(name)
+        if adapter is None or adapter.canary is None:
+            return None
+        new = adapter.versions[adapter.canary.version]
+        return new if self.unservable_reason(new) is None else None
+
     def means(self, manifest: Manifest) -> bool:
         """Whether the version's name means this version now."""
         current = self.current_version(manifest.name)
         return current is not None and current.id == manifest.id
+
+    def answers_with(self, manifest: Manifest) -> bool:
+        """Whether requests for the version's name may get it: the name means it, or a canary gives it to some."""
+        return self.means(manifest) or self.canary_version(manifest.name) == manifest
 
     def pinned(self, manifest: Manifest) -> bool:
         """Whether the version must stay in the engine: its name is pinned and means this version."""

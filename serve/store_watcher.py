@@ -59,6 +59,8 @@ class StoreWatcher:
         servable.sort(key=self.names.pinned, reverse=True)
         for manifest in servable[: self.pool.capacity]:
             await self._try_serving(manifest)
+        for name in self.names.published:
+            await self._load_canary(name)
         self._added.clear()
 
     async def watch(self) -> None:
@@ -119,8 +121,10 @@ class StoreWatcher:
         if not self.names.is_store_current(manifest):
             return
         self.names.serving[manifest.name] = manifest.version
+        canary = self.names.canary_version(manifest.name)
+        kept = {manifest.id, canary.id if canary else manifest.id}
         for served_id, loaded in self.pool.loaded_adapters.items():
-            if loaded.manifest.name == manifest.name and served_id != manifest.id and not loaded.draining:
+            if loaded.manifest.name == manifest.name and served_id not in kept and not loaded.draining:
                 self._spawn(self.pool.unload_when_idle(served_id))
 
     def _update_list(self, listed: dict[str, None] | None, swap: bool) -> None:
@@ -134,18 +138,18 @@ class StoreWatcher:
             self._pending_swaps |= dict.fromkeys(added)
 
     def _warn_unserved(self, name: str) -> None:
-        """Log that the version which the store calls current cannot be served; once per reason."""
-        current = self.names.store_current(name)
-        reason = self.names.unservable_reason(current) if current else None
-        if current is None or reason is None:
-            self._warned.pop(name, None)
-            return
-        meant = self.names.current_version(name)
-        instead = f"{meant.id} is still served" if meant and meant.id != current.id else "its name is not served"
-        message = f"{current.id} cannot be served: {reason}; {instead}"
-        if self._warned.get(name) != message:
-            self._warned[name] = message
+        """Log which version, of the store's current one and a canary's, cannot be served; once per reason."""
+        adapter, meant = self.names.published.get(name), self.names.current_version(name)
+        canary = adapter.versions[adapter.canary.version] if adapter and adapter.canary else None
+        problems = []
+        for wanted in (self.names.store_current(name), canary):
+            if wanted is not None and (reason := self.names.unservable_reason(wanted)):
+                instead = f"{meant.id} is still served" if meant and meant.id != wanted.id else "its name is not served"
+                problems.append(f"{wanted.id} cannot be served: {reason}; {instead}")
+        message = "; ".join(problems)
+        if message and self._warned.get(name) != message:
             log.warning("%s", message)
+        self._warned[name] = message
 
     def _apply_changes(self, before: AdapterVersions | None, after: AdapterVersions) -> None:
         for version, manifest in (before.versions if before else {}).items():
@@ -175,6 +179,7 @@ class StoreWatcher:
                         self._pending_swaps.pop(name, None)
                         self._added.discard(name)
                         self.switch_to(current)
+                await self._load_canary(name)
             if self._pending_swaps:
                 await asyncio.sleep(RETRY_S)
 
@@ -186,6 +191,14 @@ class StoreWatcher:
         if self.preload and current.name not in self._listed:
             return False
         return current.name in self._added or len(loaded_adapters) < self.pool.capacity
+
+    async def _load_canary(self, name: str) -> None:
+        """Load a canary's version before a request needs it, if its name is in the engine and there is room."""
+        new, loaded_adapters = self.names.canary_version(name), self.pool.loaded_adapters
+        if new is None or new.id in loaded_adapters or len(loaded_adapters) >= self.pool.capacity:
+            return
+        if any(other.manifest.name == name for other in loaded_adapters.values()):
+            await self._try_serving(new, room_wait_s=0.0)
 
     async def _forget(self, manifest: Manifest) -> None:
         await self.pool.unload_when_idle(manifest.id)

@@ -211,7 +211,14 @@ def _card(base: dict[str, Any], manifest: Manifest, served_name: str, pool: Adap
         # Differs from `version` where the store's current version cannot be served here.
         "current": pool.names.published[manifest.name].current,
         "state": pool.state(manifest),
+        **({"canary": _canary(pool, manifest)} if served_name == manifest.name else {}),
     }
+
+
+def _canary(pool: AdapterPool, manifest: Manifest) -> dict[str, Any] | None:
+    """The version that a share of the requests for this name get."""
+    new, adapter = pool.names.canary_version(manifest.name), pool.names.published[manifest.name]
+    return {"version": new.version, "share": adapter.canary.share} if new and adapter.canary else None
 
 
 def _states(pool: AdapterPool) -> list[dict[str, Any]]:
@@ -221,6 +228,7 @@ def _states(pool: AdapterPool) -> list[dict[str, Any]]:
             "id": manifest.id,
             "current": adapter.current == manifest.version,
             "serves_name": pool.names.means(manifest),
+            "canary": adapter.canary is not None and adapter.canary.version == manifest.version,
             "pinned": adapter.pinned,
             "state": pool.state(manifest),
             "in_flight": pool.in_flight(manifest),

@@ -60,7 +60,7 @@ def put_in_store(store: Path, manifest: Manifest, *, pinned: bool = False) -> No
     write_json(store / manifest.name / manifest.version / "manifest.json", dataclasses.asdict(manifest))
     if pinned:
         (store / manifest.name / "pinned").touch()
-    adapter_store._make_current(store, manifest)
+    adapter_store.make_current(store, manifest)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -17,6 +17,7 @@ from counsel import store as adapter_store
 from counsel.adapter_check import CONFIG, WEIGHTS
 from counsel.catalog import Base, resolve
 from counsel.errors import UserError
+from counsel.store_garbage import collect_garbage
 from tests.tiny import tiny_adapter, tiny_base
 
 
@@ -106,7 +107,7 @@ def test_rollback_remove_and_garbage_collection_keep_the_right_versions(base, ma
     assert adapter_store.rollback(store, "gentle", one.version) == one
     with pytest.raises(UserError, match="no version before"):
         adapter_store.rollback(store, "gentle")
-    assert adapter_store.collect_garbage(store, keep=1) == [two.id]
+    assert collect_garbage(store, keep=1) == [two.id]
     assert list(adapter_store.read_versions(store, "gentle").versions) == [one.version, three.version]
     assert adapter_store.remove(store, three.id) == [three.id]
     assert adapter_store.remove(store, "gentle") == [one.id]
@@ -222,9 +223,9 @@ def test_a_damaged_version_can_be_removed_collected_and_rolled_back_from(damage,
     DAMAGES[damage](adapter_store.version_dir(store, bad))
     with pytest.raises(UserError, match="damaged"):
         adapter_store.find(store, bad.id)
-    assert adapter_store.collect_garbage(store, keep=5) == []
+    assert collect_garbage(store, keep=5) == []
     assert adapter_store.rollback(store, "gentle") == good
-    assert adapter_store.collect_garbage(store, keep=5) == [bad.id]
+    assert collect_garbage(store, keep=5) == [bad.id]
     DAMAGES[damage](adapter_store.version_dir(store, good))
     assert adapter_store.remove(store, "gentle") == [good.id]
 
@@ -242,7 +243,7 @@ def test_garbage_collection_removes_leftovers_of_killed_commands_and_no_other_hi
         os.utime(path, (1, 1))
     fresh = store / ".publish.00000000"
     fresh.mkdir()
-    assert set(adapter_store.collect_garbage(store, keep=5)) == {str(path) for path in left}
+    assert set(collect_garbage(store, keep=5)) == {str(path) for path in left}
     assert all(path.is_dir() for path in (*kept, fresh))
 
 
@@ -259,9 +260,9 @@ def test_garbage_collection_removes_what_a_killed_server_start_left(stocked):
             os.utime(path, (1, 1))
     with starting.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert adapter_store.collect_garbage(store, keep=5) == [str(left)]
+        assert collect_garbage(store, keep=5) == [str(left)]
     assert sorted(servers.iterdir()) == sorted([starting, fresh, running])
-    assert adapter_store.collect_garbage(store, keep=5) == [str(starting)]
+    assert collect_garbage(store, keep=5) == [str(starting)]
 
 
 @pytest.mark.parametrize("written", [0, 2, None])

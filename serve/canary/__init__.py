@@ -1,0 +1,1 @@
+"""Canaries: which version answers, what both sides show, and when that decides."""
