@@ -85,7 +85,7 @@ def publish(
     if len(system) > MAX_SYSTEM_CHARS:
         raise UserError(f"the system prompt has {len(system)} characters; at most {MAX_SYSTEM_CHARS} are allowed")
     check_files(adapter_dir)
-    _check_no_canary(read_versions(store, name))
+    check_no_canary(read_versions(store, name))
     with _scratch(store) as scratch:
         # Check the copy, not the source, which others may write to: what is checked is then what is served.
         copy = _copy(adapter_dir, scratch)
@@ -108,14 +108,15 @@ def publish(
         result = _earlier_trial(store, manifest) or dataclasses.asdict(trial.run(copy, base.path))
         manifest = dataclasses.replace(manifest, trial=result)
         with locked(store):
-            _check_no_canary(read_versions(store, name))
+            check_no_canary(read_versions(store, name))
             manifest = _store_version(store, manifest, copy)
             if current:
                 make_current(store, manifest)
     return manifest
 
 
-def _check_no_canary(adapter: AdapterVersions) -> None:
+def check_no_canary(adapter: AdapterVersions) -> None:
+    """Raise UserError while a canary of the name runs."""
     if adapter.canary:
         raise UserError(
             f"a canary of {adapter.name!r} runs ({adapter.name}@{adapter.canary.version}), and nothing was changed: "
@@ -285,7 +286,7 @@ def rollback(store: Path, name: str, version: str = "") -> Manifest:
             if not earlier:
                 raise UserError(f"adapter {name!r} has no version before {adapter.current}; nothing was changed")
             manifest = adapter.versions[earlier[-1]]
-        _check_no_canary(adapter)
+        check_no_canary(adapter)
         meant = list(adapter.history)
         if manifest.version in meant:
             meant = meant[: len(meant) - meant[::-1].index(manifest.version)]
@@ -319,7 +320,7 @@ def remove(store: Path, served_name: str) -> list[str]:
         if version and version == adapter.current:
             raise UserError(f"{served_name} is the current version of {name!r}; roll back first, or remove {name!r}")
         if version and adapter.canary and version == adapter.canary.version:
-            _check_no_canary(adapter)
+            check_no_canary(adapter)
         discard(store / name / version if version else store / name)
     return [f"{name}@{removed}" for removed in ([version] if version else stored)]
 

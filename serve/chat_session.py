@@ -28,8 +28,6 @@ class ChatSession:
     other: str = ""
     messages: list[Message] = field(default_factory=list)
     n_turns: int = 0
-    # Notices of the server that were shown: each is shown once.
-    _noticed: set[str] = field(default_factory=set)
 
     def ask(self, question: str, *, alone: bool = False) -> None:
         """Print the answer to `question` as it streams, and keep both as a turn.
@@ -108,7 +106,6 @@ class ChatSession:
                 stream=True,
             ) as stream:
                 for chunk in stream:
-                    self._show_notice(chunk)
                     for choice in chunk.choices:
                         parts.append(choice.delta.content or "")
                         print(parts[-1], end="", flush=True)
@@ -116,14 +113,6 @@ class ChatSession:
             print(" (stopped)", end="", file=sys.stderr)
         print()
         return "".join(parts)
-
-    def _show_notice(self, chunk: Any) -> None:
-        """Show what the server says itself: a field `counsel` of a chunk, with a notice."""
-        marked = getattr(chunk, "counsel", None)
-        notice = marked.get("notice") if isinstance(marked, dict) else None
-        if notice and notice not in self._noticed:
-            self._noticed.add(notice)
-            print(notice, file=sys.stderr)
 
 
 def open_session(url: str, model: str, system: str, max_tokens: int, temperature: float) -> ChatSession:

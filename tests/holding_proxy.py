@@ -2,7 +2,7 @@
 
 A browser that talks to it talks to the real server, byte for byte, except where a test says otherwise: `hold_after`
 stops each chat stream after so many events with text, until `release()`; `answers` are sent instead of the server's
-replies, one per chat request; `adds` is merged into each chunk.
+replies, one per chat request.
 """
 
 import contextlib
@@ -34,7 +34,6 @@ class HoldingProxy(http.server.ThreadingHTTPServer):
         self.target = (address.hostname, address.port)
         self.hold_after: int | None = None
         self.answers: list[Canned] = []
-        self.adds: dict[str, Any] = {}
         self.chats: list[dict[str, Any]] = []
         self.hung_up = threading.Event()
         self._released = threading.Event()
@@ -84,8 +83,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             for line in reply:
                 if line.startswith(b"data: {"):
-                    chunk = json.loads(line[6:]) | self.server.adds
-                    line = b"data: " + json.dumps(chunk).encode() + b"\n"
+                    chunk = json.loads(line[6:])
                     shown += any(choice["delta"].get("content") for choice in chunk["choices"])
                 self.wfile.write(line)
                 if line == b"\n" and self.server.hold_after is not None and shown >= self.server.hold_after:

@@ -16,6 +16,8 @@ from counsel.store_garbage import collect_garbage
 from serve.canary.choice import opening_of
 from tests.fake_engine import new_watcher, put_in_store, until
 from tests.tiny import tiny_manifest
+from train.preflight import check_run_name
+from train.recipe import Recipe
 
 OLD, NEW, THIRD = (tiny_manifest("a", digit * 12) for digit in "123")
 
@@ -251,3 +253,12 @@ def test_a_canary_that_a_server_cannot_serve_gets_no_request_there(tmp_path, cap
     said = [record.getMessage() for record in caplog.records if f"{new.id} cannot be served" in record.getMessage()]
     assert len(said) == 1
     assert f"{OLD.id} is still served" in said[0]
+
+
+def test_a_training_that_could_not_publish_is_refused_before_it_starts(store):
+    """Its name has a canary: `train check` says so, and a run that does not publish is fine."""
+    rollout.start_canary(store, NEW.id, 0.1)
+    with pytest.raises(UserError, match="a canary of 'a' runs"):
+        check_run_name(Recipe(name="a", store=str(store)))
+    check_run_name(Recipe(name="a", store=""))
+    check_run_name(Recipe(name="b", store=str(store)))

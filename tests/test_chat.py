@@ -47,7 +47,6 @@ class Api(JsonHandler):
         for word in ("you ", "said ", turns[-1]):
             choice = {"index": 0, "delta": {"content": word}, "finish_reason": None}
             chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice]}
-            chunk |= self.server.marks
             self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.flush()
             if word == "said " and turns[-1] == "wait":
@@ -60,7 +59,7 @@ class Api(JsonHandler):
 @pytest.fixture
 def api():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Api)
-    server.seen, server.n_fitting, server.hung_up, server.marks = [], 100, threading.Event(), {}
+    server.seen, server.n_fitting, server.hung_up = [], 100, threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -253,12 +252,3 @@ def test_one_question_without_an_answer_is_an_error(talk, api):
         talk(question="no")
     with pytest.raises(UserError, match="the question on standard input is empty"):
         talk(question="-")
-
-
-def test_a_notice_of_the_server_is_shown_once(talk, api, capsys):
-    """In a field `counsel` of a chunk; it is no part of the answer."""
-    api.marks = {"counsel": {"notice": "are you safe now?"}}
-    talk("hi", "so")
-    out, err = capsys.readouterr()
-    assert err.count("are you safe now?") == 1
-    assert "safe" not in out

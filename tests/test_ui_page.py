@@ -319,17 +319,6 @@ def test_a_server_that_is_away_comes_back(visit, browser, server):
         page.close()
 
 
-def test_what_the_server_says_itself_stands_before_the_answer(visit, proxy):
-    """A notice and its resources, as text: markup in them is not run."""
-    line = {"name": "A line <b>", "number": "116 123", "hours": "always"}
-    proxy.adds = {"counsel": {"notice": "Are you safe now?", "resources": [line]}}
-    page = visit()
-    ask(page)
-    note = page.get_by_role("complementary", name="From the server")
-    expect(note).to_contain_text("Are you safe now?")
-    expect(note.locator("li")).to_have_text("A line <b> · 116 123 · always")
-
-
 @functools.cache
 def axe_source() -> str:
     folder = Path(pytest.importorskip("axe_playwright_python", reason="axe is not installed").__file__).parent

@@ -115,6 +115,8 @@ def check_run_name(recipe: Recipe) -> str:
     names = [recipe.with_seed(seed).name for seed in recipe.seeds] or [recipe.name]
     for name in names:
         store.check_name(name)
+        if recipe.store:
+            store.check_no_canary(store.read_versions(Path(recipe.store), name))
     return f"{', '.join(map(repr, names))}, allowed as an adapter name"
 
 

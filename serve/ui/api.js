@@ -50,7 +50,7 @@ export async function listModels(key) {
   return (await (await call("models", key)).json()).data;
 }
 
-/** Yields {text, model, counsel, atLimit} as an answer arrives. Throws Problem, or AbortError once `signal` is aborted. */
+/** Yields {text, model, atLimit} as an answer arrives. Throws Problem, or AbortError once `signal` is aborted. */
 export async function* streamAnswer({ key, model, messages, sampling, signal }) {
   const body = JSON.stringify({ model, messages, stream: true, ...sampling });
   const reply = await call("chat/completions", key, { method: "POST", body, signal });
@@ -88,7 +88,7 @@ function pieceOf(chunk) {
   if (chunk.error) throw inWords(Number(chunk.error.code) || 500, chunk.error.message ?? "", 0);
   const text = (chunk.choices ?? []).map((choice) => choice.delta?.content ?? "").join("");
   const atLimit = (chunk.choices ?? []).some((choice) => choice.finish_reason === "length");
-  return { text, model: chunk.model, counsel: chunk.counsel, atLimit };
+  return { text, model: chunk.model, atLimit };
 }
 
 /** Send a vote; returns {id, models}. */

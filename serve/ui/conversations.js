@@ -3,8 +3,8 @@
 // A conversation is {id, title, turns}. A turn is {role: "user", content}, or {role: "assistant", answers, chosen, blind,
 // vote} with one answer, or two in the order in which they are shown. `chosen` is the answer that the conversation goes
 // on with, null while the choice is open; `vote` is {id, choice}. An answer is {model, content, system, sampling}: the
-// exact model, and what it was asked with; `counsel` what the server added, `leftOut` how many of the oldest messages
-// no longer fitted, `atLimit` that it reached the longest answer, `stopped` that it was cut, `loaded` that it is a file's.
+// exact model, and what it was asked with; `leftOut` how many of the oldest messages no longer
+// fitted, `atLimit` that it reached the longest answer, `stopped` that it was cut, `loaded` that it is a file's.
 
 const PREFIX = "counsel.conversation.";
 const CURRENT = "counsel.current";

@@ -108,7 +108,6 @@ async function fill(answer, messages, controller, onText) {
     try {
       for await (const piece of streamAnswer(request)) {
         answer.model = piece.model ?? answer.model;
-        answer.counsel ??= piece.counsel;
         answer.content += piece.text;
         if (piece.atLimit) answer.atLimit = true;
         onText();

@@ -27,7 +27,6 @@ export function drawText(turnIndex, answerIndex, answer) {
   const atEnd = main.scrollHeight - main.scrollTop - main.clientHeight < 80;
   const box = byId("turns").children[turnIndex].querySelectorAll(".answer")[answerIndex];
   box.querySelector(".text").textContent = answer.content;
-  if (answer.counsel && !box.querySelector("aside")) box.querySelector(".who").after(serverNote(answer.counsel));
   if (atEnd) scrollToEnd();
 }
 
@@ -75,7 +74,6 @@ function answers(turns, index, actions, busy, last) {
     const name = hidden ? `Answer ${i + 1}` : pair ? `Answer ${i + 1}: ${answer.model}` : answer.model || "Answer";
     box.setAttribute("aria-label", name);
     box.append(element("p", { class: "who", text: name }));
-    if (answer.counsel) box.append(serverNote(answer.counsel));
     box.append(element("p", { class: "text", text: answer.content }));
     if (!working) box.append(...remarks(answer), element("div", { class: "tools" }, copyButton(answer.content)));
     return box;
@@ -139,22 +137,6 @@ function copyButton(text) {
       event.target.textContent = "Select the text to copy it";
     }
   });
-}
-
-/** What the server itself says in a reply: its notice, and where to get help. */
-function serverNote(counsel) {
-  const note = element("aside", { "aria-label": "From the server" });
-  if (counsel.notice) note.append(element("p", { text: counsel.notice }));
-  const resources = counsel.resources ?? [];
-  if (resources.length) {
-    note.append(element("ul", {}, ...resources.map((resource) => element("li", { text: resourceLine(resource) }))));
-  }
-  return note;
-}
-
-function resourceLine(resource) {
-  if (typeof resource === "string") return resource;
-  return ["name", "channel", "number", "url", "hours"].map((field) => resource[field]).filter(Boolean).join(" · ");
 }
 
 /** Show a problem below the conversation, with its retry. */
