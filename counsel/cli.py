@@ -117,7 +117,7 @@ def parse_arguments(
 ) -> tuple[Command, type, dict[str, Any]]:
     """The command that `argv` names, its config class, and the flags as given. Exits with 2 on wrong usage."""
     words = list(argv)
-    # A command's name may have two words, the first of which is a command too: `fleet`, `fleet status`.
+    # A command's name may have two words; the first may be a command too: `fleet`, `fleet status`, `safety check`.
     n_words = next((n for n in (2, 1) if " ".join(words[:n]) in commands and len(words) >= n), 0)
     name, words = " ".join(words[:n_words]), words[n_words:]
     command = commands[name]

@@ -74,6 +74,6 @@ def show_counts(options: SafetyYears) -> Result:
 
 
 COMMANDS = {
-    "safety-check": Command(SafetyCheck, check_policy, "check a crisis policy and the age of its services"),
-    "safety-counts": Command(SafetyYears, show_counts, "show how often the crisis gate acted, by year"),
+    "safety check": Command(SafetyCheck, check_policy, "check a crisis policy and the age of its services"),
+    "safety counts": Command(SafetyYears, show_counts, "show how often the crisis gate acted, by year"),
 }
