@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import serve.safety.gate
-from serve.safety.rules import RULES, check_text
+from serve.safety.rules import RULES, check_text, rules_touched
 from tests.gated import (
     CHAT,
     COMPLETIONS,
@@ -61,6 +61,8 @@ class Faults:
 
 def run(gated: Gated, number: int | None, path: str, answer: Any, stream: bool) -> Faults:
     faults = Faults(number)
+    # So that every run makes the same calls.
+    rules_touched.cache_clear()
     sys.setprofile(faults)
     try:
         gated.ask(path, answer, **body_for(path, "#active", stream=stream))
@@ -162,14 +164,15 @@ def test_an_event_that_is_not_understood_ends_the_stream(tmp_path, broken):
     assert gated.count("alarms", checker="output", reason="error") == 1
 
 
-def test_a_rule_that_takes_too_long_ends_the_answer(tmp_path, monkeypatch):
-    """`regex` raises TimeoutError; the alarm says so."""
+@pytest.mark.parametrize(("where", "words"), [("rules_touched", "SECRET"), ("TextCheck._find", "SECRET " * 6)])
+def test_a_rule_that_takes_too_long_ends_the_answer(tmp_path, monkeypatch, where, words):
+    """`regex` raises TimeoutError, in a short piece or a long one; the alarm says so."""
 
     def slow(*given: object, **named: object) -> None:
         raise TimeoutError
 
     gated = Gated(tmp_path)
-    monkeypatch.setattr("serve.safety.rules.TextCheck._find", slow)
-    reply = gated.ask(CHAT, body_of(CHAT, "SECRET"), **body_for(CHAT, "x"))
+    monkeypatch.setattr(f"serve.safety.rules.{where}", slow)
+    reply = gated.ask(CHAT, body_of(CHAT, words), **body_for(CHAT, "x"))
     assert json.loads(reply.raw)["choices"][0]["message"]["content"] == gated.gate.texts.render("unchecked", "")
     assert gated.count("alarms", checker="output", reason="timeout") == 1

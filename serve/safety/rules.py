@@ -9,7 +9,8 @@ A sentence that a rule matches is replaced by the rule's reviewed text. After a 
 of the answer leaves. The rules are English, and know nothing of meaning: docs/safety-gate.md says what they miss.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import regex
@@ -20,8 +21,11 @@ SEARCH_S = 0.5
 _CONTEXT_CHARS = 120
 # As much as follows a match before it counts: look-aheads read so far.
 _AHEAD_CHARS = 14
+_WORD = regex.compile(r"\w")
 _SENTENCE_END = regex.compile(r"[.!?]+[\"'”’)*_]*(?=\s)|\n")
 _GONE = "…"
+# Longer pieces do not come again.
+_KNOWN_CHARS = 32
 
 
 class OutputRule(NamedTuple):
@@ -209,6 +213,21 @@ RULES = (
 )
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def rules_touched(before: str, piece: str, last: bool) -> tuple[OutputRule, ...]:
+    """The rules that match in a piece after the character `before`, or with `last` false begin to.
+
+    Kept, because answers are made of the same few thousand pieces, and most of them touch no rule or one.
+    """
+    text, n = before + piece, len(piece) + 1
+    touched = []
+    for rule in RULES:
+        match = rule.pattern.search(text, 1, partial=not last, timeout=SEARCH_S)
+        if match is not None and match.start() < n:
+            touched.append(rule)
+    return tuple(touched)
+
+
 class TextCheck:
     """One text of an answer. Feed it as it comes; what may leave is returned in pieces.
 
@@ -258,7 +277,7 @@ class TextCheck:
         """Decide on more of the text; True if a rule matched, and there may be more to decide."""
         start, hold = self.decided, len(self.raw)
         first: tuple[int, int, OutputRule] | None = None
-        for rule in RULES:
+        for rule in self._touched(start, last):
             begin, end, partial = self._find(rule, start, last)
             if len(self.raw) - end < _AHEAD_CHARS and not last:
                 # Its last word may go on, as "human" to "humane", or what follows may excuse it.
@@ -275,6 +294,14 @@ class TextCheck:
         out += [self.raw[start:begin], self._instead(rule, self._left + "".join(out) + self.raw[start:begin])]
         self.decided, self.ended, self._skipping = end, rule.ends, not rule.ends
         return True
+
+    def _touched(self, start: int, last: bool) -> Sequence[OutputRule]:
+        """The rules that may have a match from `start` on."""
+        if len(self.raw) - start > _KNOWN_CHARS:
+            return RULES
+        # Of what stands before it, only this matters to a rule's `\\b`.
+        inside = start > 0 and _WORD.match(self.raw, start - 1) is not None
+        return rules_touched("a" if inside else " ", self.raw[start:], last)
 
     def _find(self, rule: OutputRule, start: int, last: bool) -> tuple[int, int, bool]:
         """Where the rule first matches, or may when more text comes: begin, end, and whether it only may."""
