@@ -6,7 +6,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The tests that use vLLM.
 NEXT_TESTS := $(wildcard $(addprefix tests/test_,upstream.py vllm_api.py launch.py scheduler.py log_privacy.py lora_layers.py \
 	cpu_*.py engine.py offline.py chat_turns.py gateway*.py serve*.py))
-.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet gpu-proof check-deploy
+.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet bench-gate gpu-proof check-deploy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ bench-turns: setup  ## how long an adapter waits while others occupy every slot,
 
 bench-loadtest: setup  ## cost of the load-test client, how well it keeps an offered rate, parity with vllm bench serve (10 minutes)
 	@$(BIN)/python -m benchmarks.loadtest
+
+bench-gate: setup  ## what the crisis gate costs in throughput and to the first token, on a tiny model and a real one (15 minutes)
+	@$(BIN)/python -m benchmarks.gate
 
 bench-eval: setup  ## minutes for 100 questions x 2 models, likelihood against transformers, kill -9, batch against LLM.generate (RUN=name URL=... of a running server)
 	@$(BIN)/python -m benchmarks.eval --run $(RUN) --adapter $(or $(ADAPTER),$(RUN)) --url $(or $(URL),http://127.0.0.1:8000/v1)

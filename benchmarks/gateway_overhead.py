@@ -108,7 +108,7 @@ def model_process(processes: list[psutil.Process]) -> psutil.Process:
 
 
 async def _load(server: Server, client: openai.AsyncOpenAI, answer: Answer, streams: int, round_s: float) -> HalfRound:
-    before_s, start_s = _cpu_s(server), time.monotonic()
+    before_s, start_s = cpu_s(server), time.monotonic()
 
     async def stream() -> int:
         n_tokens = 0
@@ -119,7 +119,7 @@ async def _load(server: Server, client: openai.AsyncOpenAI, answer: Answer, stre
     n_tokens = sum(await asyncio.gather(*(stream() for _ in range(streams))))
     # Until the last token, because the last answers are counted in full.
     clock_s = time.monotonic() - start_s
-    api_s, *others_s = (after - before for after, before in zip(_cpu_s(server), before_s, strict=True))
+    api_s, *others_s = (after - before for after, before in zip(cpu_s(server), before_s, strict=True))
     return HalfRound(n_tokens, clock_s, api_s, api_s + sum(others_s))
 
 
@@ -130,6 +130,6 @@ async def _latency_s(client: openai.AsyncOpenAI, model: str) -> float:
     return time.perf_counter() - start_s
 
 
-def _cpu_s(server: Server) -> list[float]:
+def cpu_s(server: Server) -> list[float]:
     """Processor seconds of each process so far, the API process first."""
     return [sum(process.cpu_times()[:2]) for process in processes_of(server)]
