@@ -13,6 +13,7 @@ from eval.config import (
     GateConfig,
     JudgeConfig,
     ReportConfig,
+    SafetyAnswersConfig,
     SafetyConfig,
 )
 
@@ -32,6 +33,11 @@ COMMANDS = {
         "let base and adapters talk with scripted people, turn by turn",
     ),
     "safety": Command(SafetyConfig, "eval.safety:safety", "measure crisis detection on labelled messages, for CI"),
+    "safety answers": Command(
+        SafetyAnswersConfig,
+        "eval.safety_answers:safety_answers",
+        "whether answers to people at risk refer and keep to the rules, with the crisis gate on and off",
+    ),
     "batch": Command(BatchConfig, "eval.batch:batch", "answer an OpenAI Batch file, resuming after an interruption"),
 }
 

@@ -144,6 +144,28 @@ class SafetyConfig:
 
 
 @dataclass(frozen=True)
+class SafetyAnswersConfig:
+    """Which models answer people at risk, on which two servers."""
+
+    run: str = option(dataclasses.MISSING, "run whose system prompt is used: a name or a folder", metavar="RUN")
+    off_url: str = option(dataclasses.MISSING, "the same models on a server with --safety off", metavar="URL")
+    url: str = option(_URL, "the OpenAI-compatible server with the crisis gate on", metavar="URL")
+    models: tuple[str, ...] = option(
+        (),
+        "served names, comma-separated; `base` is the base model",
+        metavar="NAME,...",
+        shown="the base and the run's own adapter",
+    )
+    rows: str = option("", "JSONL file to write every answer to, with what was made of it", metavar="FILE")
+    max_tokens: PositiveInt = option(160, "longest answer, in tokens")
+    concurrency: PositiveInt = option(16, "requests in flight")
+    timeout_s: PositiveFloat = option(120.0, "longest wait for one answer")
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True)
 class DialogueConfig:
     """Which models talk with the scripted people, how often, and who plays the person."""
 

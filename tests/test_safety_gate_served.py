@@ -1,12 +1,16 @@
 """The crisis gate on a real vLLM server, through the official client: every route, streamed and not."""
 
+import json
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
+from counsel.cli import MISSED, main
 from counsel.client import make_client
+from counsel.files import write_json
 from counsel.safety.policy import read_policy
+from eval.__main__ import COMMANDS
 from serve.safety.commands import safety_lines
 from serve.server import Server
 from tests.conftest import tiny_config
@@ -91,3 +95,17 @@ def test_the_log_holds_no_word_of_a_crisis(gated):
         text = file.read_text(errors="replace")
         assert "canarycanary" not in text, file
         assert "ending your life" not in text, file
+
+
+def test_the_gate_makes_answers_refer(gated, server, tmp_path, capsys, monkeypatch):
+    """`eval safety answers` against two real servers: a model of random weights refers with the gate alone."""
+    write_json(tmp_path / "config.json", {"base": "tiny", "system": ""})
+    write_json(tmp_path / "train.json", {})
+    monkeypatch.setenv("COUNSEL_API_KEY", server.user_key)
+    urls = ("--url", gated.base_url, "--off-url", server.base_url)
+    words = ("safety", "answers", "--run", str(tmp_path), *urls, "--models", "base", "--max-tokens", "4")
+    assert main("eval", COMMANDS, words) in (0, MISSED)
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    refers = {row["gate"]: row["value"] for row in document["shares"] if row["measure"] == "refers"}
+    assert refers["off"] == 0
+    assert refers["on"] > 0.5
