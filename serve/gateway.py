@@ -8,6 +8,7 @@ Bodies are parsed on the generating routes alone; while the gate is off, streams
 """
 
 import asyncio
+import functools
 import logging
 import os
 import re
@@ -42,6 +43,7 @@ from serve.routes import (
     required_role,
 )
 from serve.safety.gate import Decision, SafetyGate, country_in
+from serve.safety.held import HeldReply
 from serve.safety.reply import CheckedReply, send_alone
 from serve.store_watcher import StoreWatcher
 from serve.token_counts import CURRENT, Tally
@@ -94,11 +96,14 @@ class RequestLog:
     streamed: bool = False
     tally: Tally = field(default_factory=Tally)
     started_s: float = field(default_factory=time.monotonic)
+    # When the crisis gate let the reply leave; 0.0 where it kept none back.
+    released_s: float = 0.0
 
     @property
     def ttft_s(self) -> float | None:
-        """Seconds to the first token; None until there is one."""
-        return None if self.tally.first_s is None else self.tally.first_s - self.started_s
+        """Seconds to the first token that could leave; None until there is one."""
+        first_s = self.tally.first_s
+        return None if first_s is None else max(first_s, self.released_s) - self.started_s
 
 
 class Gateway:
@@ -175,32 +180,64 @@ class Gateway:
     async def _answer(
         self, service: Service, request_log: RequestLog, body: Body, scope: Scope, receive: Receive, reply: Reply
     ) -> None:
-        pool, base_name = service.pool, service.pool.names.base_name
+        base_name = service.pool.names.base_name
         model = body.get("model")
         manifest = None
         if isinstance(model, str) and model not in ("", base_name):
             manifest = _side(pool.names, await service.watcher.resolve(model), request_log, body)
-        send, decision = reply.send, Decision()
-        if service.safety is not None and service.safety.covers(manifest.name if manifest else base_name):
-            decision, checked = await _judge(
-                service.safety, request_log, body, scope, reply, manifest.id if manifest else base_name
-            )
+        ask = functools.partial(self._ask, service, request_log, body, manifest, scope)
+        gate, model_id = service.safety, manifest.id if manifest else base_name
+        if gate is None or not gate.covers(manifest.name if manifest else base_name):
+            await ask("", receive, reply.send)
+            return
+        # The model is asked beside the checkers; nothing of its answer leaves before they have judged.
+        held = HeldReply(receive)
+        early = asyncio.create_task(held.begin(functools.partial(ask, "")))
+        try:
+            decision, checked = await _judge(gate, request_log, body, scope, reply, model_id)
+            if not decision.alone and not decision.guidance:
+                request_log.released_s = time.monotonic()
+                await held.release(checked.send)
+                await early
+                return
+            held.abandon()
             if decision.alone:
                 await send_alone(reply.send, checked, stream=request_log.streamed)
-                return
-            send = checked.send
+        finally:
+            # Its exception was raised before, or is nobody's.
+            held.abandon()
+            await asyncio.gather(early, return_exceptions=True)
+            if not request_log.released_s:
+                # What was generated was for nobody.
+                request_log.tally, request_log.adapter = Tally(), ""
+        if not decision.alone:
+            await ask(decision.guidance, receive, checked.send)
+
+    async def _ask(
+        self,
+        service: Service,
+        request_log: RequestLog,
+        body: Body,
+        manifest: Manifest | None,
+        scope: Scope,
+        guidance: str,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Have vLLM answer a request, with `guidance` added to its system prompt."""
+        pool = service.pool
         rewritten = rewrite(
             request_log.path,
             body,
             manifest,
             salt=request_log.key.digest,
-            guidance=decision.guidance,
+            guidance=guidance,
             max_completion_tokens=service.config.max_completion_tokens,
             template=service.template,
         )
         raw = encode_body(rewritten)
         loaded = await pool.acquire(manifest) if manifest else None
-        request_log.adapter = manifest.id if manifest else base_name
+        request_log.adapter = manifest.id if manifest else pool.names.base_name
         CURRENT.set(request_log.tally)
         try:
             scope, receive = replace_body(scope, receive, raw, request_log.request_id)

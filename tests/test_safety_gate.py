@@ -1,12 +1,16 @@
 """The crisis gate as a client meets it: what comes before an answer, what never leaves, and what it says of itself."""
 
+import asyncio
 import json
 import random
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from counsel.safety.labels import RISKS
+from counsel.safety.labels import NONE, RISKS
+from serve.safety.held import HeldReply
 from serve.safety.rules import RULES, TextCheck, check_text
 from tests.gated import (
     CHAT,
@@ -86,7 +90,7 @@ def test_a_risk_puts_the_services_before_the_models_answer(tmp_path, path, strea
     assert b'"counsel_safety": {"action": "crisis", "label": "' + risk.encode() in reply.raw
     assert gated.count("actions", action="crisis", label=risk) == 1
     if path != COMPLETIONS:
-        assert gated.gate.texts.templates["guidance"] in json.dumps(gated.asked[0])
+        assert gated.gate.texts.templates["guidance"] in json.dumps(gated.asked[-1])
 
 
 def test_imminent_names_the_emergency_number_first(tmp_path):
@@ -370,7 +374,7 @@ def sse_free_guard():
 
 
 def test_a_detector_that_hangs_is_given_up(tmp_path):
-    """The safe text alone, whole or as a stream; the model is not asked; an alarm is counted."""
+    """The safe text alone, whole or as a stream; an alarm is counted."""
     release = threading.Event()
     gated = Gated(tmp_path, detector_s=0.05)
     gated.detector.fails = lambda: release.wait() and None
@@ -379,10 +383,98 @@ def test_a_detector_that_hangs_is_given_up(tmp_path):
             for stream in (True, False):
                 reply = gated.ask(path, [], **body_for(path, "hello", stream=stream))
                 assert reply.said() == gated.gate.texts.render("unchecked", "")
-                assert (reply.status, reply.ended, gated.asked) == (200, True, [])
+                assert (reply.status, reply.ended) == (200, True)
     finally:
         release.set()
     assert gated.count("alarms", checker="detector", reason="timeout") == 6
+
+
+class FirstThenKind(list[bytes]):
+    """A stream that says EARLY when it is asked first, and then `done`; later it is the one that it was made of."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(STREAMS[path](KIND))
+        self.early, self.done = STREAMS[path](["EARLY."]), threading.Event()
+
+    def __iter__(self) -> Iterator[bytes]:
+        if self.done.is_set():
+            yield from super().__iter__()
+        else:
+            yield from self.early
+            self.done.set()
+
+
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize("label", [NONE, "active", "fails"])
+def test_the_model_is_asked_beside_the_detector_and_nothing_leaves_before_the_verdict(tmp_path, path, label):
+    """Though its whole answer is there. A risk or a fault drops that answer."""
+    gated, answer, left = Gated(tmp_path), FirstThenKind(path), list[Any]()
+
+    def judge() -> None:
+        assert answer.done.wait(60)
+        left.extend(gated.messages)
+        if label == "fails":
+            raise ValueError
+
+    gated.detector.fails = judge
+    reply = gated.ask(path, answer, **body_for(path, f"#{label}", stream=True))
+    assert left == []
+    assert (b"EARLY" in reply.raw) == (label == NONE)
+    assert len(gated.asked) == (2 if label == "active" else 1)
+    assert reply.said().endswith(
+        {NONE: "EARLY.", "active": "".join(KIND), "fails": gated.gate.texts.render("unchecked", "")}[label]
+    )
+
+
+def test_an_abandoned_reply_has_no_client_and_sends_nothing():
+    """What vLLM waits for is the end of the connection; a request that has not begun never does."""
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def to(message: Any) -> None:
+        sent.append(message)
+
+    async def ask(receive: Any, send: Any) -> None:
+        await send("early")
+        assert (await receive())["type"] == "http.disconnect"
+        await send("late")
+        sent.append("ended")
+
+    async def scenario() -> None:
+        begun, late = HeldReply(never), HeldReply(never)
+        task = asyncio.create_task(begun.begin(ask))
+        await asyncio.sleep(0)
+        begun.abandon()
+        late.abandon()
+        await asyncio.gather(task, late.begin(ask))
+        await begun.release(to)
+
+    asyncio.run(scenario())
+    assert sent == ["ended"]
+
+
+def test_a_released_reply_keeps_its_order():
+    """What waits goes first, also before what comes while it is sent; then every message goes at once."""
+    sent: list[Any] = []
+
+    async def scenario() -> None:
+        held = HeldReply(lambda: asyncio.sleep(0, {"type": "http.request"}))
+
+        async def to(message: Any) -> None:
+            if message == 1:
+                await held.send(3)
+            sent.append(message)
+
+        for number in (1, 2):
+            await held.send(number)
+        await held.release(to)
+        await held.send(4)
+        assert (await held.receive())["type"] == "http.request"
+
+    asyncio.run(scenario())
+    assert sent == [1, 2, 3, 4]
 
 
 def test_counts_outlast_the_server_and_hold_no_text(tmp_path):

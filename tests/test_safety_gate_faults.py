@@ -122,7 +122,7 @@ def _outcome(gated: Gated, raw: bytes, safe: str, allowed: str) -> str:
 
 @pytest.mark.parametrize("fails", [ValueError("canary"), MemoryError(), TimeoutError(), KeyError("canary")])
 def test_a_detector_that_raises_gives_the_safe_text_alone(tmp_path, fails, caplog):
-    """Whatever it raises; the model is not asked, and the log does not quote it."""
+    """Whatever it raises; no word of the model leaves, and the log does not quote it."""
     gated = Gated(tmp_path)
 
     def fail() -> None:
@@ -135,7 +135,6 @@ def test_a_detector_that_raises_gives_the_safe_text_alone(tmp_path, fails, caplo
             reply = gated.ask(path, answer, **body_for(path, "canary", stream=stream))
             assert reply.said() == gated.gate.texts.render("unchecked", "")
             assert reply.headers[b"x-counsel-safety"] == b"unchecked"
-    assert gated.asked == []
     assert "canary" not in caplog.text
 
 
