@@ -57,8 +57,8 @@ LEAST_TOKENS, MOST_TOKENS = 48, 208
 FIRST_WORDS, LATER_WORDS = (10, 90), (4, 30)
 _TEXT = (
     "i my the a to and of in me is was with for he she they we you at on about when how what so but not feel work "
-    "friend mother husband week night school house sleep money always never because told think want know talk time years "
-    "day back phone tired angry lonely upset worried partner job class dinner weekend family sister argue listen help"
+    "friend mother husband week night school house sleep money always never because told think want know talk time "
+    "years day back phone tired angry lonely upset worried partner job class dinner weekend family sister argue help"
 )
 WORDS = _TEXT.split()
 

@@ -1,9 +1,8 @@
-"""The crisis gate's decision about one request, before the model is asked.
+"""The crisis gate's decision about one request, while the model is asked (serve/safety/held.py).
 
 The user's last turns go to the detector, in a thread of its own, and to the guard model, if the policy names one. A
 risk puts a reviewed text before the model's own answer, once per conversation, and the model answers under a safe
-system prompt. Where a checker is dead, slow or raises, the model is not asked: the person gets the reviewed text alone,
-and an alarm is counted.
+system prompt. Where a checker is dead, slow or raises, the person gets the reviewed text alone, and an alarm is counted.
 """
 
 import asyncio
@@ -75,7 +74,7 @@ class Decision:
     """What the gate does with one request.
 
     action: "none" or one of the actions above. prefix: the text before the answer. guidance: what is added to the
-    system prompt. alone: the model is not asked, and `prefix` is the reply. disclosure: why it is due, or "".
+    system prompt. alone: `prefix` is the whole reply. disclosure: why it is due, or "".
     """
 
     action: str = NONE
