@@ -2,7 +2,8 @@
 
 The user's last turns go to the detector, in a thread of its own, and to the guard model, if the policy names one. A
 risk puts a reviewed text before the model's own answer, once per conversation, and the model answers under a safe
-system prompt. Where a checker is dead, slow or raises, the person gets the reviewed text alone, and an alarm is counted.
+system prompt. Where a checker is dead, slow or raises, the person gets the reviewed text alone, and an alarm is
+counted.
 """
 
 import asyncio
