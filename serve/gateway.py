@@ -184,7 +184,7 @@ class Gateway:
         model = body.get("model")
         manifest = None
         if isinstance(model, str) and model not in ("", base_name):
-            manifest = _side(pool.names, await service.watcher.resolve(model), request_log, body)
+            manifest = _side(service.pool.names, await service.watcher.resolve(model), request_log, body)
         ask = functools.partial(self._ask, service, request_log, body, manifest, scope)
         gate, model_id = service.safety, manifest.id if manifest else base_name
         if gate is None or not gate.covers(manifest.name if manifest else base_name):
