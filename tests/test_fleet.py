@@ -21,7 +21,10 @@ import pytest
 from benchmarks.stand_in import COMMAND, put_in_store
 from counsel import store as adapter_store
 from counsel.errors import UserError
-from counsel.files import write_json
+from counsel.files import write_json, write_jsonl
+from eval.batch import batch
+from eval.config import BatchConfig
+from eval.samples import read_rows
 from serve.config import ServeConfig
 from serve.fleet import haproxy
 from serve.fleet.commands import FleetFolder, FrontConfig, show_config, show_status
@@ -228,6 +231,44 @@ def test_a_killed_replica_costs_only_the_streams_that_had_begun(fleet, tmp_path)
     turning(fleet, lambda: up(fleet) == 2 and victim.kept.restarts == restarts + 1)
     turning(fleet, lambda: status(fleet)["homes"] == homes)
     assert Answer(fleet, "ad0").replica == victim.name
+
+
+def test_a_batch_goes_on_when_a_replica_is_killed(fleet, tmp_path):
+    """Killed while it works on half of the requests: each has one answer, of its own model, and none has failed."""
+    ids = {f"{text} {number}": f"ad{number % 8}" for number in range(16) for text in ("held", "quick")}
+    requests = [
+        {"custom_id": name, "method": "POST", "url": CHAT, "body": {"model": model, "messages": [
+            {"role": "user", "content": f"hold {tmp_path / 'go'}" if name.startswith("held") else "hi"}]}}
+        for name, model in ids.items()
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "in.jsonl", requests)
+    config = BatchConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), url=fleet.base_url, concurrency=32)
+    victim = next(replica for replica in fleet.replicas if replica.name == status(fleet)["homes"]["ad0"][0])
+    other = next(replica.name for replica in fleet.replicas if replica is not victim)
+    restarts = victim.kept.restarts
+
+    def in_flight() -> dict[str, int]:
+        return {name: state.in_flight for name, state in fleet.haproxy.servers().items()}
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            answering = pool.submit(batch, config)
+            # All but the held ones are answered.
+            until(lambda: len(read_rows(tmp_path / "out.jsonl")) == 16 and sum(in_flight().values()) == 16)
+            assert in_flight()[victim.name] == 8
+            os.kill(victim.kept.pid, signal.SIGKILL)
+            until(lambda: in_flight()[other] == 16)
+        finally:
+            (tmp_path / "go").touch()
+        document = answering.result().document
+
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert (document["requests"], document["failed"]) == (32, 0)
+    assert {row["custom_id"]: row["response"]["body"]["model"] for row in rows} == {
+        name: f"{model}@{V1}" for name, model in ids.items()
+    }
+    assert len(rows) == 32
+    turning(fleet, lambda: up(fleet) == 2 and victim.kept.restarts == restarts + 1)
 
 
 def test_a_killed_front_is_started_again_with_its_homes(fleet):
