@@ -38,7 +38,8 @@ import httpx
 from benchmarks.stand_in import COMMAND, ENVIRONMENT, put_in_store
 from counsel.processor import processor
 from serve.fleet.config import FleetConfig
-from serve.fleet.fleet import CONFIG, TURN_S, Fleet
+from serve.fleet.fleet import CONFIG, Fleet
+from serve.fleet.home_keeper import TURN_S
 
 REPLICAS = 4
 CHAT = "/v1/chat/completions"
@@ -171,17 +172,23 @@ async def _closed_loop(client: httpx.AsyncClient, url: str, models: list[str], a
     return [asked for each in await asyncio.gather(*(worker() for _ in range(at_once))) for asked in each]
 
 
-def _compare_routings(quick: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    loads: dict[str, dict[str, float]] = {}
-    worst: dict[str, dict[str, float]] = {}
+def requests_of(quick: bool) -> Iterator[tuple[str, int, int, list[str]]]:
+    """Each case's name, number of adapters, places per replica, and whom its requests ask."""
     n = 500 if quick else 2000
     cases = [(a, p, z) for a in (8, 64, 512) for p in (4, 8, 16) for z in (0.8, 1.0, 1.2)]
     if quick:
         cases = [(8, 4, 1.0), (64, 8, 0.8), (64, 8, 1.2), (512, 16, 1.0)]
     for n_adapters, places, zipf in cases:
-        name = f"{n_adapters}x{places}x{zipf}"
         weights = [1 / (rank + 1) ** zipf for rank in range(n_adapters)]
         models = random.Random(7).choices([f"ad{number}" for number in range(n_adapters)], weights, k=n)
+        yield f"{n_adapters}x{places}x{zipf}", n_adapters, places, models
+
+
+def _compare_routings(quick: bool) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    loads: dict[str, dict[str, float]] = {}
+    worst: dict[str, dict[str, float]] = {}
+    for name, n_adapters, places, models in requests_of(quick):
+        n = len(models)
         loads[name], worst[name] = {}, {}
         for routing in ROUTINGS:
             with fleet_of(n_adapters, places, routing=routing) as fleet:

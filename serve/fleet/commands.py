@@ -17,8 +17,9 @@ from counsel.files import read_json, write_text
 from counsel.report.tables import text_table
 from serve.fleet import haproxy
 from serve.fleet.config import FleetConfig
-from serve.fleet.fleet import CONFIG, STATE, TURN_S, Fleet, front_config
+from serve.fleet.fleet import CONFIG, STATE, Fleet, front_config
 from serve.fleet.front import HOMES
+from serve.fleet.home_keeper import TURN_S
 from serve.fleet.replicas import replicas_elsewhere
 from serve.supervise import Terminated, raise_terminated
 

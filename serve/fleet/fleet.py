@@ -9,7 +9,6 @@ Prometheus), and `fleet.json`, which `fleet status` reads.
 
 import contextlib
 import json
-import math
 import os
 import signal
 import sys
@@ -24,23 +23,19 @@ from counsel.files import write_json, write_text
 from counsel.store import AdapterVersions
 from serve.config import DEFAULT_MAX_CPU_LORAS
 from serve.connections import per_address
-from serve.fleet import haproxy, homes
+from serve.fleet import haproxy
 from serve.fleet.config import FleetConfig, preload_file
 from serve.fleet.front import HOMES, LEAVING, SOCKET, Front, haproxy_config, map_lines
-from serve.fleet.homes import Demand, Homes, Place
+from serve.fleet.home_keeper import HomeKeeper
+from serve.fleet.homes import Place
 from serve.fleet.process import Kept
 from serve.fleet.replicas import SERVE, Replica, ask_all, replicas_of
 from serve.server import STOP_S, require_keys, reserve_port
 from serve.store_reader import StoreReader
 from serve.supervise import reap_orphans
 
-TURN_S = 0.5
-# How often homes are chosen again when only the load has changed, and over how long the load is averaged.
-LOAD_EVERY_S, LOAD_MEAN_S = 10.0, 15.0
 # How long a replica that is down keeps its homes: it comes back with them loaded, and nothing moves twice.
 GONE_S = 300.0
-# How long an adapter's earlier home answers while the new one loads it.
-MOVE_WAIT_S = 10.0
 # Room for health checks beside what one address may have at a replica.
 _SPARE_CONNECTIONS = 24
 CONFIG, STATE, TARGETS = "haproxy.cfg", "fleet.json", "targets.json"
@@ -68,16 +63,8 @@ class Fleet:
         self._store = StoreReader(Path(config.store))
         self._published: dict[str, AdapterVersions] = {}
         self._servers: dict[str, haproxy.ServerState] = {}
-        self._in_flight: dict[str, float] = {}
-        self._rate: dict[str, float] = {}
-        self._wanted: Homes = {}
-        self._told: Homes = {}
-        self._preloads: Homes = {}
-        self._interim: Homes = {}
-        self._moving_s: dict[str, float] = {}
+        self._homes = HomeKeeper(self.config.home_bound)
         self._seen_s = {replica.name: time.monotonic() for replica in self.replicas}
-        self._chosen_for: object = None
-        self._chosen_s = 0.0
         self._to_start = [replica for replica in self.replicas if replica.kept]
         self._to_restart: list[str] = []
         self._restarting: tuple[str, int] | None = None
@@ -117,7 +104,7 @@ class Fleet:
         # While HAProxy starts again, everything stays as it was.
         with contextlib.suppress(OSError):
             self._servers = self.haproxy.servers()
-            self._measure(self.haproxy.traffic())
+            self._homes.measure(self.haproxy.traffic())
             self._set_homes()
         self._restart_next()
         self._write_state()
@@ -215,63 +202,25 @@ class Fleet:
     def _current(self) -> dict[str, str]:
         return {name: f"{name}@{adapter.current}" for name, adapter in self._published.items() if adapter.current}
 
-    def _measure(self, traffic: dict[str, haproxy.Traffic]) -> None:
-        """Average over time what each adapter has in flight."""
-        share = 1 - math.exp(-TURN_S / LOAD_MEAN_S)
-        for name in {*traffic, *self._in_flight}:
-            now = traffic[name].in_flight if name in traffic else 0
-            self._in_flight[name] = mean = self._in_flight.get(name, 0.0) * (1 - share) + now * share
-            if mean < 1e-3 and not now:
-                del self._in_flight[name]
-        self._rate = {name: seen.per_minute / 60 for name, seen in traffic.items()}
-
-    def _demands(self) -> dict[str, Demand]:
+    def _ranks(self) -> dict[str, int]:
         return {
-            name: Demand(
-                adapter.versions[adapter.current].rank, self._rate.get(name, 0.0), self._in_flight.get(name, 0.0)
-            )
-            for name, adapter in self._published.items()
-            if adapter.current
+            name: adapter.versions[adapter.current].rank for name, adapter in self._published.items() if adapter.current
         }
 
     def _choose(self, places: dict[str, Place], up: dict[str, Place]) -> None:
-        """Choose the homes anew when what can be served where has changed, and now and then for the load."""
-        demands = self._demands()
-        refused = {name: (place.refused, name in up) for name, place in places.items()}
-        chosen_for = {name: demand.rank for name, demand in demands.items()}, refused
-        now_s = time.monotonic()
-        if chosen_for == self._chosen_for and now_s - self._chosen_s < LOAD_EVERY_S:
-            return
-        self._chosen_for, self._chosen_s = chosen_for, now_s
-        self._wanted = homes.place(demands, places, self._wanted, self.config.home_bound)
-        # Where an adapter is at home while all its homes are down.
-        self._interim = homes.place(demands, up, self._told, self.config.home_bound) if up else {}
-        lists = homes.preloads(self._wanted, demands, places, self._preloads)
-        for name, listed in lists.items():
-            if listed != self._preloads.get(name):
+        """Choose the homes, and list for each replica what it shall load ahead of requests."""
+        before = self._homes.preloads
+        self._homes.choose(self._ranks(), places, up, time.monotonic())
+        for name, listed in self._homes.preloads.items():
+            if listed != before.get(name):
                 write_text(preload_file(self.folder, name), "".join(f"{adapter}\n" for adapter in listed))
-        self._preloads = {**self._preloads, **lists}
 
     def _tell(self, up: dict[str, Place]) -> None:
         """Tell HAProxy the homes that are ready."""
-        wanted = {}
-        for name in self._demands():
-            at = tuple(home for home in self._wanted.get(name, ()) if home in up) or self._interim.get(name, ())
-            if at:
-                wanted[name] = at
-        now_s = time.monotonic()
-        self._moving_s = {
-            name: self._moving_s.get(name, now_s) for name, at in wanted.items() if self._told.get(name) != at
-        }
-        # Not for ever: the new home may have loaded it, and needed its place for another since.
-        awaited = {
-            replica: [name for name in listed if now_s - self._moving_s.get(name, now_s) < MOVE_WAIT_S]
-            for replica, listed in self._preloads.items()
-        }
-        self._told = homes.routed(wanted, self._told, up, awaited)
+        told = self._homes.tell(self._ranks(), up, time.monotonic())
         refused = {name for place in up.values() for name in place.refused}
         lines: dict[str, str] = {}
-        for name, at in self._told.items():
+        for name, at in told.items():
             lines |= map_lines(name, at, only=name in refused)
         if lines == self._lines:
             return
@@ -316,7 +265,7 @@ class Fleet:
                 }
                 for replica in self.replicas
             },
-            "homes": {name: list(at) for name, at in self._told.items()},
+            "homes": {name: list(at) for name, at in self._homes.told.items()},
         }
         if document != self._written:
             self._written = document
