@@ -125,6 +125,13 @@ class ServeConfig:
     metrics_host: str = option(
         "127.0.0.1", "loopback or private address of --metrics-port", group=_ACCESS, metavar="ADDRESS"
     )
+    otlp_traces_endpoint: str = option(
+        "",
+        "OpenTelemetry collector that gets a span per request, such as http://127.0.0.1:4317",
+        group=_ACCESS,
+        metavar="URL",
+        shown="none",
+    )
     allowed_origins: tuple[str, ...] = option(
         (), "origins that browsers may call from, comma-separated", group=_ACCESS, metavar="ORIGIN,...", shown="none"
     )

@@ -22,6 +22,7 @@ from serve.gpu_flags import add_gpu
 from serve.gpu_plan import TOKENS_PER_REQUEST
 from serve.hardware import Hardware
 from serve.plan_builder import LaunchPlan, PlanBuilder, Reason, unserved_rank
+from serve.traces import add_traces
 
 # The entry points of this project that vLLM loads. Those of a folder that is not installed are ignored.
 LOG_PRIVACY = "counsel_log_privacy"
@@ -89,6 +90,7 @@ def plan(
         builder.variable(name, value, "the engine's processes talk to each other only inside this machine")
     builder.variable("LLGUIDANCE_LOG_LEVEL", "0", "grammar errors quote requests, so they stay out of the log")
     builder.variable("VLLM_NO_USAGE_STATS", "1", "vLLM sends no usage statistics")
+    add_traces(builder, config.otlp_traces_endpoint)
     if config.vllm_args:
         builder.argv += shlex.split(config.vllm_args)
         builder.reasons.append(Reason(config.vllm_args, "set with vllm_args"))

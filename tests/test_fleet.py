@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
+import http.server
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from serve.fleet.config import FleetConfig
 from serve.fleet.fleet import Fleet
 from serve.server import reserve_port
 from tests.conftest import tiny_config
+from tests.json_handler import JsonHandler
 from tests.waiting import HANG_S, is_alive, until
 
 try:
@@ -436,15 +438,37 @@ def test_the_configuration_for_ones_own_front_is_complete(tmp_path, capsys):
     assert capsys.readouterr().out == (tmp_path / "own" / "haproxy.cfg").read_text()
 
 
+class Collector(JsonHandler):
+    """An OpenTelemetry collector over HTTP: keeps the spans that it is sent."""
+
+    def do_POST(self) -> None:
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+        sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+        for resource in sent.resource_spans:
+            self.server.spans += [span for scope in resource.scope_spans for span in scope.spans]
+        self.reply(200, {})
+
+
+@pytest.fixture
+def collector() -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as server:
+        server.spans = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
 @pytest.mark.slow
-def test_two_real_servers_serve_as_one(tiny_model, tmp_path, capsys):
-    """vLLM on a tiny model: adapters are at home where they were preloaded, and answer exactly."""
+def test_two_real_servers_serve_as_one(tiny_model, tmp_path, capsys, collector):
+    """vLLM on a tiny model: adapters are at home where they were preloaded, answer exactly, and leave a trace each."""
     from tests.tiny import tiny_adapter
 
     store = tmp_path / "store"
     for seed, name in enumerate(("calm", "gentle")):
         adapter_store.publish(store, name, tiny_adapter(tiny_model.path, tmp_path / name, seed=seed), tiny_model)
     tiny = {**asdict(tiny_config(tmp_path, tiny_model.path)), "replicas": 2, "allowed_origins": ()}
+    tiny["otlp_traces_endpoint"] = f"http://127.0.0.1:{collector.server_address[1]}/v1/traces"
     with Fleet(FleetConfig(**tiny)) as fleet:
         turning(fleet, lambda: up(fleet) == 2 and sum(map(len, loaded_by(fleet).values())) == 2)
         homes = status(fleet)["homes"]
@@ -454,3 +478,11 @@ def test_two_real_servers_serve_as_one(tiny_model, tmp_path, capsys):
             assert answer.good, answer.body
             assert [answer.replica] == homes[name]
             assert answer.model == adapter_store.find(store, name).id
+
+        def requests() -> list[Any]:
+            return [span for span in collector.spans if span.name == "llm_request"]
+
+        until(lambda: len(requests()) == 2)
+        # Each span has the front's as its parent, and each request is a trace of its own.
+        assert all(len(span.parent_span_id) == 8 for span in requests())
+        assert len({span.trace_id for span in requests()}) == 2

@@ -4,11 +4,13 @@ import contextlib
 import http.client
 import http.server
 import json
+import re
 import subprocess
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,7 +100,7 @@ class Fronted:
 
 
 @contextlib.contextmanager
-def fronted(folder: Path, **options: int) -> Iterator[Fronted]:
+def fronted(folder: Path, **options: Any) -> Iterator[Fronted]:
     replicas = {"r1": Recorder(), "r2": Recorder()}
     with contextlib.ExitStack() as undo:
         for recorder in replicas.values():
@@ -133,10 +135,10 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
 @pytest.mark.parametrize("metrics_port", [0, 9100])
 @pytest.mark.parametrize("key_in_flight", [0, 5])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
-@pytest.mark.parametrize("n_replicas", [1, 2, 12])
-def test_haproxy_accepts_the_configuration(tmp_path, host, key_in_flight, metrics_port, n_replicas):
+@pytest.mark.parametrize(("n_replicas", "traces"), [(1, False), (2, True), (12, False)])
+def test_haproxy_accepts_the_configuration(tmp_path, host, key_in_flight, metrics_port, n_replicas, traces):
     """For every kind of front, without a warning."""
-    front = Front(host, 8000, 32, key_in_flight=key_in_flight, metrics_port=metrics_port)
+    front = Front(host, 8000, 32, key_in_flight=key_in_flight, metrics_port=metrics_port, traces=traces)
     replicas = {f"r{number}": f"10.0.0.{number}:8000" for number in range(1, n_replicas + 1)}
     (tmp_path / "haproxy.cfg").write_text(haproxy_config(front, replicas))
     (tmp_path / HOMES).touch()
@@ -200,6 +202,18 @@ def test_a_full_home_spills_and_the_only_one_does_not(tmp_path):
         for thread in (*threads, strict):
             thread.join()
         assert [json.loads(body)["model"] for _, _, body in front.replicas["r2"].got] == ["calm"]
+
+
+def test_a_request_without_a_trace_gets_one_and_one_with_a_trace_keeps_it(tmp_path):
+    """A trace of its own each, in W3C's form, sampled."""
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    with fronted(tmp_path, traces=True) as front:
+        for headers in ({"traceparent": given}, {}, {}):
+            front.ask("x", **headers)
+        got = [headers["traceparent"] for recorder in front.replicas.values() for _, headers, _ in recorder.got]
+    got.remove(given)
+    ids = [re.fullmatch(r"00-([0-9a-f]{32})-([0-9a-f]{16})-01", each).groups() for each in got]
+    assert len(ids) == len({trace for trace, _ in ids}) == len({span for _, span in ids}) == 2
 
 
 def test_a_replica_that_refuses_is_not_the_last_one_asked(front):

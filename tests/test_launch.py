@@ -1,6 +1,7 @@
 """The launch plan is a pure function of config, base, hardware and store."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,3 +273,26 @@ def test_a_wait_that_is_not_positive_is_refused(seconds):
     """Turns without a length would swap adapters at every step."""
     with pytest.raises(UserError, match="adapter_wait_s is"):
         ServeConfig(adapter_wait_s=seconds)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "protocol"), [("http://127.0.0.1:4317", "grpc"), ("http://c:4318/v1/traces", "http/protobuf")]
+)
+def test_traces_go_to_the_collector_by_its_protocol(base, endpoint, protocol):
+    """As vLLM's own option and OpenTelemetry's own variable say it; neither is there without an endpoint."""
+    made = plan(ServeConfig(otlp_traces_endpoint=endpoint), base, detect(), environ={})
+    assert made.argv[made.argv.index("--otlp-traces-endpoint") + 1] == endpoint
+    assert made.env["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] == protocol
+    made = plan(ServeConfig(), base, detect(), environ={})
+    assert "--otlp-traces-endpoint" not in made.argv
+    assert not [name for name in made.env if name.startswith("OTEL")]
+
+
+def test_traces_without_their_packages_or_a_url_are_refused(base, monkeypatch):
+    """In one line, before anything starts."""
+    with pytest.raises(UserError, match=r"otlp_traces_endpoint is '127\.0\.0\.1:4317'; it must be like http://"):
+        plan(ServeConfig(otlp_traces_endpoint="127.0.0.1:4317"), base, detect())
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(UserError, match=r"opentelemetry.sdk.trace is not installed; pip install") as raised:
+        plan(ServeConfig(otlp_traces_endpoint="http://127.0.0.1:4317"), base, detect())
+    assert "\n" not in str(raised.value)

@@ -283,6 +283,7 @@ def front_config(config: FleetConfig, replicas: list[Replica]) -> str:
         metrics_port=config.metrics_port,
         replica_connections=per_address(config.queued) - _SPARE_CONNECTIONS,
         stop_s=config.drain_s,
+        traces=bool(config.otlp_traces_endpoint),
     )
     return haproxy_config(front, {replica.name: replica.address for replica in replicas})
 

@@ -2,8 +2,8 @@
 
 A request's way: `model` is read from the body, its adapter's home is looked up in the map HOMES, and the home gets the
 request while it has fewer than `home_bound` in flight; all else goes to the replica with the fewest. Nothing of a
-request is changed. HAProxy tries another replica when one cannot be reached, closes the connection before it answers,
-or says 503. Once an answer has begun, it is never asked for again.
+request is changed, but for the header of a trace. HAProxy tries another replica when one cannot be reached, closes the
+connection before it answers, or says 503. Once an answer has begun, it is never asked for again.
 
 HOMES (a file that HAProxy reads at its start; later it is told over its socket):
 
@@ -28,6 +28,11 @@ DRAWS = 12
 # clears a buffer of this size for each request; with ten times as much, that took more than a millisecond.
 _BUFFER_BYTES = 128 << 10
 _KEYS = "keys"
+# W3C trace context: version, trace, span, sampled.
+_TRACEPARENT = (
+    "  http-request set-header traceparent 00-%[uuid,regsub(-,,g)]-%[uuid,regsub(-,,g),bytes(0,16)]-01 "
+    "unless { req.hdr(traceparent) -m found }"
+)
 _ADMIN_ROUTES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters", "/metrics")
 
 _NO_REPLICA = "no replica is ready; ask again in a moment"
@@ -47,7 +52,8 @@ class Front:
     """Where the front listens and what it allows. metrics_port 0: no listener for metrics.
 
     home_bound: see the module. key_in_flight: per key over all replicas; 0 for no total. replica_connections: most
-    connections to one replica. stop_s: how long running answers get when the front stops.
+    connections to one replica. stop_s: how long running answers get when the front stops. traces: a request that comes
+    without a `traceparent` header gets one, so that its replicas' spans are in one trace.
     """
 
     host: str
@@ -58,6 +64,7 @@ class Front:
     metrics_port: int = 0
     replica_connections: int = 1000
     stop_s: float = 30.0
+    traces: bool = False
 
 
 def haproxy_config(front: Front, replicas: Mapping[str, str]) -> str:
@@ -154,6 +161,7 @@ def _frontend(front: Front, names: Sequence[str]) -> list[str]:
         _refusal(unknown, f"{{ var(txn.replica) -m found }} !{{ var(txn.replica) -m str {' '.join(names)} }}"),
         r"  http-request replace-path /replicas/[^/]+(.*) \1 if { var(txn.replica) -m found }",
         *(limit if front.key_in_flight else []),
+        *([_TRACEPARENT] if front.traces else []),
         # An adapter's home is the same for all its versions.
         "  http-request set-var(txn.model) req.body,json_query('$.model'),field(1,@) if METH_POST",
         f"  http-request set-var(txn.home) var(txn.model),map({HOMES}) if {{ var(txn.model) -m found }}",
