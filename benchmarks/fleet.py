@@ -13,7 +13,8 @@ more, over the median adapter's p99, of the same runs.
 
 `lost`: requests lost per fault, at a fixed rate of requests of which half stream: `cut` streams had begun when their
 replica was killed, `lost` is everything else. The faults: kill -9 of a replica, SIGTERM to a replica, SIGSTOP for a
-while (it hangs), a store that is away for a while, kill -9 of the front.
+while (it hangs), a queue that is full for a while (its replica answers 503), a store that is away for a while, kill -9
+of the front.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def fleet_of(
-    n_adapters: int, places: int, replicas: int = REPLICAS, routing: str = "homes", **times: float
+    n_adapters: int, places: int, replicas: int = REPLICAS, routing: str = "homes", queued: int = 512, **times: float
 ) -> Iterator[Fleet]:
     """A fleet of stand-ins, under one of ROUTINGS, once all are up."""
     os.environ[ENVIRONMENT] = json.dumps({**TIMES, **times})
@@ -85,7 +86,8 @@ def fleet_of(
         for number in range(n_adapters):
             put_in_store(store, f"ad{number}")
         config = FleetConfig(replicas=replicas, port=0, store=str(store), logs=str(Path(folder) / "logs"), leave_s=2.0,
-                             max_loras=min(8, places), max_cpu_loras=places, key_running=256, queued=512)  # fmt: skip
+                             max_loras=min(8, places), max_cpu_loras=places, key_running=256,
+                             queued=queued)  # fmt: skip
         fleet = Fleet(config, COMMAND)
         if routing != "homes":
             _without_homes(fleet, routing)
@@ -122,8 +124,8 @@ async def _turning(fleet: Fleet) -> None:
         await asyncio.sleep(TURN_S)
 
 
-async def _ask(client: httpx.AsyncClient, url: str, model: str, stream: bool = False) -> Asked:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+async def _ask(client: httpx.AsyncClient, url: str, model: str, stream: bool = False, text: str = "hi") -> Asked:
+    body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": stream}
     start_s, begun, parts = time.perf_counter(), False, b""
     try:
         async with client.stream("POST", url + CHAT, json=body) as reply:
@@ -233,7 +235,8 @@ def _worst_over_median(asked: list[Asked]) -> float:
 async def _faults(rate: int, seconds: float) -> dict[str, dict[str, int]]:
     """Each fault in turn, on one fleet."""
     found: dict[str, dict[str, int]] = {}
-    with fleet_of(16, 8, replicas=3, service_s=0.3) as fleet:
+    queued = 64
+    with fleet_of(16, 8, replicas=3, queued=queued, service_s=0.3) as fleet:
 
         def victim() -> int:
             return next(replica.kept.pid for replica in fleet.replicas if replica.kept and replica.kept.pid)
@@ -250,6 +253,15 @@ async def _faults(rate: int, seconds: float) -> dict[str, dict[str, int]]:
             await asyncio.sleep(seconds / 2)
             os.kill(pid, signal.SIGCONT)
 
+        async def full_queue() -> None:
+            go = Path(fleet.config.store).with_name("go")
+            url = f"http://{fleet.replicas[0].address}"
+            async with _client() as client:
+                filling = [asyncio.create_task(_ask(client, url, "ad0", text=f"hold {go}")) for _ in range(queued)]
+                await asyncio.sleep(seconds / 2)
+                go.touch()
+                await asyncio.gather(*filling)
+
         async def no_store() -> None:
             store = Path(fleet.config.store)
             store.rename(store.with_name("away"))
@@ -261,8 +273,8 @@ async def _faults(rate: int, seconds: float) -> dict[str, dict[str, int]]:
             os.kill(fleet.front.pid, signal.SIGKILL)
 
         faults: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-            "kill_replica": kill_replica, "sigterm_replica": stop_replica, "hang": hang, "no_store": no_store,
-            "kill_front": kill_front,
+            "kill_replica": kill_replica, "sigterm_replica": stop_replica, "hang": hang, "full_queue": full_queue,
+            "no_store": no_store, "kill_front": kill_front,
         }  # fmt: skip
         for name, fault in faults.items():
             until_up(fleet, 3)

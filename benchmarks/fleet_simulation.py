@@ -70,8 +70,10 @@ def compare_routings(
     worst: dict[str, dict[str, float]] = defaultdict(dict)
     for name, n_adapters, places, models in requests_of(quick):
         for routing in ROUTINGS:
-            site = Site(REPLICAS, places, TIMES["slots"], TIMES["service_s"], TIMES["load_s"], DEFAULT_HOME_IN_FLIGHT,
-                        QUEUED, routing, processor_s)  # fmt: skip
+            slots, service_s, load_s = int(TIMES["slots"]), TIMES["service_s"], TIMES["load_s"]
+            site = Site(
+                REPLICAS, places, slots, service_s, load_s, DEFAULT_HOME_IN_FLIGHT, QUEUED, routing, processor_s
+            )
             model = Model(site, [f"ad{number}" for number in range(n_adapters)])
             # The replicas start and load.
             model.env.run(until=30.0)
