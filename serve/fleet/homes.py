@@ -109,6 +109,7 @@ class _Plan:
     def __init__(self, demands: Mapping[str, Demand], replicas: Mapping[str, Place], bound: int) -> None:
         self.demands, self.replicas, self.bound = demands, replicas, bound
         self.homes: Homes = {}
+        self.mean = 0.0
         self.count, self.rate, self.in_flight, self.ranks = (dict.fromkeys(replicas, 0.0) for _ in range(4))
         self.ranks_differ = len({demand.rank for demand in demands.values()}) > 1
         self.total_rate = sum(demand.rate for demand in demands.values())
@@ -150,18 +151,18 @@ class _Plan:
 
     def even_out(self) -> None:
         """Move adapters away from replicas that are home to too many, or to too busy ones, while that helps."""
+        self.mean = sum(self.count.values()) / max(1, len(self.replicas))
         for replica in sorted(self.replicas, key=lambda replica: (-self.count[replica], replica)):
             self._shed(replica, self.count, self._has_too_many)
         for replica in sorted(self.replicas, key=lambda replica: (-self.in_flight[replica], replica)):
             self._shed(replica, self.in_flight, self._is_too_busy)
 
     def _has_too_many(self, source: str, target: str) -> bool:
-        mean = sum(self.count.values()) / len(self.replicas)
         no_place = (
             self.count[source] > self.replicas[source].places and self.count[target] < self.replicas[target].places
         )
-        above, below = self.count[source] - mean, mean - self.count[target]
-        uneven = above > 0 and below > 0 and max(above, below) > mean * (_SLACK - 1)
+        above, below = self.count[source] - self.mean, self.mean - self.count[target]
+        uneven = above > 0 and below > 0 and max(above, below) > self.mean * (_SLACK - 1)
         return (no_place or uneven) and self.count[target] + 1 < self.count[source]
 
     def _is_too_busy(self, source: str, target: str) -> bool:
@@ -169,6 +170,8 @@ class _Plan:
 
     def _shed(self, source: str, measure: Mapping[str, float], over: Callable[[str, str], bool]) -> None:
         """Move adapters from one replica to the ones that have least, busy ones first where that evens out the load."""
+        if not any(over(source, target) for target in self.replicas if target != source):
+            return
         at_home = [name for name, homes in self.homes.items() if source in homes]
         at_home.sort(key=lambda name: (-self.demands[name].in_flight, -self.demands[name].rate, name))
         even = measure is self.count
