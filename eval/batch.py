@@ -3,11 +3,13 @@
     python -m eval batch requests.jsonl answers.jsonl --url http://127.0.0.1:8000/v1
     python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --store store
     python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --shard 1/4     -> answers-1-of-4.jsonl
+    python -m eval batch requests.jsonl answers.jsonl --base smollm2-135m --engine ray --actors 8
 
 Input, one request per line, as in the Batch API: `custom_id` (unique), `method` (`POST`), `url`
 (`/v1/chat/completions` or `/v1/completions`) and `body`. Output, one line per request as it completes: `id`,
 `custom_id`, `response` {`status_code`, `request_id`, `body`} and `error` (null, or {`code`, `message`}). We add
-`request_sha256`: a request that changed after it was answered is sent again. Server and engine give the same rows.
+`request_sha256`: a request that changed after it was answered is sent again. Server, engine and the engines of
+a Ray cluster give the same rows, in the order in which they are complete.
 
 After a kill, the same command continues: no request is lost or answered twice, and failed requests are sent again. A
 request's shard depends on its `custom_id` alone; to merge shards, concatenate their files.
@@ -30,15 +32,17 @@ from counsel.errors import UserError
 from counsel.files import read_jsonl, write_jsonl
 from counsel.values import BASE_URL
 from eval.config import BatchConfig
+from eval.ray_engines import RayRequest, answers_on_ray, require_ray
 from eval.requests import Progress, attempt, run_bounded
 from eval.samples import Row, RowLog, read_rows
 from serve.config import ServeConfig
-from serve.offline import OfflineEngine
+from serve.offline import OfflineAnswer, OfflineEngine
 
 URLS = ("/v1/chat/completions", "/v1/completions")
 SERVER_CONCURRENCY = 32
 # Well above the engine's batch size: it must never wait for the next request.
 ENGINE_CONCURRENCY = 2048
+RAY_ACTORS = 2
 
 
 class BatchReply(NamedTuple):
@@ -59,7 +63,9 @@ def batch(config: BatchConfig) -> Result:
         k, n = config.part
         requests = [request for request in requests if shard_of(request["custom_id"], n) == k]
         path = path.with_name(f"{path.stem}-{k}-of-{n}{path.suffix}")
-    if config.base and engine_log(path).resolve() in (path.resolve(), Path(config.requests).resolve()):
+    if config.engine == "ray":
+        require_ray()
+    elif config.base and engine_log(path).resolve() in (path.resolve(), Path(config.requests).resolve()):
         raise UserError(
             f"the engine would write its log to {str(engine_log(path))!r}; name requests and answers .jsonl"
         )
@@ -90,7 +96,10 @@ def batch(config: BatchConfig) -> Result:
         todo = [request for request in requests if (request["custom_id"],) not in log.done]
         if todo:
             progress = Progress(len(requests), len(log.done))
-            asyncio.run(_answer_on(config, todo, log, progress))
+            if config.engine == "ray":
+                _answer_on_ray(config, todo, log, progress)
+            else:
+                asyncio.run(_answer_on(config, todo, log, progress))
         failed = sum(row["error"] is not None for row in log.done.values())
     print(f"{len(requests) - failed} answered, {failed} failed: {path}")
     document = {"requests": len(requests), "failed": failed, "answers": str(path)}
@@ -133,9 +142,7 @@ async def answer_all(ask: Ask, requests: Sequence[Row], log: RowLog, progress: P
         log.append(_line(request, await ask(request)))
         progress.step(request["body"]["model"])
 
-    # Sorted by model, an adapter stays loaded, and a batch mixes as few of them as possible.
-    ordered = sorted(requests, key=lambda request: str(request["body"]["model"]))
-    await run_bounded([partial(answer, request) for request in ordered], concurrency)
+    await run_bounded([partial(answer, request) for request in _by_model(requests)], concurrency)
 
 
 async def _answer_on(config: BatchConfig, requests: Sequence[Row], log: RowLog, progress: Progress) -> None:
@@ -145,6 +152,24 @@ async def _answer_on(config: BatchConfig, requests: Sequence[Row], log: RowLog, 
         answering, concurrency = _server_answers(config), SERVER_CONCURRENCY
     async with answering as ask:
         await answer_all(ask, requests, log, progress, config.concurrency or concurrency)
+
+
+def _answer_on_ray(config: BatchConfig, requests: Sequence[Row], log: RowLog, progress: Progress) -> None:
+    by_id = {request["custom_id"]: request for request in requests}
+    settings = _settings(config, requests)
+    # An actor may run in another folder of the same machine.
+    model = str(Path(settings.model).absolute()) if Path(settings.model).is_dir() else settings.model
+    settings = dataclasses.replace(settings, model=model, store=str(Path(settings.store).absolute()))
+    asked = [RayRequest(each["custom_id"], each["url"], each["body"]) for each in _by_model(requests)]
+    answers = answers_on_ray(settings, asked, config.actors or RAY_ACTORS, config.concurrency or ENGINE_CONCURRENCY)
+    for name, answer in answers:
+        log.append(_line(by_id[name], _reply(answer)))
+        progress.step(by_id[name]["body"]["model"])
+
+
+def _by_model(requests: Sequence[Row]) -> list[Row]:
+    """Sorted by model, an adapter stays loaded, and a batch mixes as few of them as possible."""
+    return sorted(requests, key=lambda request: str(request["body"]["model"]))
 
 
 @contextlib.asynccontextmanager
@@ -168,22 +193,29 @@ async def engine_answers(engine: OfflineEngine) -> AsyncIterator[Ask]:
     async with engine:
 
         async def ask(request: Row) -> BatchReply:
-            answer = await engine.ask(request["url"], request["body"])
-            if answer.status == 200:
-                return BatchReply(answer.body, None)
-            return BatchReply(None, f"{answer.status}: {' '.join(answer.body['error']['message'].split())[:300]}")
+            return _reply(await engine.ask(request["url"], request["body"]))
 
         yield ask
 
 
+def _reply(answer: OfflineAnswer) -> BatchReply:
+    if answer.status == 200:
+        return BatchReply(answer.body, None)
+    return BatchReply(None, f"{answer.status}: {' '.join(answer.body['error']['message'].split())[:300]}")
+
+
 def engine_for(config: BatchConfig, requests: Sequence[Row], answers: Path) -> OfflineEngine:
     """An engine for these requests; it logs next to the answers."""
-    settings = load_config(ServeConfig, config.engine or None, {"model": config.base, "store": config.store or None})
+    return OfflineEngine(_settings(config, requests), engine_log(answers))
+
+
+def _settings(config: BatchConfig, requests: Sequence[Row]) -> ServeConfig:
+    given = {"model": config.base, "store": config.store or None}
+    settings = load_config(ServeConfig, config.engine_config or None, given)
     # Requests of all models may wait at the same time.
     models = len({str(request["body"]["model"]) for request in requests})
     room = max(settings.max_cpu_loras or 0, settings.max_loras or 0, models) or None
-    settings = dataclasses.replace(settings, max_cpu_loras=room)
-    return OfflineEngine(settings, engine_log(answers))
+    return dataclasses.replace(settings, max_cpu_loras=room)
 
 
 def engine_log(answers: Path) -> Path:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -212,7 +212,7 @@ class BatchConfig:
     requests: str = argument("OpenAI Batch file: one request per line")
     answers: str = argument("file to write the answers to; requests that it already answers are not sent again")
     url: str = option("", "the OpenAI-compatible server that answers", metavar="URL", shown=_URL)
-    concurrency: PositiveInt | None = option(None, "requests in flight", shown="32, or 2048 with --base")
+    concurrency: PositiveInt | None = option(None, "requests in flight", shown="32, or 2048 per engine with --base")
     timeout_s: PositiveFloat = option(600.0, "longest wait for one answer of a server")
     shard: str = option("", "answer only part K of N of the requests, into a separate file, such as 1/4", metavar="K/N")
     base: str = option(
@@ -228,7 +228,15 @@ class BatchConfig:
         metavar="FOLDER",
         shown="store",
     )
-    engine: str = option(
+    engine: Literal["local", "ray"] = option(
+        "local",
+        "with --base: where engines run: one on this machine, or actors on the Ray cluster of RAY_ADDRESS",
+        group=_ENGINE,
+    )
+    actors: PositiveInt | None = option(
+        None, "with --engine ray: how many actors, each with an engine", group=_ENGINE, shown="2"
+    )
+    engine_config: str = option(
         "",
         "with --base: YAML file of settings as for `python -m serve` (dtype, max_lora_rank, max_loras ...)",
         group=_ENGINE,
@@ -239,9 +247,13 @@ class BatchConfig:
         check_bounds(self)
         if self.url and self.base:
             raise UserError("url and base exclude each other: give --url for a server, or --base for an engine")
-        for name in ("store", "engine"):
+        for name in ("store", "engine_config"):
             if getattr(self, name) and not self.base:
                 raise UserError(f"{name} is {getattr(self, name)!r}, but only an engine has one: give --base MODEL too")
+        if self.engine == "ray" and not self.base:
+            raise UserError("engine is 'ray', but no base says which model its engines serve: give --base MODEL too")
+        if self.actors and self.engine != "ray":
+            raise UserError(f"actors is {self.actors}, but engine is {self.engine!r}: give --engine ray too")
         if self.shard and self.part is None:
             raise UserError(f"shard is {self.shard!r}; it must be K/N with K from 1 to N, such as 1/4")
 

@@ -31,6 +31,7 @@ READY = {"number": 0}
 
 def main() -> None:
     """Parse vLLM's flags from the command line and answer requests until the input ends."""
+    _go_on_in_a_child()
     answers = own_stdout()
 
     import uvloop
@@ -149,6 +150,18 @@ class OfflineHandler:
             return await create(request)
         finally:
             self.watcher.pool.release(loaded)
+
+
+def _go_on_in_a_child() -> None:
+    """Return in a child, and exit as it does.
+
+    Ray kills the children of an actor with it. Killed so, this process could not end its engine, which would stay. Its
+    child is not killed: its input ends, and it ends in order.
+    """
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        os._exit(abs(os.waitstatus_to_exitcode(status)))
 
 
 def own_stdout() -> IO[str]:

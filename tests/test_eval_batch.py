@@ -99,7 +99,7 @@ class Batch:
     def on_engine(self) -> subprocess.Popen[str]:
         """It stops as soon as all but the long requests are answered."""
         base, store = str(self.served.base.path), str(self.served.store)
-        settings = ("--engine", str(self.folder / "engine.yaml"), *FEW)
+        settings = ("--engine-config", str(self.folder / "engine.yaml"), *FEW)
         files = (str(self.folder / "in.jsonl"), str(self.answers))
         short = [request["custom_id"] for request in self.bad + self.good if not request["custom_id"].startswith(LONG)]
         return command(
@@ -118,7 +118,7 @@ def doomed(tiny_model: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     write_jsonl(folder / "in.jsonl", [request("one", tiny_model.name, messages=asked("work"))])
     write_text(folder / "engine.yaml", "vllm_args: --no-such-flag\n")
     files = (str(folder / "in.jsonl"), str(folder / "out.jsonl"))
-    settings = ("--base", str(tiny_model.path), "--engine", str(folder / "engine.yaml"))
+    settings = ("--base", str(tiny_model.path), "--engine-config", str(folder / "engine.yaml"))
     return command("batch", *files, *settings), folder
 
 
@@ -244,7 +244,10 @@ def test_a_requests_shard_depends_on_its_id_alone() -> None:
     [
         ({"url": "http://x/v1", "base": "smollm2-135m"}, "url and base exclude each other"),
         ({"store": "store"}, "give --base"),
-        ({"engine": "e.yaml"}, "give --base"),
+        ({"engine_config": "e.yaml"}, "give --base"),
+        ({"engine": "ray"}, "give --base"),
+        ({"base": "smollm2-135m", "actors": 2}, "give --engine ray"),
+        ({"engine": "e.yaml"}, "'local' or 'ray'"),
         ({"shard": "0/4"}, "from 1 to N"),
         ({"shard": "5/4"}, "from 1 to N"),
         ({"shard": "a quarter"}, "from 1 to N"),
