@@ -6,7 +6,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The tests that use vLLM.
 NEXT_TESTS := $(wildcard $(addprefix tests/test_,upstream.py vllm_api.py launch.py scheduler.py log_privacy.py lora_layers.py \
 	cpu_*.py engine.py offline.py chat_turns.py gateway*.py serve*.py))
-.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet bench-gate gpu-proof check-deploy simulate-fleet
+.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet bench-gate gpu-proof check-deploy simulate-fleet bench-limit bench-quick
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,12 @@ bench-serve: setup  ## LoRA serving against stock vLLM on this machine (two hour
 
 bench-step: setup  ## where a decode step's milliseconds go, in stock vLLM and in ours (4 minutes)
 	@$(BIN)/python -m benchmarks.decode_step
+
+bench-limit: setup  ## what this machine reads and multiplies at most, and the speeds that follow for a model (under a minute)
+	@$(BIN)/python -m benchmarks.limit
+
+bench-quick: setup  ## before and after a change: serving over stock vLLM's, ratios only, one line of JSON (3 minutes)
+	@$(BIN)/python -m benchmarks.quick
 
 bench-turns: setup  ## how long an adapter waits while others occupy every slot, and what its turn costs them (10 minutes)
 	@$(BIN)/python -m benchmarks.adapter_turns

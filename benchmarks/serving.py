@@ -15,8 +15,8 @@ machine to itself. Rounds visit the servers in alternating order; a ratio is the
 measurement sends all its requests at once, and sends them again when all have ended, until 3 seconds have passed.
 Nothing is streamed, every answer has its full length, and no prompt repeats; chats begin with the same system prompt.
 
-Writes <out>/bench.json (every measurement: arm, which is the server, cell, round, tokens_s), bench.png, and each
-server's log.
+Writes <out>/bench.json (every measurement: arm, which is the server, cell, round, tokens_s, of_limit), bench.png, and
+each server's log.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from benchmarks import llama_cpp
+from benchmarks.limit import Limits, known_shape, measure_limits
 from counsel.catalog import Base, resolve, weight_files
 from counsel.chat import SYSTEM_PROMPT
 from counsel.cli import Command, Result, main, option
@@ -123,6 +124,9 @@ FULL = (
 )
 
 
+CELLS_BY_NAME = {cell.name: cell for cell in (*FULL, *QUICK)}
+
+
 class Target(Protocol):
     """A server to load: its address without /v1, and the fields that a request for a model needs besides OpenAI's."""
 
@@ -183,6 +187,7 @@ class BenchServer:
 def bench_serving(config: BenchServing) -> Result:
     """Measure every cell on every server and print a table; the last line has the ratios that the targets name."""
     base, out = resolve(config.model), Path(config.out)
+    shape = known_shape(base.path)
     out.mkdir(parents=True, exist_ok=True)
     ranks, rounds = ((16,), 3) if config.quick else (config.ranks, config.rounds)
     rows: list[dict[str, Any]] = []
@@ -200,10 +205,13 @@ def bench_serving(config: BenchServing) -> Result:
             for name, (argv, env) in planned.items():
                 servers.append(BenchServer(name, argv, env, out / f"{name}-r{rank}.log").record(ready))
                 servers[-1].pause()
-            rows += _measure(servers, base.name, QUICK if config.quick else FULL, rank, rounds)
+            rows += measure(servers, base.name, QUICK if config.quick else FULL, rank, rounds)
         finally:
             for server in servers:
                 server.kill()
+    limits = measure_limits(shape)
+    for row in rows:
+        row["of_limit"] = round(row["tokens_s"] / cell_limit(limits, CELLS_BY_NAME[row["cell"]], row["rank"]), 3)
     summary = ratios(rows, ready)
     report = {"config": vars(config), "ready_s": ready, "summary": summary, "rows": rows, **provenance()}
     write_json(out / "bench.json", report)
@@ -233,9 +241,10 @@ def launches(base: Base, adapters: list[Path], rank: int) -> dict[str, tuple[lis
     }
 
 
-def _measure(
+def measure(
     servers: list[BenchServer], base: str, cells: tuple[Cell, ...], rank: int, rounds: int
 ) -> list[dict[str, Any]]:
+    """One row per server, cell and round. All servers are stopped before and after; round 0 warms up, without rows."""
     rows = []
     for turn in range(rounds + 1):
         for cell, server in itertools.product(cells, servers if turn % 2 else servers[::-1]):
@@ -279,6 +288,14 @@ async def tokens_per_s(server: Target, cell: Cell, base: str, seed: int, at_leas
         return counted / (time.perf_counter() - started_s)
 
 
+def cell_limit(limits: Limits, cell: Cell, rank: int) -> float:
+    """Tokens per second that no server can exceed here (benchmarks/limit.py). A word is at least one token."""
+    load, adapters = LOADS[cell.load], len(set(cell.models("")) - {""})
+    if cell.load == "prefill":
+        return limits.prefill_tokens_s()
+    return limits.load_tokens_s(cell.concurrency, load.prompt_words, load.new_tokens, adapters, rank)
+
+
 def ratios(rows: list[dict[str, Any]], ready_s: dict[str, list[float]]) -> dict[str, float | None]:
     """The ratios that have targets, at rank 16 (or at the first rank measured), each a median over rounds."""
     rank = 16 if any(row["rank"] == 16 for row in rows) else rows[0]["rank"]
@@ -318,10 +335,12 @@ def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[int, str, str], list[floa
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'rank':>4}  {'cell':<20}{'server':<10}{'tok/s':>8}  (lowest to highest, n)")
+    print(f"{'rank':>4}  {'cell':<20}{'server':<10}{'tok/s':>8}{'of limit':>10}  (lowest to highest, n)")
+    shares = {(row["rank"], row["cell"], row["arm"], row["tokens_s"]): row["of_limit"] for row in rows}
     for (rank, cell, server), values in _grouped(rows).items():
         spread = f"({min(values):.0f} to {max(values):.0f}, n={len(values)})"
-        print(f"{rank:>4}  {cell:<20}{server:<10}{statistics.median(values):8.1f}  {spread}")
+        share = shares[rank, cell, server, statistics.median_low(values)]
+        print(f"{rank:>4}  {cell:<20}{server:<10}{statistics.median(values):8.1f}{share:>10.2f}  {spread}")
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.limit import known_shape, measure_limits
+from counsel.catalog import resolve
 from counsel.cli import Command, Result, main, option
 from counsel.errors import UserError
 from counsel.processor import processor
@@ -68,6 +70,7 @@ def bench_training(config: BenchTraining) -> Result:
             allowed = ", ".join((*TRAINERS, *FORMS))
             raise UserError(f"trainer is {config.trainer!r}; allowed: {allowed}; leave it out to compare them")
         return Result(run_trainer(config) if config.trainer in TRAINERS else run_form(config))
+    shape = known_shape(resolve(config.base).path)
     measured = _alternately(config, TRAINERS)
     forms = _alternately(config, FORMS)
     pairs = list(zip(measured["ours"], measured["trl"], strict=True))
@@ -83,6 +86,7 @@ def bench_training(config: BenchTraining) -> Result:
     print(
         f"conversations / turns: {statistics.median(gains):.2f}x ({min(gains):.2f} to {max(gains):.2f}), n={len(gains)}"
     )
+    limit = measure_limits(shape).training_tokens_s()
     return Result(
         {
             "speedup_vs_trl": round(statistics.median(speedups), 3),
@@ -96,6 +100,10 @@ def bench_training(config: BenchTraining) -> Result:
             "n": len(pairs),
             "processor": str(processor()),
             "tokens_per_s": {name: [run["tokens_per_s"] for run in runs] for name, runs in measured.items()},
+            "of_limit": {
+                name: round(statistics.median(run["tokens_per_s"] for run in runs) / limit, 3)
+                for name, runs in (measured | forms).items()
+            },
             "peak_memory_bytes": {
                 name: max(run["peak_memory_bytes"] for run in runs) for name, runs in measured.items()
             },

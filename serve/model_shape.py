@@ -84,7 +84,17 @@ class ModelShape:
         return ""
 
     @property
-    def _matrices(self) -> list[tuple[int, int, int]]:
+    def linear(self) -> int:
+        """The number of weights in the linear layers."""
+        return self.layers * sum(n * inner * outer for n, inner, outer in self.matrices)
+
+    @property
+    def multiplied(self) -> int:
+        """The number of weights that a decode step reads and multiplies: with the vocabulary's projection."""
+        return self.linear + self.vocabulary * self.hidden
+
+    @property
+    def matrices(self) -> list[tuple[int, int, int]]:
         """Each linear matrix of one layer: how many, numbers in, numbers out."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         return [
@@ -98,11 +108,11 @@ class ModelShape:
     @property
     def _adapted(self) -> list[tuple[int, int, int]]:
         """The matrices that adapters may change: not those of experts (counsel.lora_layers)."""
-        return self._matrices[: 3 if self.experts else None]
+        return self.matrices[: 3 if self.experts else None]
 
     @property
     def _linear(self) -> int:
-        return self.layers * (sum(n * inner * outer for n, inner, outer in self._matrices) + 2 * self.hidden)
+        return self.linear + self.layers * 2 * self.hidden
 
     @property
     def _vocabulary(self) -> int:
