@@ -20,8 +20,9 @@ from counsel.errors import UserError
 from counsel.values import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_bounds
 
 ENVIRONMENT = "COUNSEL_SERVE"
-# vLLM's ways to quantize an unquantized base on a GPU (serve/quantization.py).
-QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
+# vLLM's ways to quantize an unquantized base on a GPU (serve/quantization.py), and ours on a CPU (serve/int8_base.py).
+GPU_QUANTIZATIONS = ("fp8", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
+QUANTIZATIONS = (*GPU_QUANTIZATIONS, "int8")
 # The parent names each child it starts in INSTANCE; the child answers with that name in INSTANCE_HEADER.
 INSTANCE, INSTANCE_HEADER = "COUNSEL_INSTANCE", "x-counsel-instance"
 
@@ -61,7 +62,10 @@ class ServeConfig:
         None, "copies of the model, each with every adapter", group=_MODEL, shown="set from the GPUs; 1 on a CPU"
     )
     quantization: Annotated[str, Literal[QUANTIZATIONS]] | None = option(
-        None, "quantize the weights while they are loaded, on a GPU", group=_MODEL, shown="as the base's files are"
+        None,
+        "quantize the weights: int8 on a CPU, once, into the cache; the others on a GPU, while they are loaded",
+        group=_MODEL,
+        shown="as the base's files are",
     )
     compile: bool = option(
         True, "compile the model: faster answers, half a minute at a model's first start", group=_MODEL

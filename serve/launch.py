@@ -1,8 +1,8 @@
 """The server's command line and environment, chosen from a config, a base and the hardware, with a reason for each.
 
-Pure: starts nothing and reads only the base's config.json. Each choice can be overridden: by a field of `ServeConfig`,
-by a vLLM flag in its `vllm_args` (they come last and win), or, for an environment variable, by setting it before the
-start.
+Pure: starts nothing and reads only the base's config.json; for int8 also its weights, which name the copy. Each choice
+can be overridden: by a field of `ServeConfig`, by a vLLM flag in its `vllm_args` (they come last and win), or, for an
+environment variable, by setting it before the start.
 """
 
 import json
@@ -21,6 +21,7 @@ from serve.config import DEFAULT_MAX_CPU_LORAS, DEFAULT_MAX_LORA_RANK, DEFAULT_M
 from serve.gpu_flags import add_gpu
 from serve.gpu_plan import TOKENS_PER_REQUEST
 from serve.hardware import Hardware
+from serve.int8_base import INT8, int8_folder
 from serve.plan_builder import LaunchPlan, PlanBuilder, Reason, unserved_rank
 from serve.traces import add_traces
 
@@ -56,7 +57,7 @@ def plan(
     """
     _refuse_our_options(config)
     builder = PlanBuilder(environ)
-    builder.flag("--model", str(base.path))
+    builder.flag("--model", str(served_folder(config, base, machine)))
     builder.flag("--served-model-name", base.name)
     builder.flag("--host", config.host)
     builder.flag("--port", str(config.port))
@@ -97,6 +98,13 @@ def plan(
     return LaunchPlan((sys.executable, "-m", "serve.api_process", *builder.argv), builder.env, tuple(builder.reasons))
 
 
+def served_folder(config: ServeConfig, base: Base, machine: Hardware) -> Path:
+    """The folder that vLLM reads: the base's own, or that of its int8 copy, which may not be there yet."""
+    if config.quantization == INT8 and machine.device != "cpu":
+        raise UserError("quantization is int8, which is for CPUs; on a GPU choose int8_per_channel_weight_only")
+    return int8_folder(base) if config.quantization == INT8 else base.path
+
+
 def gateway_flags(config: ServeConfig) -> tuple[str, ...]:
     """vLLM's flags that put our gateway in front of it and close what it leaves open by default."""
     return (
@@ -122,9 +130,12 @@ def _refuse_our_options(config: ServeConfig) -> None:
 
 
 def _add_cpu(builder: PlanBuilder, config: ServeConfig, base: Base, machine: Hardware, ranks: Sequence[int]) -> None:
-    if config.quantization:
+    if config.quantization == INT8:
+        why = "linear layers in int8 (quantization), made once and kept; adapters are added to their output in 16 bits"
+        builder.note("quantized base", why)
+    elif config.quantization:
         raise UserError(
-            f"quantization is {config.quantization}, which needs a GPU; leave it out, or choose a quantized base"
+            f"quantization is {config.quantization}, which needs a GPU; on a CPU it can be {INT8}, or left out"
         )
     copies, split = config.data_parallel_size or 1, config.tensor_parallel_size or 1
     if copies * split > len(machine.cpus):

@@ -25,6 +25,7 @@ from counsel.lora_layers import targets
 from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
+from serve.int8_base import INT8, make_int8
 from serve.server import reason_in, store_ranks
 from serve.vllm_api import require_tested
 
@@ -78,11 +79,14 @@ class OfflineEngine:
     async def __aenter__(self) -> Self:
         print(f"starting an engine for {self.base.name} (log: {self.log})", file=sys.stderr, flush=True)
         started_s = time.monotonic()
+        flags, environment = self.flags(), self.plan().env
+        if self.config.quantization == INT8:
+            make_int8(self.base)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "serve.offline_process", *self.flags()),
-                env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()},
+                *(sys.executable, "-m", "serve.offline_process", *flags),
+                env={**os.environ, **environment, configs.ENVIRONMENT: self.config.to_json()},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

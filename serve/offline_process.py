@@ -14,12 +14,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import IO, Any
 
-from counsel.fingerprint import fingerprint
 from serve.adapter_pool import AdapterPool
 from serve.api_errors import ApiError
 from serve.chat_turns import Template, template_in
 from serve.config import from_environment
 from serve.engine import VllmEngine
+from serve.int8_base import source_fingerprint
 from serve.name_table import NameTable
 from serve.request_rewrite import CHAT, COMPLETIONS, Body, rewrite
 from serve.server_registry import ServerRecord
@@ -106,7 +106,7 @@ class OfflineHandler:
         config, state = from_environment(), State()
         await init_app_state(engine, state, args, await engine.get_supported_tasks())
         base_name = state.openai_serving_models.base_model_paths[0].name
-        names = NameTable(base_name, ServerRecord("", fingerprint(Path(args.model)), args.max_lora_rank))
+        names = NameTable(base_name, ServerRecord("", source_fingerprint(Path(args.model)), args.max_lora_rank))
         pool = AdapterPool(
             engine=VllmEngine(engine, state.openai_serving_models, args.data_parallel_size),
             store=Path(config.store),

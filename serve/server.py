@@ -31,6 +31,7 @@ from counsel.safety.policy import OFF, ON, read_policy
 from serve import config as configs
 from serve import hardware, launch
 from serve.config import ServeConfig
+from serve.int8_base import INT8, make_int8
 from serve.keys import KeyRing
 from serve.vllm_api import require_tested
 
@@ -109,6 +110,9 @@ class Server:
         """Start the child and wait until it is ready. Raises UserError with the child's reason if it dies first."""
         self.ready_s = 0.0
         self.config.log_dir.mkdir(parents=True, exist_ok=True)
+        command = self.command()
+        if self.config.quantization == INT8:
+            make_int8(self.base)
         self._show(f"starting {self.base.name} on {self.base_url} (log: {self.log})")
         started_s = time.monotonic()
         # One log per start, so that a reason found there belongs to this start. The previous log stays.
@@ -117,7 +121,7 @@ class Server:
         self._instance = secrets.token_hex(8)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command(),
+                command,
                 env={**os.environ, **self.plan().env, configs.ENVIRONMENT: self.config.to_json()}
                 | {configs.INSTANCE: self._instance},
                 # The child exits when its stdin closes, also if this process is killed.

@@ -17,7 +17,6 @@ from prometheus_client import REGISTRY
 
 from counsel import store as adapter_store
 from counsel.files import write_json
-from counsel.fingerprint import fingerprint
 from counsel.safety.policy import OFF, read_policy
 from counsel.store import Manifest
 from serve import chat_turns, grammars, token_counts, validation
@@ -28,6 +27,7 @@ from serve.api_errors import ApiError
 from serve.config import ServeConfig
 from serve.engine import VllmEngine
 from serve.gateway import TARGET, Service
+from serve.int8_base import source_fingerprint
 from serve.keys import KeyRing
 from serve.limits import Limits
 from serve.metrics import ServerMetrics
@@ -104,7 +104,7 @@ class AdaptersPlugin:
         _drop_lora_series(engine_client)
         metrics = ServerMetrics()
         # Read once, off the event loop: the model's weight files do not change while it is served.
-        base_fingerprint = await asyncio.to_thread(fingerprint, Path(args.model))
+        base_fingerprint = await asyncio.to_thread(source_fingerprint, Path(args.model))
         server = ServerRecord(f"http://{config.host}:{config.port}", base_fingerprint, args.max_lora_rank)
         pool = AdapterPool(
             engine=VllmEngine(engine_client, state.openai_serving_models, args.data_parallel_size),

@@ -12,7 +12,7 @@ from counsel.errors import UserError
 from counsel.processor import Processor
 from serve import accelerators, hardware, quantization
 from serve.__main__ import main
-from serve.config import QUANTIZATIONS, ServeConfig
+from serve.config import GPU_QUANTIZATIONS, ServeConfig
 from serve.gpu_plan import GIB
 from serve.hardware import Gpu, Hardware, visible_gpus
 from serve.launch import gateway_flags, plan
@@ -304,7 +304,7 @@ def test_quantized_bases_are_served_where_vllm_has_kernels(folders):
         plan(ServeConfig(quantization="fp8"), folders(QWEN_MOE), gpus(8, 80, (9, 0)))
     halved = plan(ServeConfig(quantization="fp8"), folders(BASES["llama-8b"][0]), gpus(1, 16, (8, 9)))
     assert value(halved, "--quantization") == "fp8"
-    assert set(QUANTIZATIONS) == set(quantization.ON_LOAD)
+    assert set(GPU_QUANTIZATIONS) == set(quantization.ON_LOAD)
 
 
 def sample(folders):
@@ -323,7 +323,7 @@ def sample(folders):
         for capability in CAPABILITIES[::2]:
             if lowest is not None and capability >= lowest:
                 yield name, (2, 40, capability), base, plan(ServeConfig(), base, gpus(2, 40, capability))
-    for asked in QUANTIZATIONS:
+    for asked in GPU_QUANTIZATIONS:
         base = folders(BASES["llama-8b"][0])
         yield asked, (1, 80, (9, 0)), base, plan(ServeConfig(quantization=asked), base, gpus(1, 80, (9, 0)))
 
@@ -373,7 +373,7 @@ def test_vllm_runs_with_what_the_plan_says(folders, tmp_path):
         # The plan's estimate counts on these two.
         assert got["memory_share"] == 0.92
         assert got["step_tokens"] <= (8192 if machine[1] * GB >= 70 * GIB else 2048)
-        assert (got["quantization"] is not None) == (name in (*QUANTIZED, *QUANTIZATIONS))
+        assert (got["quantization"] is not None) == (name in (*QUANTIZED, *GPU_QUANTIZATIONS))
     for (what, _), got in zip(theirs.items(), answers[len(cases) :], strict=True):
         assert "error" in got, (what, got)
 

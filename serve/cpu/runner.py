@@ -9,11 +9,19 @@ and serve/scheduler.py ends them.
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
 class CounselCpuModelRunner(CPUModelRunner):
-    """vLLM's CPU runner that clears blocks and checks each step's scores."""
+    """vLLM's CPU runner that clears blocks, checks each step's scores, and puts LoRA on quantized layers."""
+
+    def load_lora_model(self, model: torch.nn.Module, *args: Any) -> torch.nn.Module:
+        # oneDNN keeps a quantized layer's weight and leaves None, of which vLLM's LoRA asks the device (vLLM 0.32).
+        for module in model.modules():
+            if isinstance(module, LinearBase) and getattr(module, "weight", 0) is None:
+                module.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        return super().load_lora_model(model, *args)
 
     def _zero_block_ids(self, block_ids: list[int]) -> None:
         # vLLM's own method clears only the layers with full attention.
