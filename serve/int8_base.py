@@ -70,7 +70,8 @@ def source_fingerprint(folder: Path) -> str:
 def _write(base: Base, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    weight_map, layers, total = {}, 0, 0
+    weight_map: dict[str, str] = {}
+    layers = total = 0
     for file in weight_files(base.path):
         tensors = dict(_quantized(file))
         layers += sum(name.endswith(".weight_scale") for name in tensors)
