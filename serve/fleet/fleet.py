@@ -38,6 +38,7 @@ from serve.supervise import reap_orphans
 GONE_S = 300.0
 # Room for health checks beside what one address may have at a replica.
 _SPARE_CONNECTIONS = 24
+_BACKLOG = 4096
 CONFIG, STATE, TARGETS = "haproxy.cfg", "fleet.json", "targets.json"
 
 
@@ -54,11 +55,13 @@ class Fleet:
         self.folder = self.config.log_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         self.replicas = replicas_of(self.config, self.folder, serve)
-        write_text(self.folder / CONFIG, front_config(self.config, self.replicas))
+        listener = self._port.fileno()
+        write_text(self.folder / CONFIG, front_config(self.config, self.replicas, listener))
         self._lines: dict[str, str] = {}
         self._write_lines()
-        haproxy.refuse_bad_config(program, self.folder, CONFIG)
-        self.front = Kept((program, "-db", "-f", CONFIG), self.folder / "front.log", signal.SIGUSR1, self.folder)
+        haproxy.refuse_bad_config(program, self.folder, CONFIG, (listener,))
+        command = program, "-db", "-f", CONFIG
+        self.front = Kept(command, self.folder / "front.log", signal.SIGUSR1, self.folder, (listener,))
         self.haproxy = haproxy.Running(self.folder)
         self._store = StoreReader(Path(config.store))
         self._published: dict[str, AdapterVersions] = {}
@@ -86,6 +89,8 @@ class Fleet:
             # So that the first start already loads what will be asked there.
             self._published |= self._store.changes(self._published)
             self._choose(self._places(), {})
+            # Here, not in HAProxy: while that is started again, connections wait instead of being refused.
+            self._port.listen(_BACKLOG)
             self.front.start()
             undo.pop_all()
         return self
@@ -272,8 +277,8 @@ class Fleet:
             write_json(self.folder / STATE, document)
 
 
-def front_config(config: FleetConfig, replicas: list[Replica]) -> str:
-    """The text of HAProxy's configuration."""
+def front_config(config: FleetConfig, replicas: list[Replica], listener: int | None = None) -> str:
+    """The text of HAProxy's configuration. listener: see Front."""
     front = Front(
         host=config.host,
         port=config.port,
@@ -284,6 +289,7 @@ def front_config(config: FleetConfig, replicas: list[Replica]) -> str:
         replica_connections=per_address(config.queued) - _SPARE_CONNECTIONS,
         stop_s=config.drain_s,
         traces=bool(config.otlp_traces_endpoint),
+        listener=listener,
     )
     return haproxy_config(front, {replica.name: replica.address for replica in replicas})
 

@@ -53,7 +53,8 @@ class Front:
 
     home_bound: see the module. key_in_flight: per key over all replicas; 0 for no total. replica_connections: most
     connections to one replica. stop_s: how long running answers get when the front stops. traces: a request that comes
-    without a `traceparent` header gets one, so that its replicas' spans are in one trace.
+    without a `traceparent` header gets one, so that its replicas' spans are in one trace. listener: the file descriptor
+    of a socket that listens already, instead of `host` and `port`: connections wait in it while HAProxy starts again.
     """
 
     host: str
@@ -65,6 +66,7 @@ class Front:
     replica_connections: int = 1000
     stop_s: float = 30.0
     traces: bool = False
+    listener: int | None = None
 
 
 def haproxy_config(front: Front, replicas: Mapping[str, str]) -> str:
@@ -151,7 +153,7 @@ def _frontend(front: Front, names: Sequence[str]) -> list[str]:
     drawn = f"var(txn.model),concat(/,txn.draw),map({HOMES})"
     return [
         "frontend fleet",
-        f"  bind {host}:{front.port}",
+        f"  bind {host}:{front.port}" if front.listener is None else f"  bind fd@{front.listener}",
         f"{ok} {{ path /health }}",
         _refusal(leaving, f"{{ path /ready }} {{ str({LEAVING}),map({HOMES}) -m found }}"),
         f"{ok} {{ path /ready }} {{ nbsrv(replicas) ge 1 }}",

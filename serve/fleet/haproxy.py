@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,9 +53,13 @@ def find_haproxy(given: str) -> str:
     return path
 
 
-def refuse_bad_config(path: str, folder: Path, config: str) -> None:
-    """Raise UserError with HAProxy's reason if it refuses a configuration in `folder`."""
-    done = subprocess.run([path, "-c", "-f", config], cwd=folder, capture_output=True, text=True, check=False)
+def refuse_bad_config(path: str, folder: Path, config: str, inherits: Sequence[int] = ()) -> None:
+    """Raise UserError with HAProxy's reason if it refuses a configuration in `folder`.
+
+    inherits: the file descriptors that the configuration names.
+    """
+    command = [path, "-c", "-f", config]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, pass_fds=inherits)
     if done.returncode:
         alerts = [line.partition(" : ")[2] for line in done.stderr.splitlines() if line.startswith("[ALERT]")]
         raise UserError(f"HAProxy refuses {str(folder / config)!r}: {alerts[0] if alerts else done.stderr.strip()}")

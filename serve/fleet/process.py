@@ -24,9 +24,15 @@ _TIED = (
 class Kept:
     """One program. `turn` does what is due; nothing here waits."""
 
-    def __init__(self, command: Sequence[str], log: Path, orphaned: signal.Signals, cwd: Path | None = None) -> None:
-        """command: the program's absolute path and its arguments. orphaned: its signal when this process ends."""
-        self.command, self.log, self.orphaned, self.cwd = command, log, orphaned, cwd
+    def __init__(
+        self, command: Sequence[str], log: Path, orphaned: signal.Signals, cwd: Path | None = None,
+        inherits: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """command: the program's absolute path and its arguments. orphaned: its signal when this process ends.
+
+        inherits: file descriptors of this process that it gets under the same numbers.
+        """
+        self.command, self.log, self.orphaned, self.cwd, self.inherits = command, log, orphaned, cwd, inherits
         self.process: subprocess.Popen[bytes] | None = None
         self.restarts = 0
         self.ended = ""
@@ -50,6 +56,7 @@ class Kept:
                 stderr=log,
                 # Ctrl-C reaches the fleet only, which stops its programs in order.
                 start_new_session=True,
+                pass_fds=self.inherits,
             )
 
     def turn(self) -> str:
