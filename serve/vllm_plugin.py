@@ -148,7 +148,7 @@ async def _open_gate(config: ServeConfig, engine_client: Any) -> tuple[SafetyGat
     if policy is None:
         log.warning("the crisis gate is off: no message and no answer is checked")
         return None, OFF
-    detector = await asyncio.to_thread(load_detector)
+    detector = await asyncio.to_thread(load_detector, policy)
     # The first one loads the model.
     await asyncio.to_thread(detector.assess, ["hello"])
     tokenizer = engine_client.renderer.tokenizer

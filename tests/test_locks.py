@@ -92,9 +92,12 @@ def test_the_cuda_lock_has_pypis_torch_and_its_requirements(python, machine):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("lock", LOCKS)
 def test_the_lock_has_what_the_project_asks_for(lock, python, machine):
-    """Every requirement in pyproject.toml, of all extras but the other vLLM's, in range; if not: `make lock`."""
+    """Every requirement in pyproject.toml, of all extras but the other vLLM's and Ray, in range; if not: `make lock`.
+
+    Ray is for clusters, which have their own.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions, others = pins(lock, python, machine), set(LOCKS) - {lock}
+    versions, others = pins(lock, python, machine), {*LOCKS, "ray"} - {lock}
     wanted = project["dependencies"] + [
         need for extra, needs in project["optional-dependencies"].items() if extra not in others for need in needs
     ]

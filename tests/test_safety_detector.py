@@ -1,6 +1,8 @@
 """Crisis detection: normalisation, what is judged, the shipped model and its card, and `eval safety`."""
 
+import itertools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -10,12 +12,16 @@ import numpy as np
 import pytest
 
 from counsel.errors import UserError
-from counsel.safety.corpus import read_messages
-from counsel.safety.detector import CARD, MODEL, Detector, flags
+from counsel.minilm import load_minilm
+from counsel.safety.augment import varied
+from counsel.safety.classifier import read_classifier
+from counsel.safety.corpus import DATA, read_messages
+from counsel.safety.detector import CARD, MODEL, Detector, discounted, flags
 from counsel.safety.labels import LABELS, NONE
 from counsel.safety.measure import Judged, detection_figures
 from counsel.safety.normalize import normalize
-from counsel.safety.units import WINDOW_TURNS, conversation_units
+from counsel.safety.policy import Policy
+from counsel.safety.units import PASSAGE_WORDS, WINDOW_TURNS, conversation_units
 from eval.__main__ import main
 
 PLAIN = "I want to kill myself"
@@ -49,19 +55,31 @@ def test_hidden_words_become_plain(written, plain):
 
 
 def test_the_parts_of_the_corpus_share_no_voice_and_no_message():
-    train, test = read_messages("train"), read_messages("test")
+    parts = [read_messages(folder.name) for folder in sorted(DATA.iterdir()) if folder.is_dir()]
 
-    assert len(train) >= 2000
-    assert not {row.voice for row in train} & {row.voice for row in test}
-    assert not {normalize(row.text) for row in train} & {normalize(row.text) for row in test}
-    assert {row.label for row in train} == {row.label for row in test} == set(LABELS)
+    assert sum(map(len, parts)) >= 2000
+    for one, other in itertools.combinations(parts, 2):
+        assert not {row.voice for row in one} & {row.voice for row in other}
+        assert not {normalize(row.text) for row in one} & {normalize(row.text) for row in other}
+    assert all({row.label for row in rows} == set(LABELS) for rows in parts)
 
 
-def test_one_sentence_of_a_long_message_is_judged_alone():
-    sentence = "I keep thinking about killing myself."
-    text = "My boss moved my desk again. " * 40 + sentence + " The printer is broken too." * 40
+@pytest.mark.parametrize("words", [1, 7, PASSAGE_WORDS, 1000])
+def test_a_long_message_is_cut_into_passages_that_lose_no_word(words):
+    text = " ".join(["and then she", "left.", *map(str, range(words)), "i stayed!"])
+    units = conversation_units([text])
 
-    assert normalize(sentence) in [unit.part.text for unit in conversation_units([text])]
+    assert " ".join(unit.text for unit in units) == text
+    assert all(len(unit.text.split()) <= PASSAGE_WORDS for unit in units)
+    assert {unit.siblings for unit in units} == {len(units)}
+
+
+@pytest.mark.parametrize("at", [0, 0.5, 1])
+def test_one_sentence_of_a_long_message_is_found(detector, at):
+    around = ["My boss moved my desk again.", "The printer is broken too.", "We had soup and watched the game."] * 25
+    around.insert(int(at * len(around)), "I keep thinking about killing myself.")
+
+    assert detector.assess([" ".join(around)]).label != NONE
 
 
 @pytest.mark.parametrize("turns", [[], [""], [" \n "], ["?!"], ["\u200b"], ["🙂"], ["x" * 100_000], ["hm. " * 20_000]])
@@ -93,7 +111,7 @@ def test_the_shipped_detector_may_serve(detector):
 
 
 def test_the_shipped_detector_is_small():
-    assert MODEL.stat().st_size < 600_000
+    assert MODEL.stat().st_size < 1_500_000
 
 
 def test_the_wider_the_sum_the_surer_it_must_be():
@@ -109,12 +127,52 @@ def test_the_wider_the_sum_the_surer_it_must_be():
     assert flags(np.array(rows), thresholds).tolist() == [True, False, True, False, True]
 
 
-def test_a_sentence_stands_in_its_passage_and_knows_how_many_were_judged():
-    text = "My boss moved my desk again. I can't go on. The printer is broken too."
-    units = conversation_units([text])
+def test_the_policys_thresholds_replace_the_cards(detector):
+    said = ["I'm tired of Mondays"]
+    assert detector.assess(said).label == NONE
 
-    passage = normalize(text)
-    assert [unit.part for unit in units] == [(passage, passage, 2), ("i can't go on.", passage, 2)]
+    for name in ("urgent", "own", "any"):
+        policy = Policy(**{f"threshold_{name}": 0.0})
+        assert Detector(detector._reader, detector.card, policy.thresholds).assess(said).label != NONE
+    strict = Policy(threshold_urgent=1.0, threshold_own=1.0, threshold_any=1.0)
+    assert Detector(detector._reader, detector.card, strict.thresholds).assess([PLAIN]).label == NONE
+
+
+def test_the_updates_are_added_to_the_encoders_weights(detector):
+    """Against the product worked out apart, for a layer of each shape."""
+    updates = read_classifier(MODEL).updates
+    _, plain = load_minilm()
+    for module, number in (("attention.self.value", 0), ("intermediate.dense", 3), ("output.dense", 5)):
+        up, down = updates.up[module][number], updates.down[module][number]
+        expected = plain.encoder.layer[number].get_submodule(module).weight.detach().numpy().astype(np.float64)
+        expected = expected + up.astype(np.float64) @ down.astype(np.float64)
+        found = detector._reader._tuned._model.encoder.layer[number].get_submodule(module).weight.detach().numpy()
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_odds_of_a_passage_shrink_with_their_number():
+    """Odds of 4 to 1 among 16 passages are 4 / 16 ** 1.25 = 1 to 8; a text alone stays as it is."""
+    row = [0.4, 0.2, 0.1, 0.1, 0.0, 0.2]
+    alone, among = discounted(np.array([row, row]), [1, 16])
+
+    assert alone == pytest.approx(row)
+    assert among == pytest.approx([1 / 18, 1 / 36, 1 / 72, 1 / 72, 0.0, 8 / 9])
+
+
+def test_a_message_at_risk_is_never_cut_when_it_is_varied():
+    """Of digits and one line, nothing is mistyped or left out."""
+    seen = {varied("12 34", False, ["56 78", "9"], random.Random(seed)) for seed in range(300)}
+
+    assert all("12 34" in text for text in seen)
+    assert any(text.endswith("9") and "56" in text for text in seen)
+    assert "12 34" in seen
+
+
+def test_a_safe_message_is_varied_to_some_of_its_sentences():
+    seen = {varied("1 1. 2 2. 3 3.", True, ["0"], random.Random(seed)) for seed in range(300)}
+
+    assert {"1 1.", "2 2. 3 3.", "1 1. 2 2. 3 3."} <= seen
+    assert "1 1. 3 3." not in seen
 
 
 def test_a_card_below_its_bound_refuses(detector):
@@ -126,7 +184,7 @@ def test_a_card_below_its_bound_refuses(detector):
         card = json.loads(json.dumps(detector.card))
         card[part][name] |= change
         with pytest.raises(UserError, match=r"python -m counsel\.safety\.build"):
-            Detector(detector._reader, detector._classifier, card).check()
+            Detector(detector._reader, card).check()
 
 
 def test_a_model_that_the_card_was_not_measured_on_is_refused(tmp_path):
@@ -204,7 +262,7 @@ def test_the_package_is_light_at_import():
 
 def test_keeping_texts_never_grows_without_end(detector, monkeypatch):
     monkeypatch.setattr("counsel.safety.detector._KEPT_TEXTS", 2)
-    fresh = Detector(detector._reader, detector._classifier, detector.card)
+    fresh = Detector(detector._reader, detector.card)
     for word in ("tea", "soup", "bread"):
         fresh.assess([word])
         assert len(fresh._known) <= 2

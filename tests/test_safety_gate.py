@@ -295,14 +295,6 @@ def test_a_model_that_the_policy_does_not_cover_is_left_alone(tmp_path):
     assert b"x-counsel-safety" not in reply.headers
 
 
-def test_thresholds_of_the_policy_replace_the_detectors(tmp_path):
-    """The most urgent risk whose probability reaches its threshold; the stand-in gives .9."""
-    for threshold, action in ((0.9, "crisis; label=active"), (0.91, "none")):
-        gated = Gated(tmp_path, threshold_active=threshold)
-        reply = gated.ask(CHAT, chat_events(KIND), **body_for(CHAT, "#active", stream=True))
-        assert reply.headers[b"x-counsel-safety"].decode() == action
-
-
 def test_disclosure_at_the_start_after_hours_and_when_asked(tmp_path):
     """A header each time; in the answer itself when someone asks. Conversations do not mix."""
     gated = Gated(tmp_path)

@@ -53,7 +53,7 @@ def test_a_wrong_service_is_refused(tmp_path, row, said):
         ("guard_url: http://g/v1", "", "must be given together"),
         ("webhook_labels: [sad]", "", "webhook_labels has 'sad'"),
         ("guard_safe: '('", "", "not a regular expression"),
-        ("threshold_active: 1.5", "", "threshold_active"),
+        ("threshold_urgent: 1.5", "", "threshold_urgent"),
         ("texts: t.yaml", "imminnent: x", "unknown text 'imminnent'"),
         ("texts: t.yaml", "method: 'see {place}'", "allowed: {emergency} and {resources}"),
         ("texts: t.yaml", "active: Call someone whom you trust.", "lacks {emergency}"),

@@ -1,4 +1,8 @@
-"""The trained classifier as plain arrays: a kernel machine for "any risk", and a linear one for which risk it is."""
+"""The trained part of the detector: a fine-tuned encoder and a kernel machine on the plain one, of equal weight.
+
+They fail on different messages. Only the fine-tuned one learned to find a sentence among others, so it reads the
+passages of a long message alone.
+"""
 
 import io
 from collections.abc import Sequence
@@ -9,108 +13,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from counsel.errors import UserError
-from counsel.safety.features import Matrix, pattern_names
-from counsel.safety.labels import RISKS
+from counsel.safety.encoder import MODULES, PooledEncoder, Updates
+from counsel.safety.features import pattern_names, text_features
+from counsel.safety.kernel import KernelMachine
+from counsel.safety.labels import LABELS, RISKS
+from counsel.safety.units import Unit
 
-Scores = NDArray[np.float64]
+Shares = NDArray[np.float64]
 REBUILD = "build it again: python -m counsel.safety.build"
 
 
 class Classifier(NamedTuple):
-    """All that judging needs. Rows of features are (384 + p), projected to (d + p).
+    """All arrays of `detector.npz`."""
 
-    mean, projection: of the embedding, (384,) and (384, d). support, scales: the kernel machine's examples as int8,
-    and what one step is worth in each column. weights: theirs. bias, gamma: of the machine. slopes, offset: from the
-    columns of `evidence` to a probability. kind_weights, kind_bias: which risk, in the order of RISKS. patterns: names
-    of the wording features. explicit: which of them say something of death or harm in so many words.
-    """
+    updates: Updates
+    kernel: KernelMachine
 
-    mean: NDArray[np.float32]
-    projection: NDArray[np.float16]
-    support: NDArray[np.int8]
-    scales: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    bias: NDArray[np.float32]
-    gamma: NDArray[np.float32]
-    slopes: NDArray[np.float32]
-    offset: NDArray[np.float32]
-    kind_weights: NDArray[np.float32]
-    kind_bias: NDArray[np.float32]
-    patterns: NDArray[np.str_]
-    explicit: NDArray[np.int64]
 
-    def readings(self, features: Matrix) -> "Readings":
-        """What each text says alone; features are (n, 384 + p)."""
-        rows = project(features, self.mean, self.projection).astype(np.float64)
-        support = self.support.astype(np.float64) * self.scales
-        squared = (rows**2).sum(1)[:, None] + (support**2).sum(1)[None] - 2 * rows @ support.T
-        score = np.exp(-self.gamma * np.maximum(squared, 0)) @ self.weights + self.bias
-        kind = rows @ self.kind_weights.T + self.kind_bias
-        kind = np.exp(kind - kind.max(axis=1, keepdims=True))
-        return Readings(score, features[:, len(self.mean) :], kind / kind.sum(axis=1, keepdims=True))
+class Reader:
+    """Turns normalized texts into probabilities; holds the encoder twice, as it is and with the updates."""
 
-    def probabilities(self, readings: "Readings", passage: Scores, siblings: Sequence[int]) -> Scores:
-        """Of each risk, in the order of RISKS: (n, 5). What is missing to 1 is that of no risk.
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self._plain, self._tuned = PooledEncoder(), PooledEncoder(classifier.updates)
 
-        passage: the score of the passage that each text stands in. siblings: into how many texts its message is cut.
-        """
-        columns = evidence(readings.score, readings.wording, passage, siblings, self.explicit)
-        risk = 1 / (1 + np.exp(-(columns @ self.slopes + self.offset)))
-        shares: Scores = risk[:, None] * readings.kind
+    def read(self, units: Sequence[Unit]) -> Shares:
+        """The probability of each of LABELS, (n, 6)."""
+        texts = [unit.text for unit in units]
+        shares: Shares = self._classifier.updates.shares(self._tuned.pooled(texts))
+        if alone := [at for at, unit in enumerate(units) if unit.siblings == 1]:
+            whole = [texts[at] for at in alone]
+            plain = self._classifier.kernel.shares(text_features(self._plain.pooled(whole), whole))
+            shares[alone] = (shares[alone] + plain) / 2
         return shares
-
-
-class Readings(NamedTuple):
-    """Of n texts: the kernel machine's score (n,), the wording features (n, p), the share of each risk (n, 5)."""
-
-    score: Scores
-    wording: Matrix
-    kind: Scores
-
-
-def evidence(
-    score: Scores,
-    wording: Matrix,
-    passage: Scores,
-    siblings: Sequence[int] | NDArray[np.int64],
-    explicit: Sequence[int] | NDArray[np.int64],
-) -> Scores:
-    """The columns that a probability is made of, (n, 4 + p).
-
-    They let a sentence count for less where its passage reads harmless, where many were looked at to find it, and more
-    so where no wording is explicit.
-    """
-    many = np.log(np.asarray(siblings, dtype=np.float64))
-    silent = ~(wording[:, explicit] > 0).any(axis=1)
-    columns: Scores = np.column_stack([score, passage, many, many * silent, wording])
-    return columns
-
-
-def project(features: Matrix, mean: NDArray[np.float32], projection: NDArray[np.float16]) -> Matrix:
-    """Project the embedding's columns and keep those of the wording."""
-    size = len(mean)
-    projected = (features[:, :size] - mean) @ projection.astype(np.float32)
-    return np.hstack([projected, features[:, size:]]).astype(np.float32)
 
 
 def to_bytes(classifier: Classifier) -> bytes:
     """The file's content: an npz of plain arrays."""
+    updates = classifier.updates
+    arrays = {f"{side}.{module}": getattr(updates, side)[module] for side in ("down", "up") for module in MODULES}
+    arrays |= {"head": updates.head, "head_bias": updates.bias}
+    arrays |= {f"kernel.{name}": array for name, array in classifier.kernel._asdict().items()}
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **classifier._asdict())
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
 def read_classifier(path: Path) -> Classifier:
-    """Raises UserError where the file is absent, is not such a file, or was built for other wording features."""
+    """Raises UserError where the file is absent, is not such a file, or was built for other labels or wording."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            classifier = Classifier(**{name: arrays[name] for name in Classifier._fields})
+            down, up = ({module: arrays[f"{side}.{module}"] for module in MODULES} for side in ("down", "up"))
+            updates = Updates(down, up, arrays["head"], arrays["head_bias"])
+            kernel = KernelMachine(**{name: arrays[f"kernel.{name}"] for name in KernelMachine._fields})
     except OSError as error:
         raise UserError(
             f"cannot read the crisis detector {str(path)!r}: {error.strerror or error}; {REBUILD}"
         ) from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{str(path)!r} is not a crisis detector: {error}; {REBUILD}") from error
-    if list(classifier.patterns) != pattern_names() or classifier.kind_weights.shape[0] != len(RISKS):
+    if len(updates.head) != len(LABELS) or len(kernel.kind_weights) != len(RISKS):
+        raise UserError(f"the crisis detector {str(path)!r} was built for other labels; {REBUILD}")
+    if list(kernel.patterns) != pattern_names():
         raise UserError(f"the crisis detector {str(path)!r} was built for other wording features; {REBUILD}")
-    return classifier
+    return Classifier(updates, kernel)

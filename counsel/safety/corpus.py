@@ -1,8 +1,9 @@
-"""The messages written for this project that the classifier learns from and is measured on.
+"""The messages written for this project.
 
-`data/train/*.yaml` and `data/test/*.yaml` are lists of voices: an imagined author, a label and a slice, and one
-message per line. `{a|b}` stands for a choice: such a line is a template. `//` separates the turns of a conversation.
-No voice and no message of one part is in the other.
+`data/train` is learned from, `data/dev` sets the thresholds, `data/test` is measured once. Each folder has YAML files,
+which are lists of voices: an imagined author, a label and a slice, and one message per line. `{a|b}` stands for a
+choice: such a line is a template. `//` separates the turns of a conversation. No two folders share a voice or a
+message.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import itertools
 import random
 import re
 from collections.abc import Iterator
-from importlib.resources import files
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from counsel.errors import UserError
@@ -18,6 +19,7 @@ from counsel.safety.labels import LABELS
 from counsel.safety.normalize import normalize
 from counsel.values import nearest
 
+DATA = Path(__file__).parent / "data"
 _CHOICE = re.compile(r"\{([^{}]*)\}")
 # Variants of one template that are learned from: more would teach its frame, not its meaning.
 _VARIANTS = 5
@@ -38,12 +40,15 @@ class Message(NamedTuple):
         return "\n".join(self.turns)
 
 
-def read_messages(part: Literal["train", "test"]) -> list[Message]:
-    """All messages of one part, in the order of the files. Raises UserError for a row that breaks the format."""
+def read_messages(part: Literal["train", "dev", "test"]) -> list[Message]:
+    """All messages of one part, in the order of the files.
+
+    Raises UserError where there are none, and for a row that breaks the format.
+    """
     import yaml
 
     rows: list[Message] = []
-    for file in sorted((files("counsel.safety") / "data" / part).iterdir(), key=lambda entry: entry.name):
+    for file in sorted((DATA / part).glob("*.yaml")):
         for voice in yaml.safe_load(file.read_text(encoding="utf-8")):
             label = voice["label"]
             if label not in LABELS:
@@ -53,6 +58,8 @@ def read_messages(part: Literal["train", "test"]) -> list[Message]:
                 for text in _variants(line):
                     turns = tuple(turn.strip() for turn in text.split("//"))
                     rows.append(Message(turns, label, voice["slice"], voice["voice"], template))
+    if not rows:
+        raise UserError(f"no messages in {str(DATA / part)!r}: put files there as docs/safety.md describes them")
     # Different templates meet in the same words; one row is enough.
     return list({normalize(row.text): row for row in reversed(rows)}.values())[::-1]
 

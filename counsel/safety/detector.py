@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from counsel.errors import UserError
 from counsel.files import read_json, sha256_of
 from counsel.safety.labels import ACTIVE, IMMINENT, LABELS, NONE, RISKS, SELF_HARM
-from counsel.safety.units import Part, conversation_units
+from counsel.safety.units import Unit, conversation_units
 
 if TYPE_CHECKING:
-    from counsel.safety.classifier import Classifier
-    from counsel.safety.features import FeatureReader
+    from counsel.safety.classifier import Reader
+
+Shares = NDArray[np.float64]
 
 MODEL = Path(__file__).parent / "detector.npz"
 CARD = MODEL.with_name("card.json")
@@ -22,6 +23,12 @@ CARD = MODEL.with_name("card.json")
 # the share of false positives. `counsel eval safety` judges by the targets, .95 and .05; docs/safety.md has both.
 BOUNDED = (IMMINENT, ACTIVE, SELF_HARM)
 LEAST_RECALL_BOUND, MOST_FALSE_POSITIVES = 0.80, 0.10
+# Of the three sums of probabilities, each wider than the one before.
+THRESHOLDS = ("urgent", "own", "any")
+# The power of the number of passages by which the odds of a risk are divided. Of long letters put together of `dev`,
+# .79 with an urgent sentence and .28 without are found at 0.75, .70 and .15 at 1.25,
+# .62 and .11 at 1.5, with `urgent` at 0.3.
+_DISCOUNT = 1.25
 # Texts of earlier turns whose probabilities are kept, so that a conversation's newest turn is all that costs time.
 _KEPT_TEXTS = 4096
 
@@ -40,22 +47,23 @@ class Assessment(NamedTuple):
 
 
 class Detector:
-    """A classifier with calibrated thresholds.
+    """The fine-tuned encoder with calibrated thresholds.
 
     `card` holds the measured figures: `n`, `recall` by class and `false_positives` by slice, each with `value`, `low`,
-    `high`, `hits` and `n`.
+    `high`, `hits` and `n`. thresholds: replace those of the card, by name.
     """
 
-    def __init__(self, reader: "FeatureReader", classifier: "Classifier", card: dict[str, Any]) -> None:
+    def __init__(self, reader: "Reader", card: dict[str, Any], thresholds: Mapping[str, float] | None = None) -> None:
         self.card = card
-        self._reader, self._classifier = reader, classifier
-        self._known: dict[str, tuple[Any, ...]] = {}
+        self._reader = reader
+        self._thresholds = {**card["thresholds"], **(thresholds or {})}
+        self._known: dict[tuple[str, bool], Shares] = {}
 
     @classmethod
-    def load(cls, path: Path | None = None) -> "Detector":
+    def load(cls, path: Path | None = None, thresholds: Mapping[str, float] | None = None) -> "Detector":
         """The shipped detector, or the one in the folder `path`. Raises UserError where it cannot be read."""
-        from counsel.safety.classifier import REBUILD, read_classifier
-        from counsel.safety.features import FeatureReader, encoder_sha256
+        from counsel.safety.classifier import REBUILD, Reader, read_classifier
+        from counsel.safety.encoder import encoder_sha256
 
         model = (path or MODEL.parent) / MODEL.name
         classifier, card = read_classifier(model), read_json(model.with_name(CARD.name))
@@ -63,7 +71,7 @@ class Detector:
             raise UserError(f"the card beside {str(model)!r} was measured on another model; {REBUILD}")
         if card.get("encoder_sha256") != encoder_sha256():
             raise UserError(f"the crisis detector {str(model)!r} was built on another MiniLM encoder; {REBUILD}")
-        return cls(FeatureReader(), classifier, card)
+        return cls(Reader(classifier), card, thresholds)
 
     def check(self) -> None:
         """Raise UserError if a measured figure is below its bound for serving, or was never measured."""
@@ -91,43 +99,42 @@ class Detector:
         units = conversation_units(user_turns)
         if not units:
             return Assessment(NONE, 1.0, {**dict.fromkeys(LABELS, 0.0), NONE: 1.0}, None)
-        rows = self._probabilities([unit.part for unit in units])
+        rows = self.shares(units)
         # Among texts that are flagged the most urgent one decides; of equals, and else, the surest.
-        over = np.flatnonzero(flags(rows, self.card["thresholds"]))
-        risk = rows.sum(axis=1)
-        best = min(over, key=lambda at: (int(rows[at].argmax()), -risk[at])) if len(over) else int(risk.argmax())
-        scores = {label: float(share) for label, share in zip(RISKS, rows[best], strict=True)}
-        scores[NONE] = max(0.0, 1.0 - float(risk[best]))
-        label = RISKS[int(rows[best].argmax())] if len(over) else NONE
+        over = np.flatnonzero(flags(rows[:, :-1], self._thresholds))
+        kind, none = rows[:, :-1].argmax(axis=1), rows[:, -1]
+        best = min(over, key=lambda at: (int(kind[at]), none[at])) if len(over) else int(none.argmin())
+        label = RISKS[int(kind[best])] if len(over) else NONE
+        scores = {name: float(share) for name, share in zip(LABELS, rows[best], strict=True)}
         return Assessment(label, scores[label], scores, units[best].turn if len(over) else None)
 
-    def _probabilities(self, parts: Sequence[Part]) -> NDArray[np.float64]:
-        """Of each risk for each part, (n, 5)."""
-        from counsel.safety.classifier import Readings
-        from counsel.safety.features import with_wording
-
-        known = dict(self._known)
-        texts = list(dict.fromkeys(text for part in parts for text in (part.text, part.passage)))
-        if new := [text for text in texts if text not in known]:
-            readings = self._classifier.readings(with_wording(self._reader.embed(new), new))
-            known |= zip(new, zip(*readings, strict=True), strict=True)
+    def shares(self, units: Sequence[Unit]) -> Shares:
+        """The probability of each of LABELS for each unit, (n, 6)."""
+        known, keys = dict(self._known), [(unit.text, unit.siblings == 1) for unit in units]
+        if new := {key: unit for key, unit in zip(keys, units, strict=True) if key not in known}:
+            known |= zip(new, self._reader.read(list(new.values())), strict=True)
             # Replaced as a whole, so that threads never see it half written.
-            self._known = known if len(known) <= _KEPT_TEXTS else {text: known[text] for text in texts}
-        columns = zip(*(known[part.text] for part in parts), strict=True)
-        passage = np.array([known[part.passage][0] for part in parts])
-        return self._classifier.probabilities(
-            Readings(*map(np.array, columns)), passage, [part.siblings for part in parts]
-        )
+            self._known = known if len(known) <= _KEPT_TEXTS else {key: known[key] for key in keys}
+        return discounted(np.array([known[key] for key in keys]), [unit.siblings for unit in units])
 
 
-def flags(rows: NDArray[np.float64], thresholds: Mapping[str, float]) -> NDArray[np.bool_]:
+def discounted(rows: Shares, siblings: Sequence[int]) -> Shares:
+    """`rows`, (n, 6) in the order of LABELS, with the odds of a risk divided by a power of the number of siblings.
+
+    Of many passages, the most alarming one is alarming by accident more often.
+    """
+    none = rows[:, -1].clip(1e-9, 1 - 1e-9)
+    odds = (1 - none) / none / np.asarray(siblings, dtype=np.float64) ** _DISCOUNT
+    risk = odds / (1 + odds)
+    return np.column_stack([rows[:, :-1] / (1 - none)[:, None] * risk[:, None], 1 - risk])
+
+
+def flags(rows: Shares, thresholds: Mapping[str, float]) -> NDArray[np.bool_]:
     """Which rows of probabilities, (n, 5) in the order of RISKS, are a finding.
 
     One of three sums must reach its threshold: imminent, active and self-harm (`urgent`); these and passive (`own`);
     all five (`any`). The wider the sum, the surer it must be.
     """
-    sums = np.cumsum(rows, axis=1)
-    reached: NDArray[np.bool_] = (
-        (sums[:, 2] >= thresholds["urgent"]) | (sums[:, 3] >= thresholds["own"]) | (sums[:, 4] >= thresholds["any"])
-    )
-    return reached
+    sums = np.cumsum(rows, axis=1)[:, 2:]
+    reached = sums >= np.array([thresholds[name] for name in THRESHOLDS])
+    return np.asarray(reached.any(axis=1), dtype=np.bool_)

@@ -1,8 +1,15 @@
-"""Recall by class and false positives by slice, with exact bounds."""
+"""Recall by class and false positives by slice, with exact bounds.
+
+`python -m counsel.safety.measure` judges the messages of `data/test` with the shipped detector and writes what it finds
+to the card. A test set is good for one such run: who changes the detector after it needs a new one.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from counsel.files import write_json
+from counsel.safety.corpus import read_messages
+from counsel.safety.detector import CARD, Detector
 from counsel.safety.labels import LABELS, NONE
 
 # Two-sided, as Clopper and Pearson's interval is usually given.
@@ -44,3 +51,24 @@ def detection_figures(rows: Sequence[Judged]) -> dict[str, Any]:
         for name, members in ({**slices, "all": safe} if safe else {}).items()
     }
     return {"n": len(rows), "recall": recall, "same_class": same, "false_positives": false_positives}
+
+
+def measure(part: Literal["dev", "test"]) -> dict[str, Any]:
+    """Write to the shipped detector's card how it judges one part of the corpus; return the card."""
+    detector = Detector.load()
+    rows = [Judged(row.label, row.slice, detector.assess(row.turns).label) for row in read_messages(part)]
+    card = detector.card | {"measured_on": part} | detection_figures(rows)
+    write_json(CARD, card)
+    return card
+
+
+def say_figures(card: Mapping[str, Any]) -> None:
+    """Print the figures of a card."""
+    print(f"measured on {card['measured_on']}, {card['n']} messages")
+    for kind in ("recall", "same_class", "false_positives"):
+        for name, cell in card[kind].items():
+            print(f"{kind:16} {name:16} {cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f}, n {cell['n']})")
+
+
+if __name__ == "__main__":
+    say_figures(measure("test"))

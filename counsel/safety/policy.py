@@ -37,11 +37,11 @@ class Policy:
     texts: str = option("", "file of texts that replace shipped ones, by name", group=_SCOPE)
     window: PositiveInt = option(8, "last user turns of a conversation that are read", group=_DETECTION)
     detector_s: PositiveFloat = option(2.0, "longest time for one detection", group=_DETECTION)
-    threshold_imminent: Share | None = option(None, "probability from which on it counts", group=_DETECTION)
-    threshold_active: Share | None = option(None, "the same for active", group=_DETECTION)
-    threshold_self_harm: Share | None = option(None, "the same for self-harm", group=_DETECTION)
-    threshold_passive: Share | None = option(None, "the same for passive", group=_DETECTION)
-    threshold_other_at_risk: Share | None = option(None, "the same for other-at-risk", group=_DETECTION)
+    threshold_urgent: Share | None = option(
+        None, "probability of imminent, active and self-harm together from which on it counts", group=_DETECTION
+    )
+    threshold_own: Share | None = option(None, "the same for these and passive", group=_DETECTION)
+    threshold_any: Share | None = option(None, "the same for every risk, other-at-risk included", group=_DETECTION)
     guard_url: str = option("", "OpenAI-compatible endpoint of a guard model, with /v1", group=_GUARD)
     guard_model: str = option("", "the guard model's name there", group=_GUARD)
     guard_key_env: str = option("", "environment variable that holds its key", group=_GUARD)
@@ -76,10 +76,11 @@ class Policy:
             except re.error as error:
                 raise UserError(f"{name} is not a regular expression: {error}") from error
 
-    def threshold(self, risk: str) -> float | None:
-        """The policy's own threshold for a risk; None where the detector's calibrated one holds."""
-        value: float | None = getattr(self, f"threshold_{risk.replace('-', '_')}")
-        return value
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those that replace the detector's calibrated ones, by its names for them."""
+        own = {"urgent": self.threshold_urgent, "own": self.threshold_own, "any": self.threshold_any}
+        return {name: value for name, value in own.items() if value is not None}
 
     def read_texts(self) -> Texts:
         """The texts and services of this policy. Raises UserError where a file is not as it must be."""

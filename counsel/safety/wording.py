@@ -8,7 +8,6 @@ import functools
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,9 @@ from numpy.typing import NDArray
 @functools.cache
 def wording_patterns() -> dict[str, re.Pattern[str]]:
     """The patterns by name, in the order of the features."""
-    document = _document()
+    import yaml
+
+    document = yaml.safe_load((files("counsel.safety") / "data" / "wording.yaml").read_text(encoding="utf-8"))
     parts: dict[str, str] = {}
 
     def filled(pattern: str) -> str:
@@ -28,22 +29,6 @@ def wording_patterns() -> dict[str, re.Pattern[str]]:
     for name, part in document["parts"].items():
         parts[name] = filled(part)
     return {name: re.compile(filled(pattern)) for name, pattern in document["features"].items()}
-
-
-def explicit_columns() -> list[int]:
-    """The columns of the patterns that say something of death or harm in so many words."""
-    names = list(wording_patterns())
-    return [names.index(name) for name in _document()["explicit"]]
-
-
-@functools.cache
-def _document() -> dict[str, Any]:
-    import yaml
-
-    document: dict[str, Any] = yaml.safe_load(
-        (files("counsel.safety") / "data" / "wording.yaml").read_text(encoding="utf-8")
-    )
-    return document
 
 
 def wording_features(texts: Sequence[str]) -> NDArray[np.float32]:

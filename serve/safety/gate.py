@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from counsel.safety.detector import Assessment, Detector
-from counsel.safety.labels import ACTIVE, LABELS, NONE, RISKS
+from counsel.safety.labels import ACTIVE, LABELS, NONE
 from counsel.safety.policy import Policy
 from serve.api_errors import ApiError
 from serve.chat_turns import SYSTEM_ROLES, text_of
@@ -209,13 +209,9 @@ class SafetyGate:
     async def _detected(self, turns: Sequence[str]) -> str:
         async with asyncio.timeout(self.policy.detector_s):
             assessment = await asyncio.get_running_loop().run_in_executor(self._thread, self.detector.assess, turns)
-        for risk in RISKS:
-            threshold = self.policy.threshold(risk)
-            if assessment.label == risk if threshold is None else assessment.scores[risk] >= threshold:
-                return risk
         if assessment.label not in LABELS:
             raise ValueError("the detector's label is not a known one")
-        return NONE
+        return assessment.label
 
     async def _guarded(self, turns: Sequence[str]) -> str:
         assert self._guard is not None
@@ -224,9 +220,12 @@ class SafetyGate:
             return ACTIVE if await self._guard.finds_risk(turns) else NONE
 
 
-def load_detector() -> Detector:
-    """The shipped detector. Raises UserError where it cannot be read, or a measured figure is below its bound."""
-    detector = Detector.load()
+def load_detector(policy: Policy) -> Detector:
+    """The shipped detector with the policy's thresholds.
+
+    Raises UserError where it cannot be read, or a measured figure is below its bound.
+    """
+    detector = Detector.load(thresholds=policy.thresholds)
     detector.check()
     return detector
 
