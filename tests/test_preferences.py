@@ -8,7 +8,7 @@ from counsel.errors import UserError
 from counsel.files import write_jsonl
 from tests.preference_pairs import planted
 from train.cleaning import question_id
-from train.preferences import Preference, one_per_question, read_preferences, split
+from train.preferences.pairs import Preference, one_per_question, read_preferences, split
 
 ASK, GOOD, BAD = "How do I sleep?", "Keep one hour for going to bed.", "Just sleep."
 

@@ -12,7 +12,7 @@ from counsel.files import read_json, read_jsonl, write_jsonl
 from tests.preference_pairs import planted
 from tests.tiny import tiny_base
 from tests.train_runs import interrupt_at, recipe_for
-from train.preference_recipe import PreferenceRecipe
+from train.preferences.recipe import PreferenceRecipe
 from train.recipe import Recipe
 
 
@@ -51,7 +51,7 @@ def preference_recipe(first: Recipe, folder: Path, trait: str, n: int = 72, **ch
 @pytest.fixture(scope="module")
 def shorter(first, tmp_path_factory) -> tuple[PreferenceRecipe, dict]:
     """A finished preference training in which the shorter answer was always chosen, published as `shorter`."""
-    from train.dpo import train_preferences
+    from train.preferences.dpo import train_preferences
 
     recipe = preference_recipe(first, tmp_path_factory.mktemp("pairs"), "shorter", store=first.store)
     return recipe, train_preferences(recipe)
@@ -78,9 +78,9 @@ def test_the_reference_stays_as_it_was(first, tmp_path):
     from counsel import catalog
     from counsel.run import Run
     from train import init_adapter
-    from train.dpo import build_trainer
     from train.hardware import choose_precision, detect_training_hardware
-    from train.preferences import read_preferences, split
+    from train.preferences.dpo import build_trainer
+    from train.preferences.pairs import read_preferences, split
 
     recipe = preference_recipe(first, tmp_path, "feeling", runs=str(tmp_path), max_steps=2)
     for name, pairs in zip(("train", "held_out"), split(read_preferences(recipe.data)[0], 0.4, 0), strict=True):
@@ -141,7 +141,7 @@ def test_a_named_feeling_is_learned_and_drawn_labels_are_not(first, tmp_path):
 
     Over twelve seeds, 258 of 492 held-out pairs were right; at one seed in twenty the interval may miss a half.
     """
-    from train.dpo import train_preferences
+    from train.preferences.dpo import train_preferences
 
     folder = {"init_adapter": str(first.run_path / "adapter"), "system": "listen", "samples": 0}
     feeling = train_preferences(preference_recipe(first, tmp_path, "feeling", name="a", **folder))
@@ -155,7 +155,7 @@ def test_a_named_feeling_is_learned_and_drawn_labels_are_not(first, tmp_path):
 
 def test_a_stopped_run_resumes_to_the_same_adapter(first, tmp_path, monkeypatch):
     """Ctrl-C saves a checkpoint and names the command; the resumed run has the losses of one that was not stopped."""
-    from train.dpo import train_preferences
+    from train.preferences.dpo import train_preferences
 
     settings = {"store": first.store, "samples": 0, "runs": str(tmp_path / "runs"), "max_steps": 6}
     whole = preference_recipe(first, tmp_path, "feeling", name="whole", **settings)
@@ -193,7 +193,7 @@ def test_likelihoods_are_those_of_transformers(first):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from train.preference_scores import answer_logps
+    from train.preferences.scores import answer_logps
     from train.prompts import UNSCORED, Tokens
 
     model = AutoModelForCausalLM.from_pretrained(first.base, dtype=torch.float32).eval()
@@ -210,7 +210,7 @@ def test_likelihoods_are_those_of_transformers(first):
 
 def test_the_interval_of_a_ratio():
     """By hand: leaving out each pair of (1, 1), (2, 1), (3, 1) gives 2.5, 2 and 1.5, a standard error of 1/sqrt(3)."""
-    from train.preference_scores import ratio_interval
+    from train.preferences.scores import ratio_interval
 
     low, high = ratio_interval([1, 2, 3], [1, 1, 1])
 

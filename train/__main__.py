@@ -9,7 +9,7 @@ from typing import Any
 from counsel import cli
 from counsel.cli import Command, Result
 from train.merge import Merge
-from train.preference_recipe import PreferenceRecipe
+from train.preferences.recipe import PreferenceRecipe
 from train.push import Push
 from train.recipe import RECIPES, Recipe
 
@@ -49,8 +49,8 @@ def _overview(summary: dict[str, Any]) -> str:
 
 def run_dpo(recipe: PreferenceRecipe) -> Result:
     from counsel.report.tables import text_table
-    from train.dpo import train_preferences
-    from train.preference_report import preference_cells, preference_finding
+    from train.preferences.dpo import train_preferences
+    from train.preferences.report import preference_cells, preference_finding
 
     summary = train_preferences(recipe)
     print(text_table(preference_cells(summary["preferences"])))

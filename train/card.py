@@ -230,7 +230,7 @@ def _scores(run: Run, done: dict[str, Any]) -> list[str]:
 
 
 def _preferences(results: dict[str, Any]) -> list[str]:
-    """The results of a preference training (train/preference_scores.py)."""
+    """The results of a preference training (train/preferences/scores.py)."""
     held_out, people, length = results["held_out"], results["people_bits_per_byte"], results["length"]
     lines = [
         f"Of {held_out['n']} held-out pairs, {held_out['correct']} are told apart as people did: "

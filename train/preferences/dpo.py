@@ -17,13 +17,13 @@ from counsel import catalog, store
 from counsel.errors import UserError
 from counsel.files import read_jsonl, write_json, write_jsonl
 from counsel.run import PREFERENCES, Run
-from train import init_adapter, preferences
+from train import init_adapter
 from train.arguments import common_arguments
 from train.data import SPLITS, evenly_spaced
 from train.hardware import Precision, TrainHardware, choose_precision, detect_training_hardware
 from train.init_adapter import InitAdapter
-from train.preference_recipe import PreferenceRecipe
-from train.preferences import Preference, PreferenceReport
+from train.preferences.pairs import Preference, PreferenceReport, one_per_question, read_preferences, split
+from train.preferences.recipe import PreferenceRecipe
 from train.resume import check_run_directory, opened_folder
 from train.sft import (
     keep_tensorboard,
@@ -68,13 +68,13 @@ def train_preferences(recipe: PreferenceRecipe) -> dict[str, Any]:
         if recipe.resume:
             stack.enter_context(opened_folder(recipe, None))
         else:
-            pairs, report = preferences.read_preferences(recipe.data, recipe.revision)
+            pairs, report = read_preferences(recipe.data, recipe.revision)
             source = Run(Path(recipe.runs) / found.run) if found.run else None
             never = held_out_questions(source) if source else set()
-            train, held_out = preferences.split(pairs, recipe.held_out_share, recipe.split_seed, never)
+            train, held_out = split(pairs, recipe.held_out_share, recipe.split_seed, never)
             stack.enter_context(opened_folder(recipe, lambda folder: _write(folder, train, held_out, report, source)))
             print(report)
-            questions = len(preferences.one_per_question(held_out))
+            questions = len(one_per_question(held_out))
             print(f"  train      {len(train):>7,}\n  held out   {len(held_out):>7,}  on {questions} questions")
         write_json(run.path / "provenance.json", run_provenance(recipe, hardware, precision, base))
         print_start(precision, hardware, base)
@@ -161,7 +161,7 @@ def build_trainer(
     import transformers
     from peft import PeftModel
 
-    from train.preference_trainer import PreferenceTrainer
+    from train.preferences.trainer import PreferenceTrainer
     from train.progress import TrainingProgress
 
     transformers.set_seed(recipe.seed)
@@ -169,7 +169,7 @@ def build_trainer(
     # When it saves, PEFT looks here for the vocabulary of the base, and would ask the hub for a public name.
     model.peft_config["default"].base_model_name_or_path = str(base.path)
     train = read_pairs(run, TRAIN)
-    held_out = preferences.one_per_question(read_pairs(run, HELD_OUT))
+    held_out = one_per_question(read_pairs(run, HELD_OUT))
     progress = TrainingProgress(run, tokenizer, {})
     trainer = PreferenceTrainer(
         model=model,
@@ -201,8 +201,8 @@ def _finish(
     n_held_out: int, started: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, save the adapter, check it, publish it, write the report and the summary."""
-    from train.preference_report import preference_page
-    from train.preference_scores import REFERENCE
+    from train.preferences.report import preference_page
+    from train.preferences.scores import REFERENCE
 
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     results, samples = _measure(recipe, run, trainer)
@@ -243,7 +243,7 @@ def _finish(
 
 def _measure(recipe: PreferenceRecipe, run: Run, trainer: Any) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The results that preferences.json holds, and the sample answers before and after."""
-    from train.preference_scores import (
+    from train.preferences.scores import (
         REFERENCE,
         TRAINED,
         length_drift,

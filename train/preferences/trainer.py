@@ -10,8 +10,8 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from train.checkpoints import SealedCheckpoints
-from train.preference_scores import REFERENCE
-from train.preferences import Preference
+from train.preferences.pairs import Preference
+from train.preferences.scores import REFERENCE
 
 
 class PreferenceTrainer(SealedCheckpoints, DPOTrainer):

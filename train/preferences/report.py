@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from counsel.report import answer_columns, page, section
-from train.preference_recipe import PreferenceRecipe
+from train.preferences.recipe import PreferenceRecipe
 
 
 def preference_finding(results: dict[str, Any]) -> str:
