@@ -23,6 +23,7 @@ import errno
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -194,13 +195,22 @@ def _misspelled(
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns; 1 after a UserError, which is printed as one line on stderr; 130 after Ctrl-C."""
+    """What `run` returns; 1 after a UserError, which is printed as one line on stderr; 130 after Ctrl-C.
+
+    141, as a shell has it, if nobody reads stdout any more, such as `head` after its last line.
+    """
     for stream in (sys.stdout, sys.stderr):
         # Commands print what people wrote; under a locale without UTF-8 the first umlaut would end them.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8")
     try:
-        return run()
+        status = run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What is left in the buffer has nowhere to go: Python would try once more as it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except UserError as error:
         print(as_typed(f"error: {error}"), file=sys.stderr)
         return 1

@@ -438,3 +438,17 @@ def test_every_command_refers_to_a_config_and_a_function(command):
     )
     assert dataclasses.is_dataclass(config)
     assert callable(run)
+
+
+@pytest.mark.parametrize("words", [["serve", "list", "--store", "."], ["serve", "safety", "check"]])
+def test_output_that_nobody_reads_ends_the_command_without_a_traceback(words, tmp_path):
+    """As in `counsel serve list | head -1`, when head has ended first."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "counsel", *words]
+    with os.fdopen(write, "wb") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr, "BrokenPipe" in done.stderr) == (141, False, False), (
+        done.stderr
+    )
