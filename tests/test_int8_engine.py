@@ -8,6 +8,9 @@ from serve.int8_base import int8_folder, make_int8
 from tests.test_cpu_lora_engine import QUESTIONS, answers, asked, engine_of
 from tests.tiny import tiny_adapter, tiny_base
 
+# Rounding turns a difference in the last bit of an activation into a step: with relative noise of 1e-6 on its own, the
+# reference's log-probabilities move by up to this much.
+BOUND_NATS = {"llama": 0.15, "gemma2": 0.02, "gemma3": 0.035}
 pytestmark = pytest.mark.slow  # a separate engine for each kind of model: a minute each
 
 
@@ -62,8 +65,14 @@ def test_each_answer_of_a_mixed_batch_is_the_references(tmp_path, monkeypatch, k
         prompt = tokenizer(text, add_special_tokens=False).input_ids
         answer = list(output.outputs[0].token_ids)
         with torch.inference_mode():
-            scores = models[pick](torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
+            ids = torch.tensor([prompt + answer])
+            scores = {of: model(ids).logits[0].log_softmax(dim=-1) for of, model in models.items()}
+        misses = dict.fromkeys(models, 0.0)
         for step, (token, entries) in enumerate(zip(answer, output.outputs[0].logprobs, strict=True)):
-            expected = scores[len(prompt) - 1 + step]
-            assert entries[token].logprob == pytest.approx(expected[token].item(), abs=0.02), (question, pick, step)
-            assert expected.max().item() - expected[token].item() < 0.02, (question, pick, step)
+            for of in models:
+                expected = scores[of][len(prompt) - 1 + step]
+                beaten = (expected.max() - expected[token]).item()
+                misses[of] = max(misses[of], abs(entries[token].logprob - expected[token].item()), beaten)
+        assert misses[pick] < BOUND_NATS[kind], (question, pick)
+        if kind != "gemma3":  # its tiny adapters hardly change an answer
+            assert min(miss for of, miss in misses.items() if of != pick) > BOUND_NATS[kind], (question, pick, misses)
