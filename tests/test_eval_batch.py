@@ -247,7 +247,7 @@ def test_a_requests_shard_depends_on_its_id_alone() -> None:
         ({"engine_config": "e.yaml"}, "give --base"),
         ({"engine": "ray"}, "give --base"),
         ({"base": "smollm2-135m", "actors": 2}, "give --engine ray"),
-        ({"engine": "e.yaml"}, "'local' or 'ray'"),
+        ({"engine": "e.yaml"}, "allowed: local, ray"),
         ({"shard": "0/4"}, "from 1 to N"),
         ({"shard": "5/4"}, "from 1 to N"),
         ({"shard": "a quarter"}, "from 1 to N"),
