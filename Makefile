@@ -6,7 +6,7 @@ EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # The tests that use vLLM.
 NEXT_TESTS := $(wildcard $(addprefix tests/test_,upstream.py vllm_api.py launch.py scheduler.py log_privacy.py lora_layers.py \
 	cpu_*.py engine.py offline.py chat_turns.py gateway*.py serve*.py))
-.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet bench-gate gpu-proof check-deploy simulate-fleet bench-limit bench-quick
+.PHONY: help setup lock check test test-all test-next demo clean soak-serve bench-train bench-serve bench-step bench-turns bench-loadtest bench-eval bench-fleet bench-gate loop gpu-proof check-deploy simulate-fleet bench-limit bench-quick
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -77,6 +77,9 @@ bench-fleet: setup  ## a fleet's front, adapter loads against other routings, re
 
 simulate-fleet: setup  ## a fleet's homes and front in simulation, up to 100 replicas (10 minutes; QUICK=1: half a minute; MEASURED=FILE: beside a bench-fleet)
 	@$(BIN)/python -m benchmarks.fleet_simulation $(if $(QUICK),--quick) $(if $(MEASURED),--measured $(MEASURED))
+
+loop: setup  ## from votes to a promoted version with scripted people; with drawn votes nothing is promoted (15 minutes; REPEATS=n)
+	@$(BIN)/python -m benchmarks.loop $(if $(REPEATS),--repeats $(REPEATS))
 
 gpu-proof: setup  ## does all of it work on this machine's NVIDIA GPU, and how fast? 8 minutes, one JSON, one page (TINY=1: on a CPU)
 	@$(BIN)/python -m benchmarks.gpu_proof $(if $(TINY),--tiny)
