@@ -104,6 +104,16 @@ def status(fleet: Fleet) -> dict[str, Any]:
     return dict(show_status(FleetFolder(fleet.config.port, str(fleet.folder.parent))).document)
 
 
+def settled_homes(fleet: Fleet) -> dict[str, list[str]]:
+    """Each adapter's one home, once none is elsewhere for the time being, as after a restart."""
+
+    def homes() -> dict[str, list[str]]:
+        return dict(status(fleet)["homes"])
+
+    turning(fleet, lambda: sorted(home for at in homes().values() for home in at) == ["r1"] * 4 + ["r2"] * 4)
+    return homes()
+
+
 def loaded_by(fleet: Fleet) -> dict[str, set[str]]:
     return {
         replica.name: {row["id"] for row in replica.adapters or () if row["state"] == "loaded"}
@@ -143,7 +153,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 def test_each_adapter_is_loaded_once_where_its_requests_go(fleet, capsys):
     """Eight adapters in two times four places, each loaded before the first request: 80 requests load none again."""
-    homes = status(fleet)["homes"]
+    homes = settled_homes(fleet)
     assert sorted(map(len, homes.values())) == [1] * 8
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -212,7 +222,7 @@ def test_a_rolling_restart_under_load_loses_nothing(fleet, tmp_path):
 
 def test_a_killed_replica_costs_only_the_streams_that_had_begun(fleet, tmp_path):
     """What it had not begun to answer is answered by the other one; it is started again with the homes that it had."""
-    homes = status(fleet)["homes"]
+    homes = settled_homes(fleet)
     victim = next(replica for replica in fleet.replicas if replica.name == homes["ad0"][0])
     other = next(replica.name for replica in fleet.replicas if replica is not victim)
     hold, restarts, begun = f"hold {tmp_path / 'go'}", victim.kept.restarts, threading.Event()
@@ -245,7 +255,7 @@ def test_a_batch_goes_on_when_a_replica_is_killed(fleet, tmp_path):
     ]  # fmt: skip
     write_jsonl(tmp_path / "in.jsonl", requests)
     config = BatchConfig(str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), url=fleet.base_url, concurrency=32)
-    homes = status(fleet)["homes"]
+    homes = settled_homes(fleet)
     victim = next(replica for replica in fleet.replicas if replica.name == homes["ad0"][0])
     other = next(replica.name for replica in fleet.replicas if replica is not victim)
     restarts = victim.kept.restarts
@@ -277,7 +287,7 @@ def test_a_batch_goes_on_when_a_replica_is_killed(fleet, tmp_path):
 
 def test_a_killed_front_is_started_again_with_its_homes(fleet):
     """The map that it reads is the one it was told. Who connects meanwhile waits for it."""
-    homes = status(fleet)["homes"]
+    homes = settled_homes(fleet)
     restarts = fleet.front.restarts
     os.kill(fleet.front.pid, signal.SIGKILL)
     fleet.front.process.wait()
