@@ -78,7 +78,7 @@ bench-fleet: setup  ## a fleet's front, adapter loads against other routings, re
 simulate-fleet: setup  ## a fleet's homes and front in simulation, up to 100 replicas (10 minutes; QUICK=1: half a minute; MEASURED=FILE: beside a bench-fleet)
 	@$(BIN)/python -m benchmarks.fleet_simulation $(if $(QUICK),--quick) $(if $(MEASURED),--measured $(MEASURED))
 
-loop: setup  ## from votes to a promoted version with scripted people; with drawn votes nothing is promoted (15 minutes; REPEATS=n)
+loop: setup  ## from votes to a promoted version with scripted people, and how often drawn votes get there (15 minutes; REPEATS=n)
 	@$(BIN)/python -m benchmarks.loop $(if $(REPEATS),--repeats $(REPEATS))
 
 gpu-proof: setup  ## does all of it work on this machine's NVIDIA GPU, and how fast? 8 minutes, one JSON, one page (TINY=1: on a CPU)
