@@ -41,7 +41,7 @@ def start_canary(store: Path, served_name: str, share: float, sticky: str = CONV
             )
         running = adapter.canary
         if running and (running.version, running.sticky) != (new.version, sticky):
-            raise UserError(_is_running(name, running))
+            adapter_store.check_no_canary(adapter)
         if running:
             canary = dataclasses.replace(running, share=share)
         else:
@@ -93,10 +93,3 @@ def end_canary(store: Path, name: str, only: str = "") -> Manifest | None:
 def _check_same(found: CanarySides, only: str) -> None:
     if only and found.canary.id != only:
         raise UserError(f"{found.new.name}: another canary runs since {found.canary.started_utc}; nothing was changed")
-
-
-def _is_running(name: str, canary: Canary) -> str:
-    return (
-        f"a canary of {name!r} runs: {name}@{canary.version}, by {canary.sticky}; end it first: python -m serve canary "
-        f"promote {name}, or canary rollback {name}"
-    )
