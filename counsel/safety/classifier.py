@@ -34,7 +34,7 @@ class Reader:
     """Turns normalized texts into probabilities; holds the encoder twice, as it is and with the updates."""
 
     def __init__(self, classifier: Classifier) -> None:
-        self._classifier = classifier
+        self._classifier, self._support = classifier, classifier.kernel.examples()
         self._plain, self._tuned = PooledEncoder(), PooledEncoder(classifier.updates)
 
     def read(self, units: Sequence[Unit]) -> Shares:
@@ -43,7 +43,7 @@ class Reader:
         shares: Shares = self._classifier.updates.shares(self._tuned.pooled(texts))
         if alone := [at for at, unit in enumerate(units) if unit.siblings == 1]:
             whole = [texts[at] for at in alone]
-            plain = self._classifier.kernel.shares(text_features(self._plain.pooled(whole), whole))
+            plain = self._classifier.kernel.shares(text_features(self._plain.pooled(whole), whole), self._support)
             shares[alone] = (shares[alone] + plain) / 2
         return shares
 

@@ -32,10 +32,14 @@ class KernelMachine(NamedTuple):
     kind_bias: NDArray[np.float32]
     patterns: NDArray[np.str_]
 
-    def shares(self, features: Matrix) -> Shares:
-        """The probability of each of LABELS, (n, 6), of rows of features (n, 384 + p)."""
+    def examples(self) -> Shares:
+        """`support` in full, for `shares`: made once, because it is larger than what a message costs."""
+        found: Shares = self.support.astype(np.float64) * self.scales
+        return found
+
+    def shares(self, features: Matrix, support: Shares) -> Shares:
+        """The probability of each of LABELS, (n, 6), of rows of features (n, 384 + p). support: from `examples`."""
         rows = project(features, self.mean, self.projection).astype(np.float64)
-        support = self.support.astype(np.float64) * self.scales
         squared = (rows**2).sum(1)[:, None] + (support**2).sum(1)[None] - 2 * rows @ support.T
         score = np.exp(-self.gamma * np.maximum(squared, 0)) @ self.weights + self.bias
         columns = evidence(score, features[:, len(self.mean) :])
